@@ -1,0 +1,102 @@
+"""Checkpoints of a run: state and data position together, written in the background by orbax."""
+
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from gcl_jax.config import CheckpointConfig
+from gcl_jax.errors import DataError
+from gcl_jax.state import Params, TrainState
+
+
+class Checkpointer:
+    """Saves and restores under WORKDIR/checkpoints; use as a context manager, which waits for the
+    last write."""
+
+    def __init__(self, workdir: Path, cfg: CheckpointConfig):
+        self.directory = (workdir / "checkpoints").absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=cfg.keep, cleanup_tmp_directories=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(
+            self.directory, options=options, item_names=("state", "data")
+        )
+
+    def __enter__(self) -> "Checkpointer":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._manager.close()
+
+    def latest_step(self) -> int | None:
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, data_state: dict) -> None:
+        """Starts a save unless this step has one; returns before it is on disk."""
+        if step == self.latest_step():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(_as_tree(state)), data=ocp.args.JsonSave(data_state)
+            ),
+        )
+
+    def check_for_errors(self) -> None:
+        """Raises what a save in the background ran into, such as a full disk."""
+        self._manager.check_for_errors()
+
+    def restore(self, abstract: TrainState) -> tuple[TrainState, dict]:
+        """The newest checkpoint as (state, data position), placed as the shardings of `abstract`
+        say, whatever mesh wrote it."""
+        step = self._latest()
+        restored = self._restore(
+            step,
+            state=ocp.args.StandardRestore(_as_tree(abstract)),
+            data=ocp.args.JsonRestore(),
+        )
+        return TrainState(**restored["state"]), restored["data"]
+
+    def restore_params(self, abstract: Params) -> Params:
+        """Only the parameters of the newest checkpoint."""
+        item = {"params": abstract}
+        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+        manager = ocp.CheckpointManager(
+            self.directory, item_handlers={"state": ocp.PyTreeCheckpointHandler()}
+        )
+        with manager:
+            return manager.restore(self._latest(), args=ocp.args.Composite(state=args)).state[
+                "params"
+            ]
+
+    def _latest(self) -> int:
+        step = self.latest_step()
+        if step is None:
+            raise DataError(f"{self.directory} holds no complete checkpoint; train first")
+        return step
+
+    def _restore(self, step: int, **items):
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            reason = str(error).partition("\n")[0]
+            raise DataError(
+                f"{self.directory}/{step} does not fit this configuration or is damaged: {reason}"
+            ) from error
+
+
+def _as_tree(state: TrainState) -> dict:
+    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+
+
+def params_digest(params: Params) -> str:
+    """Hex SHA-256 over all parameters, in path order: equal only for bit-equal parameters."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.device_get(params))[0]:
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(leaf.tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Reading a store: random access, pixels, batches. Never imports jax: it runs in worker processes."""

@@ -1,0 +1,141 @@
+"""The store: documents, queries and scored pairs on disk, with random access.
+
+    STORE/
+      store.json                          fields and their kinds, splits, counts, provenance
+      documents/1.0.0/*.array_record-*    a TFDS data set: every document once, `id` and its fields
+      queries/1.0.0/*.array_record-*      likewise
+      pairs/SPLIT/{query,document,score}.npy   int32, int32, float32 columns, one row per pair
+      corpora/NAME.npy                    int32, the documents that a split's queries search
+
+Documents and queries are records of any size, so they live in ArrayRecord files. A pair is 12
+bytes: memory-mapped columns give a random read without parsing, are shared by all worker processes
+of a host, and make a whole split's relevance judgements available at once for evaluation.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from gcl_jax.errors import DataError
+
+VERSION = "1.0.0"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pairs:
+    """Scored pairs as columns of equal length: `query` and `document` are row numbers (int32) in
+    the store, `score` (float32) lies in [1, 100]."""
+
+    query: np.ndarray
+    document: np.ndarray
+    score: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.query)
+
+
+class Records:
+    """Documents or queries of a store; `records[i]` is a dict of `id` (str) and the fields: str for
+    text, encoded bytes for an image; empty when the field is missing."""
+
+    def __init__(self, directory: Path, fields: dict[str, str]):
+        self.fields = fields
+        self._directory = directory
+
+    @functools.cached_property
+    def _source(self):
+        import tensorflow_datasets as tfds
+
+        skip = {name: tfds.decode.SkipDecoding() for name, kind in self.fields.items() if kind == "image"}
+        builder = tfds.builder_from_directory(self._directory)
+        return builder.as_data_source("corpus", decoders=skip)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> dict[str, str | bytes]:
+        record = self._source[int(index)]
+        return {
+            name: value if self.fields.get(name) == "image" else value.decode()
+            for name, value in record.items()
+        }
+
+    def __iter__(self) -> Iterator[dict[str, str | bytes]]:
+        return (self[i] for i in range(len(self)))
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """The id of every record, in order."""
+        return [record["id"] for record in self]
+
+    def __getstate__(self) -> dict:
+        return {"fields": self.fields, "_directory": self._directory}
+
+
+class RankedStore:
+    """A prepared data set, opened for reading.
+
+    Raises:
+        DataError: `directory` holds no complete store.
+    """
+
+    def __init__(self, directory: str | Path):
+        self.directory = Path(directory)
+        manifest = self.directory / "store.json"
+        if not manifest.is_file():
+            raise DataError(
+                f"{self.directory} holds no store (no store.json); make one with "
+                "`python -m gcl_jax.prepare`"
+            )
+        self.info = json.loads(manifest.read_text())
+        if self.info["version"] != VERSION:
+            raise DataError(
+                f"{manifest} has version {self.info['version']}, this program reads {VERSION}; "
+                "prepare the store again"
+            )
+        self.documents = Records(
+            self.directory / "documents" / VERSION, self.info["document_fields"]
+        )
+        self.queries = Records(self.directory / "queries" / VERSION, self.info["query_fields"])
+
+    @property
+    def name(self) -> str:
+        return self.info["name"]
+
+    @property
+    def splits(self) -> list[str]:
+        return list(self.info["splits"])
+
+    def pairs(self, split: str) -> Pairs:
+        """The pairs of `split`, memory-mapped."""
+        self._check_split(split)
+        folder = self.directory / "pairs" / split
+        return Pairs(
+            *(np.load(folder / f"{column}.npy", mmap_mode="r") for column in Pairs.__slots__)
+        )
+
+    def corpus(self, split: str) -> np.ndarray:
+        """int32 (documents,): the row numbers of the documents that the queries of `split` search."""
+        self._check_split(split)
+        return np.load(self.directory / "corpora" / f"{self.info['splits'][split]['corpus']}.npy")
+
+    def _check_split(self, split: str) -> None:
+        if split not in self.info["splits"]:
+            raise DataError(
+                f"store {self.directory} has no split {split!r}; it has {', '.join(self.splits)}"
+            )
+
+    def check_fields(self, query_fields: dict, document_fields: dict) -> None:
+        """Raises `DataError` when a field that the configuration names is not in the store."""
+        for side, asked in (("query", query_fields), ("document", document_fields)):
+            has = self.info[f"{side}_fields"]
+            for field in asked:
+                if field not in has:
+                    raise DataError(
+                        f"store {self.directory} has no {side} field {field!r} "
+                        f"(config.data.{side}_fields); it has {', '.join(has)}"
+                    )

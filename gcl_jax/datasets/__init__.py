@@ -1,0 +1,25 @@
+"""Writing a store: sources (the bundled benchmark, your own tables) and the TFDS builder."""
+
+import os
+from pathlib import Path
+
+from gcl_jax.data.store import VERSION, RankedStore
+
+
+def open_store(name: str) -> RankedStore:
+    """Opens the store in the directory `name`, or the bundled benchmark "emoji", which is prepared
+    on first use under $GCL_JAX_CACHE (default ~/.cache/gcl_jax).
+
+    Raises:
+        DataError: there is no such store.
+    """
+    if name != "emoji" or Path(name).is_dir():
+        return RankedStore(name)
+    cache = Path(os.environ.get("GCL_JAX_CACHE", "~/.cache/gcl_jax")).expanduser()
+    directory = cache / f"emoji-{VERSION}"
+    if not directory.exists():
+        from gcl_jax.datasets.builder import write_store
+        from gcl_jax.datasets.emoji import EmojiSource
+
+        write_store(EmojiSource(), directory)
+    return RankedStore(directory)

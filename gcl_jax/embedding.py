@@ -1,0 +1,77 @@
+"""Records of a store through the towers, batch by batch."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float
+
+from gcl_jax import logs
+from gcl_jax.config import TrainConfig
+from gcl_jax.data.pipeline import corpus_batches
+from gcl_jax.data.store import Records
+from gcl_jax.models.clip import merge_fields
+from gcl_jax.sharding import replicated, to_global
+from gcl_jax.state import Params, abstract_model, merge
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FieldEmbeddings:
+    """Embeddings of n records, one array per field, and which records have the field."""
+
+    fields: dict[str, Float[np.ndarray, "n e"]]
+    present: dict[str, Bool[np.ndarray, " n"]]
+
+    def merged(self, weights: Mapping[str, float]) -> Float[np.ndarray, "n e"]:
+        """Rows of length 1, the weighted sum of the fields that `weights` names; a record that has
+        none of them is a row of zeros."""
+        names = list(weights)
+        pick = ({name: values[name] for name in names} for values in (self.fields, self.present))
+        return np.asarray(merge_fields(*pick, weights))
+
+    def take(self, rows: np.ndarray) -> "FieldEmbeddings":
+        return FieldEmbeddings(
+            {name: x[rows] for name, x in self.fields.items()},
+            {name: x[rows] for name, x in self.present.items()},
+        )
+
+
+class Embedder:
+    """The model of `params`, compiled to embed batches on `mesh`."""
+
+    def __init__(self, cfg: TrainConfig, params: Params, mesh: Mesh):
+        graphdef, _ = abstract_model(cfg.model)
+        self._cfg, self._params, self._mesh = cfg, params, mesh
+        self._encode = jax.jit(
+            lambda params, inputs: merge(graphdef, params).encode_fields(inputs),
+            out_shardings=replicated(mesh),
+        )
+
+    def embed(
+        self,
+        records: Records,
+        fields: Sequence[str],
+        indices: np.ndarray,
+        *,
+        description: str = "embed",
+        quiet: bool = False,
+    ) -> FieldEmbeddings:
+        """Embeds the records `indices`, in that order, with a progress bar unless `quiet`."""
+        embeddings = {field: [] for field in fields}
+        present = {field: [] for field in fields}
+        batch_size = self._cfg.eval.batch_size
+        batches = corpus_batches(self._cfg, records, fields, indices, batch_size)
+        bar = logs.progress(len(indices), unit="records", description=description, quiet=quiet)
+        with bar:
+            for batch, rows in batches:
+                encoded = self._encode(self._params, to_global(batch["inputs"], self._mesh))
+                for field in fields:
+                    embeddings[field].append(np.asarray(encoded[field])[:rows])
+                    present[field].append(batch["present"][field][:rows])
+                bar.update(rows)
+        return FieldEmbeddings(
+            {field: np.concatenate(parts) for field, parts in embeddings.items()},
+            {field: np.concatenate(parts) for field, parts in present.items()},
+        )

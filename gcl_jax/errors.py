@@ -1,0 +1,27 @@
+"""Errors that a user can mend, and how every command reports them: one line, no traceback."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """Something in the input is wrong; the message is one line that says what and how to mend it."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot work."""
+
+
+class DataError(UserError):
+    """Input data that cannot be used; the message names the file and the row."""
+
+
+@contextlib.contextmanager
+def reported_in_one_line() -> Iterator[None]:
+    """Turns a `UserError` into one line on stderr and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,207 @@
+"""Ranked evaluation of a run: `python -m gcl_jax.evaluate --workdir=runs/demo`.
+
+Writes WORKDIR/eval/SPLIT.json under the authors' metric names and prints one table. Protocol
+(arXiv 2404.08535 and its evaluation code): grades are the split's scores rescaled to 1..100, up to
+`eval.max_queries` queries are sampled in proportion to their summed grades, every query searches
+the whole corpus of its split exactly, top 1000.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+
+from gcl_jax import config, metrics, sharding, state
+from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.config import TrainConfig
+from gcl_jax.data.store import RankedStore
+from gcl_jax.datasets import open_store
+from gcl_jax.embedding import Embedder, FieldEmbeddings
+from gcl_jax.errors import reported_in_one_line
+from gcl_jax.retrieval import exact_top_k
+
+KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
+TABLES = {"ndcg": "NDCG", "mAP": "MAP", "recall": "Recall", "precision": "P", "mrr": "MRR"}
+SUMMARY = {
+    "NDCG@10": "NDCG@10",
+    "mAP@1000": "MAP@1000",
+    "mrr@1000": "MRR@1000",
+    "mERR": "ERR",
+    "mRBP7": "RBP7",
+    "mRBP8": "RBP8",
+    "mRBP9": "RBP9",
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Judgements:
+    """The test queries of one split.
+
+    queries: int64 (q,) row numbers in the store. documents: int64 (q, j), positions within the
+    split's corpus of each query's judged documents, -1 for padding. grades: float64 (q, j).
+    """
+
+    queries: np.ndarray
+    documents: np.ndarray
+    grades: np.ndarray
+
+
+def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judgements:
+    """Protocol steps 1 and 2: rescaled grades, sampled test queries."""
+    pairs, corpus = store.pairs(split), store.corpus(split)
+    grade = metrics.rescale_scores(pairs.score)
+    rows, group = np.unique(pairs.query, return_inverse=True)
+    # The authors' sample depends on the order of the queries: sorted by their id.
+    ids = np.array([store.queries.ids[row] for row in rows])
+    by_id = np.argsort(ids)
+    sums = np.bincount(group, weights=grade)
+    chosen = by_id[metrics.sample_queries(sums[by_id], max_queries)]
+
+    order = np.argsort(group, kind="stable")
+    starts = np.searchsorted(group[order], np.arange(len(rows) + 1))
+    counts = np.diff(starts)[chosen]
+    documents = np.full((len(chosen), counts.max()), -1)
+    grades = np.zeros(documents.shape)
+    filled = np.arange(documents.shape[1]) < counts[:, None]
+    picked = order[np.concatenate([np.arange(starts[g], starts[g + 1]) for g in chosen])]
+    documents[filled] = np.searchsorted(corpus, pairs.document[picked])
+    grades[filled] = grade[picked]
+    return Judgements(rows[chosen], documents, grades)
+
+
+def rank_and_score(
+    judgements: Judgements,
+    queries: np.ndarray,
+    documents: np.ndarray,
+    document_rank: np.ndarray,
+    top_k: int,
+) -> dict[str, np.ndarray]:
+    """Protocol steps 3 to 5: per-query metrics of the exact ranking.
+
+    Args:
+        queries: float32 (q, e). documents: float32 (n, e), the corpus.
+        document_rank: int (n,), each document's place among the sorted ids, which breaks ties.
+    """
+    scores, found = exact_top_k(queries, documents, top_k)
+    found = np.take_along_axis(found, metrics.trec_order(scores, document_rank[found]), axis=1)
+    grades = metrics.lookup_grades(found, judgements.documents, judgements.grades)
+    ks = [k for k in KS if k <= top_k]
+    return metrics.evaluate_rankings(grades, judgements.grades, ks)
+
+
+def evaluate_splits(
+    cfg: TrainConfig, store: RankedStore, params, mesh: Mesh, max_queries: int, quiet: bool = False
+) -> dict[str, dict[str, dict[str, float]]]:
+    """{split: {"merged" or a document field: {metric: mean over the test queries}}}."""
+    embedder = Embedder(cfg, params, mesh)
+    corpora = {split: store.corpus(split) for split in cfg.eval.splits}
+    judgements = {s: sample_judgements(store, s, max_queries) for s in cfg.eval.splits}
+
+    def embed(kind: str, fields, rows) -> FieldEmbeddings:
+        return embedder.embed(getattr(store, kind), list(fields), rows, description=kind, quiet=quiet)
+
+    document_rows = np.unique(np.concatenate(list(corpora.values())))
+    query_rows = np.unique(np.concatenate([j.queries for j in judgements.values()]))
+    documents = embed("documents", cfg.data.document_fields, document_rows)
+    queries = embed("queries", cfg.data.query_fields, query_rows)
+    document_rank = np.argsort(np.argsort(np.array(store.documents.ids)))
+
+    variants = {"merged": cfg.data.document_fields}
+    if len(cfg.data.document_fields) > 1:
+        variants |= {field: {field: 1.0} for field in cfg.data.document_fields}
+    results = {}
+    for split in cfg.eval.splits:
+        corpus = documents.take(np.searchsorted(document_rows, corpora[split]))
+        asked = queries.take(np.searchsorted(query_rows, judgements[split].queries))
+        query_embeddings = asked.merged(cfg.data.query_fields)
+        results[split] = {
+            name: metrics.summarize(
+                rank_and_score(
+                    judgements[split],
+                    query_embeddings,
+                    corpus.merged(weights),
+                    document_rank[corpora[split]],
+                    cfg.eval.top_k,
+                )
+            )
+            for name, weights in variants.items()
+        }
+    return results
+
+
+def evaluate_in_training(
+    cfg: TrainConfig, store: RankedStore, params, mesh: Mesh
+) -> dict[str, float]:
+    """{"SPLIT/METRIC": value} of the merged documents on a sample of the queries."""
+    results = evaluate_splits(
+        cfg, store, params, mesh, cfg.eval.max_queries_in_training, quiet=True
+    )
+    return {
+        f"{split}/{name}": variants["merged"][key]
+        for split, variants in results.items()
+        for name, key in SUMMARY.items()
+    }
+
+
+def as_report(split: str, variants: dict[str, dict[str, float]], queries: int) -> dict:
+    """One split's results under the authors' names, and the summary of each field alone."""
+
+    def summary(values: dict[str, float]) -> dict[str, float]:
+        return {name: values[key] for name, key in SUMMARY.items() if key in values}
+
+    merged = variants["merged"]
+    report = {"split": split, "summary": summary(merged)}
+    for table, prefix in TABLES.items():
+        report[table] = {key: value for key, value in merged.items() if key.startswith(f"{prefix}@")}
+    report["fields"] = {name: summary(v) for name, v in variants.items() if name != "merged"}
+    return report
+
+
+def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
+    """One row per split and kind of document."""
+    header = f"{'split':<16}{'documents':<12}" + "".join(f"{name:>10}" for name in SUMMARY)
+    lines = [header, "-" * len(header)]
+    for split, variants in results.items():
+        for name, values in variants.items():
+            cells = "".join(f"{values[key]:>10.4f}" for key in SUMMARY.values())
+            lines.append(f"{split if name == 'merged' else '':<16}{name:<12}{cells}")
+    return "\n".join(lines)
+
+
+def load_run(workdir: Path) -> tuple[TrainConfig, RankedStore, object, Mesh]:
+    """(config, store, parameters of the newest checkpoint, mesh) of a training run.
+
+    Raises:
+        ConfigError, DataError: `workdir` is no run, or its store is gone.
+    """
+    cfg = config.load(workdir / "config.json")
+    mesh = sharding.make_mesh(cfg.mesh, cfg.eval.batch_size)
+    _, shapes = state.abstract_model(cfg.model)
+    abstract = state.with_shardings(shapes, sharding.param_shardings(shapes, mesh))
+    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+        params = checkpointer.restore_params(abstract)
+    return cfg, open_store(cfg.data.store), params, mesh
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m gcl_jax.evaluate", description=__doc__)
+    parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
+    parser.add_argument("--max_queries", type=int, help="test queries per split (default: config)")
+    args = parser.parse_args()
+    with reported_in_one_line():
+        cfg, store, params, mesh = load_run(args.workdir)
+        max_queries = args.max_queries or cfg.eval.max_queries
+        results = evaluate_splits(cfg, store, params, mesh, max_queries)
+        folder = args.workdir / "eval"
+        folder.mkdir(exist_ok=True)
+        for split, variants in results.items():
+            report = as_report(split, variants, max_queries)
+            (folder / f"{split}.json").write_text(json.dumps(report, indent=2) + "\n")
+        print(format_table(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Objectives over a global batch of scored pairs."""

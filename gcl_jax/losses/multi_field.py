@@ -1,0 +1,72 @@
+"""The training objective over merged and single-field embeddings (method: Loss 2 and 3).
+
+    total = merged * L(Z_merged) + sum_{a,b} lambda_ab * L(Z_ab)
+
+The pair terms are a reconstruction: the authors published no trainer. By default they share the
+weight `field_pairs` equally; `pair_weights` sets single ones, by name "QUERY_FIELD:DOCUMENT_FIELD".
+"""
+
+import functools
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from gcl_jax.config import DataConfig, LossConfig
+from gcl_jax.losses.contrastive import PairRows, gcl_loss
+from gcl_jax.models.clip import merge_fields
+
+Embeddings = Mapping[str, jax.Array]
+
+
+def pair_term_weights(loss: LossConfig, data: DataConfig) -> dict[tuple[str, str], float]:
+    """lambda_ab for every (query field, document field). One pair alone is the merged term already,
+    so its default is 0."""
+    pairs = [(q, d) for q in data.query_fields for d in data.document_fields]
+    default = loss.field_pairs / len(pairs) if len(pairs) > 1 else 0.0
+    return {(q, d): loss.pair_weights.get(f"{q}:{d}", default) for q, d in pairs}
+
+
+def multi_field_loss(
+    query_embeddings: Embeddings,
+    document_embeddings: Embeddings,
+    batch: Mapping,
+    logit_scale: jax.Array,
+    *,
+    loss: LossConfig,
+    data: DataConfig,
+    mesh: Mesh,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Returns (total, {term: value}).
+
+    Args:
+        query_embeddings, document_embeddings: {field: float32 (b, e)}, rows of length 1.
+        batch: as `gcl_jax.data.pipeline` describes it.
+        logit_scale: the factor itself.
+    """
+    query_present, document_present = batch["query_present"], batch["document_present"]
+    contrast = functools.partial(
+        gcl_loss, mesh=mesh, weight_norm=loss.weight_norm, mask_duplicates=loss.mask_duplicates
+    )
+
+    def rows(valid: jax.Array) -> PairRows:
+        return PairRows(batch["weight"], valid, batch["query_id"], batch["document_id"])
+
+    terms = {}
+    total = jnp.float32(0)
+    if loss.merged:
+        terms["merged"] = contrast(
+            merge_fields(query_embeddings, query_present, data.query_fields),
+            merge_fields(document_embeddings, document_present, data.document_fields),
+            logit_scale,
+            rows(jnp.ones_like(batch["weight"], bool)),
+        )
+        total += loss.merged * terms["merged"]
+    for (q, d), weight in pair_term_weights(loss, data).items():
+        if weight:
+            valid = query_present[q] & document_present[d]
+            term = contrast(query_embeddings[q], document_embeddings[d], logit_scale, rows(valid))
+            terms[f"{q}:{d}"] = term
+            total += weight * term
+    return total, terms

@@ -1,0 +1,198 @@
+"""Ranking metrics, vectorised over queries: trec_eval's, and graded ERR and RBP.
+
+Every metric of a query is a function of two rows: `grades`, the relevance of its ranked documents
+in rank order, and `judged`, the relevance of all its judged documents in any order. Both are
+padded with zeros; an unjudged document counts 0, and so does a negative grade. Keys are
+`NDCG@k`, `MAP@k`, `Recall@k`, `P@k`, `MRR@k`, `ERR`, `RBP7`, `RBP8`, `RBP9`.
+
+Sources: trec_eval 9 (m_ndcg_cut, m_map_cut, m_recall, m_P, form_res_rels); ERR and RBP in the
+graded form of arXiv 2404.08535 and its evaluation code; that code's score scale and query sample.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+
+import numpy as np
+
+from gcl_jax.errors import DataError
+
+KS = (1, 3, 5, 10, 100, 1000)
+PERSISTENCE = (0.7, 0.8, 0.9)  # of RBP
+
+
+def evaluate_rankings(
+    grades: np.ndarray, judged: np.ndarray, ks: Sequence[int] = KS
+) -> dict[str, np.ndarray]:
+    """Returns every metric as a float64 array (Q,), by key.
+
+    A document is relevant if its grade is above 0. A query without a relevant document scores 0
+    everywhere. Work and memory grow with Q * K: evaluate very many queries in slices.
+
+    Args:
+      grades: (Q, K) relevance by rank, best first; 0 where unjudged and after the list's end.
+      judged: (Q, J) relevance of all judged documents; 0 for padding.
+      ks: cut-offs >= 1; above K they see the whole list, though P@k still divides by k.
+    """
+    grades, judged = _gains(grades), -np.sort(-_gains(judged), axis=1)
+    rank = np.arange(1, grades.shape[1] + 1)
+    relevant, num_relevant = grades > 0, (judged > 0).sum(1)
+    hits = relevant.cumsum(1)
+    precisions = np.where(relevant, hits / rank, 0).cumsum(1)
+    dcg, ideal = _discounted(grades), _discounted(judged)
+    first = np.where(relevant.any(1), relevant.argmax(1) + 1, np.inf)  # rank of the first hit
+
+    metrics = {}
+    for k in ks:
+        metrics[f"NDCG@{k}"] = _ratio(_at(dcg, k), _at(ideal, k))
+        metrics[f"MAP@{k}"] = _ratio(_at(precisions, k), num_relevant)
+        metrics[f"Recall@{k}"] = _ratio(_at(hits, k), num_relevant)
+        metrics[f"P@{k}"] = _at(hits, k) / k
+        metrics[f"MRR@{k}"] = np.where(first <= k, 1 / first, 0)
+
+    best = judged[:, :1]  # the maximum over judged documents, retrieved or not
+    # (2^rel - 1) / 2^best, in a form exact up to one rounding for any grade
+    stop = np.exp2(grades - best) - np.exp2(-best)
+    reach = np.cumprod(1 - stop, axis=1)  # probability of going beyond each rank
+    reach = np.concatenate([np.ones_like(best), reach[:, :-1]], axis=1)
+    metrics["ERR"] = (reach * stop / rank).sum(1)
+    share = _ratio(grades, best)
+    for p in PERSISTENCE:
+        metrics[f"RBP{round(10 * p)}"] = (1 - p) * (share @ p ** (rank - 1.0))
+    return metrics
+
+
+def evaluate_run(
+    qrels: Mapping[str, Mapping[str, float]],
+    run: Mapping[str, Mapping[str, float]],
+    ks: Sequence[int] = KS,
+) -> dict[str, np.ndarray]:
+    """Returns `evaluate_rankings` of {query: {document: grade}} and {query: {document: score}}.
+
+    As in trec_eval, scores are compared in float32, ties go by `trec_order`, and the queries are
+    those with judgements and a run, even an empty one: (Q,) is in the order of qrels.
+    """
+    queries = [query for query in qrels if qrels[query] and query in run]
+    # Python's order of strings is that of their UTF-8 bytes, trec_eval's
+    docs = sorted({doc for query in queries for doc in chain(qrels[query], run[query])})
+    index = {doc: i for i, doc in enumerate(docs)}
+
+    def columns(table: Mapping[str, Mapping[str, float]], fill: float):
+        rows = [table[query] for query in queries]
+        ids = _padded([map(index.__getitem__, row) for row in rows], map(len, rows), -1, np.int64)
+        return ids, _padded([r.values() for r in rows], map(len, rows), fill, np.float64)
+
+    ranked, scores = columns(run, -np.inf)
+    judged_docs, judged = columns(qrels, 0)
+    ranked = np.take_along_axis(ranked, trec_order(scores, ranked), axis=1)
+    return evaluate_rankings(lookup_grades(ranked, judged_docs, judged), judged, ks)
+
+
+def summarize(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Means over queries of per-query metrics; DataError if there is no query."""
+    if any(values.size == 0 for values in metrics.values()):
+        raise DataError("no query to average over: none has both judgements and a ranking")
+    return {key: float(values.mean()) for key, values in metrics.items()}
+
+
+def trec_order(scores: np.ndarray, doc_rank: np.ndarray) -> np.ndarray:
+    """Returns indices (Q, K) that sort each row as trec_eval does.
+
+    Best score first, in float32; ties by document id descending, so by `doc_rank`, each
+    document's place among the ids sorted as UTF-8 bytes. Apply with `np.take_along_axis`.
+
+    Args:
+      scores: (Q, K), -inf for padding.
+      doc_rank: (Q, K) integers, -1 for padding.
+    """
+    with np.errstate(over="ignore"):
+        scores = np.asarray(scores).astype(np.float32)
+    return np.lexsort((-doc_rank, -scores), axis=1)
+
+
+def lookup_grades(
+    ranked: np.ndarray, judged_docs: np.ndarray, judged_grades: np.ndarray
+) -> np.ndarray:
+    """Returns grades (Q, K) float64 of ranked documents, 0 where unjudged.
+
+    Args:
+      ranked: (Q, K) document indices, -1 for padding.
+      judged_docs: (Q, J) document indices, each once per row, -1 for padding.
+      judged_grades: (Q, J) their grades.
+    """
+    if judged_docs.size == 0:
+        return np.zeros(ranked.shape)
+    stride = max(ranked.max(initial=0), judged_docs.max()) + 2
+    row = np.arange(len(ranked))[:, None] * stride + 1
+    keys, wanted = (row + judged_docs).ravel(), row + ranked  # one number per (query, document)
+    order = keys.argsort()
+    place = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), keys.size - 1)]
+    found = (keys[place] == wanted) & (ranked >= 0)
+    return np.where(found, np.asarray(judged_grades, np.float64).ravel()[place], 0)
+
+
+def rescale_scores(scores: np.ndarray) -> np.ndarray:
+    """Maps scores (N,) of an evaluated split linearly to int64 1..100; equal scores become 1.
+
+    Truncates, as the authors do, so rounding can cost 1: keep the order of operations. DataError
+    on a score that is no finite number.
+    """
+    scores = np.asarray(scores, np.float64)
+    if not np.isfinite(scores).all():
+        raise DataError("a score of the evaluated split is not a finite number")
+    if scores.size == 0 or scores.min() == scores.max():
+        return np.ones(scores.shape, np.int64)
+    low, high = scores.min(), scores.max()
+    return ((scores - low) / (high - low) * 99 + 1).astype(np.int64)
+
+
+def sample_queries(summed_scores: np.ndarray, n: int = 2000, seed: int = 1) -> np.ndarray:
+    """Draws min(n, Q) test queries without replacement, in proportion to their summed scores.
+
+    The draw is that of pandas `DataFrame.sample(n, weights=..., random_state=seed)` (version 3
+    refuses a draw with n * max(weights) > sum(weights); this one, as before, does not). It depends
+    on row order: for the authors' sample give the queries sorted by id, as pandas groupby does.
+
+    Args:
+      summed_scores: (Q,) sums > 0 of each query's rescaled scores.
+
+    Returns:
+      int64 indices into summed_scores, by descending sum, equal sums in the order drawn.
+    """
+    sums = np.asarray(summed_scores, np.float64)
+    size = min(n, sums.size)
+    if size == 0:
+        return np.zeros(0, np.int64)
+    # the legacy generator, whose stream is frozen across numpy versions
+    drawn = np.random.RandomState(seed).choice(
+        sums.size, size=size, replace=False, p=sums / sums.sum()
+    )
+    return drawn[np.argsort(-sums[drawn], kind="stable")].astype(np.int64)
+
+
+def _gains(grades: np.ndarray) -> np.ndarray:
+    """Grades without negatives, as float64 and with at least one column, so cut-offs exist."""
+    grades = np.maximum(np.asarray(grades, np.float64), 0)
+    return grades if grades.shape[1] else np.zeros((len(grades), 1))
+
+
+def _discounted(gains: np.ndarray) -> np.ndarray:
+    return (gains / np.log2(np.arange(2, gains.shape[1] + 2))).cumsum(1)
+
+
+def _at(cumulative: np.ndarray, k: int) -> np.ndarray:
+    return cumulative[:, min(k, cumulative.shape[1]) - 1]
+
+
+def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a / b, 0 where b is 0."""
+    return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape)), where=b > 0)
+
+
+def _padded(
+    rows: Iterable[Iterable], lengths: Iterable[int], fill: float, dtype: type
+) -> np.ndarray:
+    """Rows of unequal length as one array (rows, longest)."""
+    lengths = np.fromiter(lengths, np.int64)
+    out = np.full((lengths.size, lengths.max(initial=0)), fill, dtype)
+    out[np.arange(out.shape[1]) < lengths[:, None]] = np.fromiter(chain(*rows), dtype)
+    return out

@@ -1,0 +1,66 @@
+"""The two-tower model: fields of either kind into one embedding space."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from gcl_jax.config import ModelConfig
+from gcl_jax.models.layers import gelu, quick_gelu
+from gcl_jax.models.text_towers import TextTower
+from gcl_jax.models.vision import VisionTower
+
+Fields = Mapping[str, jax.Array]
+
+
+def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
+    """Rows of length 1, in float32; a zero row stays zero, with finite gradients."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
+
+
+class CLIP(nnx.Module):
+    """An image tower, a text tower shared by queries and documents, and a learned temperature."""
+
+    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
+        act = quick_gelu if cfg.quick_gelu else gelu
+        dtype = jnp.dtype(cfg.dtype)
+        self.visual = VisionTower(cfg.vision, cfg.embed_dim, act, dtype=dtype, rngs=rngs)
+        self.text = TextTower(cfg.text, cfg.embed_dim, act, dtype=dtype, rngs=rngs)
+        self.logit_scale = nnx.Param(jnp.float32(cfg.init_logit_scale))
+        self.image_mean, self.image_std = tuple(cfg.image_mean), tuple(cfg.image_std)
+
+    def encode_image(self, pixels: UInt8[Array, "b h w 3"]) -> Float[Array, "b e"]:
+        """Pixels (0 to 255) to float32 embeddings of length 1."""
+        images = (pixels.astype(jnp.float32) / 255 - jnp.array(self.image_mean)) / jnp.array(
+            self.image_std
+        )
+        return normalize(self.visual(images))
+
+    def encode_text(self, tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
+        """Token ids to float32 embeddings of length 1."""
+        return normalize(self.text(tokens))
+
+    def encode_fields(self, fields: Fields) -> dict[str, Float[Array, "b e"]]:
+        """Each field through its tower: rank 4 is pixels, rank 2 is token ids."""
+        return {
+            name: self.encode_image(x) if x.ndim == 4 else self.encode_text(x)
+            for name, x in fields.items()
+        }
+
+
+def merge_fields(
+    embeddings: Mapping[str, Float[Array, "b e"]],
+    present: Mapping[str, Bool[Array, "b"]],
+    weights: Mapping[str, float],
+) -> Float[Array, "b e"]:
+    """normalize(sum_a alpha_a * embedding_a); a missing field has weight 0 (method: Loss 2).
+
+    The other weights need no rescaling to sum 1: the normalisation removes their common factor.
+    """
+    total = sum(
+        weights[name] * present[name][:, None] * embedding for name, embedding in embeddings.items()
+    )
+    return normalize(total)

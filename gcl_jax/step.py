@@ -1,0 +1,56 @@
+"""One training step: embed, contrast over the global batch, update."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from gcl_jax.config import TrainConfig
+from gcl_jax.losses.multi_field import multi_field_loss
+from gcl_jax.sharding import replicated
+from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
+
+Metrics = dict[str, jax.Array]
+
+
+def make_train_step(
+    cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
+) -> Callable[[TrainState, Mapping], tuple[TrainState, Metrics]]:
+    """The compiled step (state, global batch) -> (state, metrics); the old state's memory is
+    reused."""
+    graphdef, _ = abstract_model(cfg.model)
+
+    def loss_fn(params, batch):
+        model = merge(graphdef, params)
+        logit_scale = jnp.exp(params["logit_scale"])
+        loss, terms = multi_field_loss(
+            model.encode_fields(batch["query"]),
+            model.encode_fields(batch["document"]),
+            batch,
+            logit_scale,
+            loss=cfg.loss,
+            data=cfg.data,
+            mesh=mesh,
+        )
+        return loss, terms
+
+    def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
+        (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        params["logit_scale"] = jnp.minimum(params["logit_scale"], cfg.model.max_logit_scale)
+        metrics = {
+            "loss": loss,
+            "gradient_norm": optax.tree.norm(gradients),
+            "logit_scale": jnp.exp(state.params["logit_scale"]),
+        }
+        metrics |= {f"loss/{name}": value for name, value in terms.items()}
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(
+        train_step,
+        donate_argnums=0,
+        out_shardings=(state_shardings(cfg.model, tx, mesh), replicated(mesh)),
+    )

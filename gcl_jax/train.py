@@ -1,0 +1,129 @@
+"""Trains a model: `python -m gcl_jax.train --config=configs/emoji_tiny.py --workdir=runs/demo`.
+
+The same command continues a run that was interrupted. Every leaf of the config is a flag, e.g.
+--config.optim.lr=3e-4 or --config.data.store=stores/mine.
+"""
+
+import signal
+import sys
+import time
+from pathlib import Path
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from gcl_jax import config
+from gcl_jax.config import TrainConfig
+from gcl_jax.errors import reported_in_one_line
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: all it writes goes there.")
+
+
+class Interrupted(Exception):
+    """The run stopped early on a signal, after saving."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"saved step {step}; run the same command to continue")
+        self.exit_code = 128 + signum
+
+
+def train(cfg: TrainConfig, workdir: Path) -> None:
+    """Trains to the end of the schedule, from the newest checkpoint in `workdir` if there is one.
+
+    Raises:
+        ConfigError, DataError: bad configuration or data.
+        Interrupted: SIGINT or SIGTERM came; everything is saved.
+    """
+    import jax
+
+    from gcl_jax import evaluate, logs, optim, sharding, state as states
+    from gcl_jax.checkpoint import Checkpointer
+    from gcl_jax.data.pipeline import train_batches
+    from gcl_jax.datasets import open_store
+    from gcl_jax.step import make_train_step
+
+    store = open_store(cfg.data.store)
+    store.check_fields(cfg.data.query_fields, cfg.data.document_fields)
+    batches = train_batches(cfg, store, jax.process_index(), jax.process_count())
+    steps = optim.total_steps(cfg.optim, len(store.pairs(cfg.data.train_split)))
+    tx = optim.make_optimizer(cfg.optim, steps)
+    mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
+    train_step = make_train_step(cfg, tx, mesh)
+    schedule = optim.lr_schedule(cfg.optim, steps)
+
+    workdir.mkdir(parents=True, exist_ok=True)
+    with Checkpointer(workdir, cfg.checkpoint) as checkpointer, _SignalCatcher() as caught:
+        start = checkpointer.latest_step() or 0
+        if start:
+            state, position = checkpointer.restore(states.abstract_state(cfg.model, tx, mesh))
+            batches.set_state(position)
+            print(f"continuing {workdir} from step {start} of {steps}", file=sys.stderr)
+        else:
+            state = states.init_state(cfg.model, tx, mesh, cfg.seed)
+        config.save(cfg, workdir / "config.json")
+        logs.truncate_metrics(workdir, start)
+
+        bar = logs.progress(steps, unit="step", description="train", initial=start)
+        with logs.MetricWriter(workdir) as writer, bar:
+            clock, logged = time.perf_counter(), start
+            for step in range(start + 1, steps + 1):
+                batch = sharding.to_global(next(batches), mesh)
+                state, metrics = train_step(state, batch)
+                bar.update()
+                if step % cfg.log_every == 0 or step == steps:
+                    scalars = {name: float(value) for name, value in metrics.items()}
+                    now = time.perf_counter()
+                    pairs = cfg.optim.batch_size * (step - logged)
+                    scalars["pairs_per_second"] = pairs / (now - clock)
+                    scalars["learning_rate"] = float(schedule(step - 1))
+                    clock, logged = now, step
+                    writer.write(step, scalars)
+                    bar.set_postfix_str(
+                        f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
+                    )
+                checkpointer.check_for_errors()
+                if caught.signum or step % cfg.checkpoint.every == 0 or step == steps:
+                    checkpointer.save(step, state, batches.get_state())
+                if caught.signum and step < steps:
+                    raise Interrupted(caught.signum, step)
+                if cfg.eval.every and step % cfg.eval.every == 0 and step < steps:
+                    summaries = evaluate.evaluate_in_training(cfg, store, state.params, mesh)
+                    writer.write(step, summaries)
+                    clock, logged = time.perf_counter(), step
+
+
+class _SignalCatcher:
+    """Notes SIGINT and SIGTERM instead of dying, so that the step ends and its state is saved; a
+    second SIGINT ends the program at once."""
+
+    signum = 0
+
+    def __enter__(self) -> "_SignalCatcher":
+        self._previous = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def _catch(self, signum: int, _frame) -> None:
+        if self.signum:
+            raise KeyboardInterrupt
+        self.signum = signum
+        print("\nstopping after this step and saving", file=sys.stderr)
+
+    def __exit__(self, *_) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+
+def main(_argv: list[str]) -> None:
+    with reported_in_one_line():
+        config.validate(_CONFIG.value)
+        try:
+            train(_CONFIG.value, Path(_WORKDIR.value))
+        except Interrupted as stop:
+            print(stop, file=sys.stderr)
+            sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)
