@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from jax.sharding import Mesh
 
-from gcl_jax import config, metrics, sharding, state
+from gcl_jax import config, logs, metrics, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore
@@ -177,6 +177,7 @@ def load_run(workdir: Path) -> tuple[TrainConfig, RankedStore, object, Mesh]:
     Raises:
         ConfigError, DataError: `workdir` is no run, or its store is gone.
     """
+    logs.quiet_libraries()
     cfg = config.load(workdir / "config.json")
     mesh = sharding.make_mesh(cfg.mesh, cfg.eval.batch_size)
     _, shapes = state.abstract_model(cfg.model)

@@ -6,9 +6,15 @@ import time
 from pathlib import Path
 
 import tqdm
+from absl import logging
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+
+def quiet_libraries() -> None:
+    """Leaves the terminal to our own lines: orbax and TFDS report every file at level INFO."""
+    logging.set_verbosity(logging.WARNING)
 
 
 class MetricWriter:

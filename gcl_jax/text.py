@@ -1,7 +1,8 @@
 """Tokenizers: CLIP's byte-pair encoding, or any Hugging Face tokenizer, to fixed-length ids.
 
 CLIP's ids equal those of open_clip's `SimpleTokenizer`: same cleaning, same word pattern, same
-merges; only the merging runs in the Rust `tokenizers` library. No jax: runs in data workers.
+merges; the splitting and merging run in the Rust `tokenizers` library. (Letters of Unicode 17 and
+later may be split otherwise, as they are between versions of open_clip's own `regex`.)
 """
 
 import gzip
@@ -99,7 +100,8 @@ def _clip_bpe() -> tokenizers.Tokenizer:
     """The encoder of cleaned text; vocabulary order as in CLIP: bytes, word-final bytes, merges."""
     packed = resources.files("gcl_jax") / "assets/clip_bpe/bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
-    merges = [tuple(line.split()) for line in lines[1:48895]]  # CLIP uses the first 48894
+    # CLIP uses the first 48894 merges, below a line of version
+    merges = [(left, right) for left, right in map(str.split, lines[1:48895])]
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     symbols = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]
     vocab = [*symbols, *(s + "</w>" for s in symbols), *(a + b for a, b in merges)]

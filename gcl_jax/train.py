@@ -43,6 +43,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     from gcl_jax.datasets import open_store
     from gcl_jax.step import make_train_step
 
+    logs.quiet_libraries()
     store = open_store(cfg.data.store)
     store.check_fields(cfg.data.query_fields, cfg.data.document_fields)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count())

@@ -140,7 +140,8 @@ def test_arrays_and_dictionaries_agree():
     names = [f"doc {i:03d}" for i in range(docs)]  # ids sort as their indices do
     judged_docs = np.stack([rng.permutation(docs)[:9] for _ in range(queries)])
     judged = rng.integers(0, 5, judged_docs.shape)
-    judged_docs[3, 4:], judged[3, 4:] = -1, 0  # a short row
+    judged_docs[3, 4:], judged[3, 4:] = -1, 0  # short rows, of one query and in both tables
+    judged_docs[5, 4:], judged[5, 4:] = -1, 0
     ranked = np.stack([rng.permutation(docs)[:depth] for _ in range(queries)])
     scores = rng.choice(SCORES, ranked.shape)
     ranked[5, 7:], scores[5, 7:] = -1, -np.inf
@@ -160,6 +161,14 @@ def test_arrays_and_dictionaries_agree():
         np.testing.assert_array_equal(values, dictionaries[key])
 
 
+def test_padding_is_no_document():
+    ranked, judged_docs = np.array([[4, -1, 2]]), np.array([[2, -1]])
+    np.testing.assert_array_equal(
+        lookup_grades(ranked, judged_docs, np.array([[7, 9]])), [[0, 0, 7]]
+    )
+    np.testing.assert_array_equal(lookup_grades(ranked, judged_docs[:, :0], judged_docs[:, :0]), 0)
+
+
 def test_rescaled_scores():
     # the authors' truncation: 27 / 99 * 99 + 1 comes out just below 28
     scores = np.arange(1, 101)
@@ -177,11 +186,12 @@ def test_sampled_queries_recorded_from_pandas():
     sums = np.arange(1, 41) * 37 % 101
     np.testing.assert_array_equal(sample_queries(sums, n=8), [29, 7, 15, 4, 12, 17, 6, 0])
     assert sorted(sample_queries(sums, n=2000)) == list(range(40))
-    np.testing.assert_array_equal(sample_queries(np.array([5, 9, 5, 9]), n=9)[:2] % 2, [1, 1])
+    drawn = sample_queries(np.full(1000, 7.0), n=500)  # equal sums: in the order drawn
+    np.testing.assert_array_equal(drawn[:6], [417, 720, 0, 302, 146, 92])
     assert sample_queries(np.array([])).shape == (0,)
 
 
-@pytest.mark.parametrize("size, n", [(1, 1), (60, 50), (5000, 2000)])
+@pytest.mark.parametrize(("size", "n"), [(1, 1), (60, 50), (5000, 2000)])
 def test_sampled_queries_equal_those_of_pandas(size, n):
     pandas = pytest.importorskip("pandas")
     # distinct, so there is one order only, and even, as pandas 3 refuses steep weights

@@ -15,7 +15,7 @@ def make(kind: str, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "kind, scores, expected",
+    ("kind", "scores", "expected"),
     [
         ("constant", [1, 37, 100], [1, 1, 1]),
         ("linear", [1, 25, 50], [0.01, 0.25, 0.5]),
@@ -36,7 +36,8 @@ def test_one_at_the_top_positive_and_monotone(kind, max_score):
     w = make(kind, max_score=max_score)
     assert w(np.array([max_score]))[0] == 1.0
     weights = w(np.linspace(1, max_score, 1000))
-    assert np.all(weights > 0) and np.all(np.diff(weights) >= 0)
+    assert np.all(weights > 0)
+    assert np.all(np.diff(weights) >= 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -45,12 +46,13 @@ def test_any_shape_float32_and_picklable(kind):
     for shape in [(), (0,), (5,), (2, 3, 4)]:
         scores = np.full(shape, 42)
         weights = w(scores)
-        assert weights.shape == shape and weights.dtype == np.float32
+        assert weights.shape == shape
+        assert weights.dtype == np.float32
         np.testing.assert_array_equal(pickle.loads(pickle.dumps(w))(scores), weights)
 
 
 @pytest.mark.parametrize(
-    "kwargs, message",
+    ("kwargs", "message"),
     [
         ({"kind": "cubic"}, "constant, linear, inverse, inverse_sqrt, log, sqrt, piecewise"),
         ({"kind": "linear", "max_score": 0.5}, "max_score"),
