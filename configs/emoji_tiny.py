@@ -14,9 +14,10 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
             embed_dim=128,
-            vision=VisionConfig(image_size=32, patch_size=8, width=128, layers=3, head_width=32),
-            text=TextConfig(context_length=16, width=128, heads=4, layers=1),
+            vision=VisionConfig(image_size=48, patch_size=16, width=128, layers=3),
+            text=TextConfig(context_length=12, width=128, heads=2, layers=1),
+            quick_gelu=True,
         ),
         data=DataConfig(augmentation="crop", cached_documents=10_000),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, epochs=1, batch_size=512, weight_decay=0.1),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, epochs=2, batch_size=512, weight_decay=0.1),
     )

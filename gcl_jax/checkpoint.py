@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import jax
 import orbax.checkpoint as ocp
 
 from gcl_jax.config import CheckpointConfig
@@ -50,9 +49,9 @@ class Checkpointer:
     def restore(self, abstract: TrainState) -> tuple[TrainState, dict]:
         """The newest checkpoint as (state, data position), placed as the shardings of `abstract`
         say, whatever mesh wrote it."""
-        step = self._latest()
-        restored = self._restore(
-            step,
+        restored = _restore(
+            self._manager,
+            self._latest(),
             state=ocp.args.StandardRestore(_as_tree(abstract)),
             data=ocp.args.JsonRestore(),
         )
@@ -67,9 +66,7 @@ class Checkpointer:
             self.directory, item_handlers={"state": ocp.PyTreeCheckpointHandler()}
         )
         with manager:
-            return manager.restore(self._latest(), args=ocp.args.Composite(state=args)).state[
-                "params"
-            ]
+            return _restore(manager, self._latest(), state=args)["state"]["params"]
 
     def _latest(self) -> int:
         step = self.latest_step()
@@ -77,26 +74,16 @@ class Checkpointer:
             raise DataError(f"{self.directory} holds no complete checkpoint; train first")
         return step
 
-    def _restore(self, step: int, **items):
-        try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).partition("\n")[0]
-            raise DataError(
-                f"{self.directory}/{step} does not fit this configuration or is damaged: {reason}"
-            ) from error
+
+def _restore(manager: ocp.CheckpointManager, step: int, **items):
+    try:
+        return manager.restore(step, args=ocp.args.Composite(**items))
+    except (ValueError, KeyError, FileNotFoundError) as error:
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise DataError(
+            f"{manager.directory}/{step} does not fit this configuration or is damaged: {reason}"
+        ) from error
 
 
 def _as_tree(state: TrainState) -> dict:
     return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-
-
-def params_digest(params: Params) -> str:
-    """Hex SHA-256 over all parameters, in path order: equal only for bit-equal parameters."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_flatten_with_path(jax.device_get(params))[0]:
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(leaf.tobytes())
-    return digest.hexdigest()

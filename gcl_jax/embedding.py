@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
@@ -27,9 +28,9 @@ class FieldEmbeddings:
     def merged(self, weights: Mapping[str, float]) -> Float[np.ndarray, "n e"]:
         """Rows of length 1, the weighted sum of the fields that `weights` names; a record that has
         none of them is a row of zeros."""
-        names = list(weights)
-        pick = ({name: values[name] for name in names} for values in (self.fields, self.present))
-        return np.asarray(merge_fields(*pick, weights))
+        fields = {name: jnp.asarray(self.fields[name]) for name in weights}
+        present = {name: jnp.asarray(self.present[name]) for name in weights}
+        return np.asarray(merge_fields(fields, present, weights))
 
     def take(self, rows: np.ndarray) -> "FieldEmbeddings":
         return FieldEmbeddings(
@@ -59,8 +60,8 @@ class Embedder:
         quiet: bool = False,
     ) -> FieldEmbeddings:
         """Embeds the records `indices`, in that order, with a progress bar unless `quiet`."""
-        embeddings = {field: [] for field in fields}
-        present = {field: [] for field in fields}
+        embeddings: dict[str, list] = {field: [] for field in fields}
+        present: dict[str, list] = {field: [] for field in fields}
         batch_size = self._cfg.eval.batch_size
         batches = corpus_batches(self._cfg, records, fields, indices, batch_size)
         bar = logs.progress(len(indices), unit="records", description=description, quiet=quiet)

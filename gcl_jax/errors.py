@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """Something in the input is wrong; the message is one line that says what and how to mend it."""
+    """Something in the input is wrong; the message is one line: what, and how to mend it."""
 
 
 class ConfigError(UserError):

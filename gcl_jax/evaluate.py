@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -20,7 +21,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.embedding import Embedder, FieldEmbeddings
-from gcl_jax.errors import reported_in_one_line
+from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.retrieval import exact_top_k
 
 KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
@@ -72,24 +73,22 @@ def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judge
     return Judgements(rows[chosen], documents, grades)
 
 
-def rank_and_score(
+def judged_metrics(
     judgements: Judgements,
-    queries: np.ndarray,
-    documents: np.ndarray,
+    scores: np.ndarray,
+    found: np.ndarray,
     document_rank: np.ndarray,
     top_k: int,
 ) -> dict[str, np.ndarray]:
-    """Protocol steps 3 to 5: per-query metrics of the exact ranking.
+    """Protocol steps 4 and 5: per-query metrics, float64 (q,), of retrieved documents.
 
     Args:
-        queries: float32 (q, e). documents: float32 (n, e), the corpus.
+        scores, found: (q, k) scores and positions within the corpus of the retrieved documents.
         document_rank: int (n,), each document's place among the sorted ids, which breaks ties.
     """
-    scores, found = exact_top_k(queries, documents, top_k)
     found = np.take_along_axis(found, metrics.trec_order(scores, document_rank[found]), axis=1)
     grades = metrics.lookup_grades(found, judgements.documents, judgements.grades)
-    ks = [k for k in KS if k <= top_k]
-    return metrics.evaluate_rankings(grades, judgements.grades, ks)
+    return metrics.evaluate_rankings(grades, judgements.grades, [k for k in KS if k <= top_k])
 
 
 def evaluate_splits(
@@ -101,7 +100,9 @@ def evaluate_splits(
     judgements = {s: sample_judgements(store, s, max_queries) for s in cfg.eval.splits}
 
     def embed(kind: str, fields, rows) -> FieldEmbeddings:
-        return embedder.embed(getattr(store, kind), list(fields), rows, description=kind, quiet=quiet)
+        return embedder.embed(
+            getattr(store, kind), list(fields), rows, description=kind, quiet=quiet
+        )
 
     document_rows = np.unique(np.concatenate(list(corpora.values())))
     query_rows = np.unique(np.concatenate([j.queries for j in judgements.values()]))
@@ -112,23 +113,18 @@ def evaluate_splits(
     variants = {"merged": cfg.data.document_fields}
     if len(cfg.data.document_fields) > 1:
         variants |= {field: {field: 1.0} for field in cfg.data.document_fields}
-    results = {}
+    results: dict[str, dict[str, dict[str, float]]] = {}
     for split in cfg.eval.splits:
         corpus = documents.take(np.searchsorted(document_rows, corpora[split]))
         asked = queries.take(np.searchsorted(query_rows, judgements[split].queries))
         query_embeddings = asked.merged(cfg.data.query_fields)
-        results[split] = {
-            name: metrics.summarize(
-                rank_and_score(
-                    judgements[split],
-                    query_embeddings,
-                    corpus.merged(weights),
-                    document_rank[corpora[split]],
-                    cfg.eval.top_k,
-                )
+        results[split] = {}
+        for name, weights in variants.items():
+            scores, found = exact_top_k(query_embeddings, corpus.merged(weights), cfg.eval.top_k)
+            values = judged_metrics(
+                judgements[split], scores, found, document_rank[corpora[split]], cfg.eval.top_k
             )
-            for name, weights in variants.items()
-        }
+            results[split][name] = metrics.summarize(values)
     return results
 
 
@@ -146,16 +142,19 @@ def evaluate_in_training(
     }
 
 
-def as_report(split: str, variants: dict[str, dict[str, float]], queries: int) -> dict:
-    """One split's results under the authors' names, and the summary of each field alone."""
+def as_report(split: str, step: int, variants: dict[str, dict[str, float]]) -> dict:
+    """One split's results at training step `step` under the authors' names, and the summary of
+    each field alone."""
 
     def summary(values: dict[str, float]) -> dict[str, float]:
         return {name: values[key] for name, key in SUMMARY.items() if key in values}
 
     merged = variants["merged"]
-    report = {"split": split, "summary": summary(merged)}
+    report = {"split": split, "step": step, "summary": summary(merged)}
     for table, prefix in TABLES.items():
-        report[table] = {key: value for key, value in merged.items() if key.startswith(f"{prefix}@")}
+        report[table] = {
+            key: value for key, value in merged.items() if key.startswith(f"{prefix}@")
+        }
     report["fields"] = {name: summary(v) for name, v in variants.items() if name != "merged"}
     return report
 
@@ -171,20 +170,31 @@ def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def load_run(workdir: Path) -> tuple[TrainConfig, RankedStore, object, Mesh]:
-    """(config, store, parameters of the newest checkpoint, mesh) of a training run.
+class Run(NamedTuple):
+    """A trained run, opened: its configuration, store, newest parameters, mesh and step."""
+
+    cfg: TrainConfig
+    store: RankedStore
+    params: state.Params
+    mesh: Mesh
+    step: int
+
+
+def load_run(workdir: Path) -> Run:
+    """Opens the training run in `workdir` at its newest checkpoint.
 
     Raises:
         ConfigError, DataError: `workdir` is no run, or its store is gone.
     """
     logs.quiet_libraries()
     cfg = config.load(workdir / "config.json")
-    mesh = sharding.make_mesh(cfg.mesh, cfg.eval.batch_size)
+    mesh = sharding.make_mesh(cfg.mesh, cfg.eval.batch_size, "eval.batch_size")
     _, shapes = state.abstract_model(cfg.model)
     abstract = state.with_shardings(shapes, sharding.param_shardings(shapes, mesh))
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         params = checkpointer.restore_params(abstract)
-    return cfg, open_store(cfg.data.store), params, mesh
+        step = checkpointer.latest_step() or 0
+    return Run(cfg, open_store(cfg.data.store), params, mesh, step)
 
 
 def main() -> None:
@@ -193,13 +203,15 @@ def main() -> None:
     parser.add_argument("--max_queries", type=int, help="test queries per split (default: config)")
     args = parser.parse_args()
     with reported_in_one_line():
-        cfg, store, params, mesh = load_run(args.workdir)
-        max_queries = args.max_queries or cfg.eval.max_queries
+        cfg, store, params, mesh, step = load_run(args.workdir)
+        max_queries = cfg.eval.max_queries if args.max_queries is None else args.max_queries
+        if max_queries < 1:
+            raise UserError(f"--max_queries={max_queries} must be 1 or more")
         results = evaluate_splits(cfg, store, params, mesh, max_queries)
         folder = args.workdir / "eval"
         folder.mkdir(exist_ok=True)
         for split, variants in results.items():
-            report = as_report(split, variants, max_queries)
+            report = as_report(split, step, variants)
             (folder / f"{split}.json").write_text(json.dumps(report, indent=2) + "\n")
         print(format_table(results))
 

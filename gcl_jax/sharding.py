@@ -13,8 +13,9 @@ BATCH_AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**14
 
 
-def make_mesh(cfg: MeshConfig, batch_size: int) -> Mesh:
-    """A mesh with axes ("data", "fsdp") over all devices, for global batches of `batch_size`.
+def make_mesh(cfg: MeshConfig, batch_size: int, key: str = "optim.batch_size") -> Mesh:
+    """A mesh with axes ("data", "fsdp") over all devices, for global batches of `batch_size`, which
+    the configuration sets under `key`.
 
     The axes are Auto: the towers' gathers and concatenations then need no annotations, and every
     place where a sharding matters (parameters, moments, batches, loss) states it.
@@ -30,9 +31,7 @@ def make_mesh(cfg: MeshConfig, batch_size: int) -> Mesh:
             "that there are"
         )
     if batch_size % devices:
-        raise ConfigError(
-            f"config.optim.batch_size={batch_size} is no multiple of the {devices} devices"
-        )
+        raise ConfigError(f"config.{key}={batch_size} is no multiple of the {devices} devices")
     return jax.make_mesh((data, cfg.fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 

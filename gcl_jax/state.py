@@ -19,9 +19,12 @@ Params = dict[str, Any]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainState:
-    """step: int32 scalar, steps done. params: nested dicts of arrays. opt_state: optax's."""
+    """step: int32 scalar, steps done. params: nested dicts of arrays. opt_state: optax's.
 
-    step: jax.Array
+    A leaf may also be a ShapeDtypeStruct or a sharding, where a function says so.
+    """
+
+    step: Any
     params: Params
     opt_state: optax.OptState
 
@@ -71,9 +74,7 @@ def init_state(
     return jax.jit(create, out_shardings=state_shardings(cfg, tx, mesh))(jax.random.key(seed))
 
 
-def abstract_state(
-    cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh
-) -> TrainState:
+def abstract_state(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A `TrainState` of ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
     _, params = abstract_model(cfg)
     shapes = TrainState(

@@ -4,6 +4,7 @@ The same command continues a run that was interrupted. Every leaf of the config 
 --config.optim.lr=3e-4 or --config.data.store=stores/mine.
 """
 
+import contextlib
 import signal
 import sys
 import time
@@ -14,7 +15,7 @@ from ml_collections import config_flags
 
 from gcl_jax import config
 from gcl_jax.config import TrainConfig
-from gcl_jax.errors import reported_in_one_line
+from gcl_jax.errors import ConfigError, reported_in_one_line
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: all it writes goes there.")
@@ -37,7 +38,8 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     """
     import jax
 
-    from gcl_jax import evaluate, logs, optim, sharding, state as states
+    from gcl_jax import evaluate, logs, optim, sharding
+    from gcl_jax import state as states
     from gcl_jax.checkpoint import Checkpointer
     from gcl_jax.data.pipeline import train_batches
     from gcl_jax.datasets import open_store
@@ -45,7 +47,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
 
     logs.quiet_libraries()
     store = open_store(cfg.data.store)
-    store.check_fields(cfg.data.query_fields, cfg.data.document_fields)
+    cfg = store.resolve(cfg)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count())
     steps = optim.total_steps(cfg.optim, len(store.pairs(cfg.data.train_split)))
     tx = optim.make_optimizer(cfg.optim, steps)
@@ -54,7 +56,12 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     schedule = optim.lr_schedule(cfg.optim, steps)
 
     workdir.mkdir(parents=True, exist_ok=True)
-    with Checkpointer(workdir, cfg.checkpoint) as checkpointer, _SignalCatcher() as caught:
+    # Unclosed, the threads that prefetch from an endless data set outlive the training.
+    with (
+        contextlib.closing(batches),
+        Checkpointer(workdir, cfg.checkpoint) as checkpointer,
+        _SignalCatcher() as caught,
+    ):
         start = checkpointer.latest_step() or 0
         if start:
             state, position = checkpointer.restore(states.abstract_state(cfg.model, tx, mesh))
@@ -125,6 +132,16 @@ def main(_argv: list[str]) -> None:
             sys.exit(stop.exit_code)
 
 
+def parse_flags(argv: list[str]) -> list[str]:
+    """absl's parser, with a line instead of a traceback for what `config_flags` raises."""
+    with reported_in_one_line():
+        try:
+            return app.parse_flags_with_usage(argv)
+        except (KeyError, AttributeError, TypeError, OSError, ImportError, SyntaxError) as error:
+            reason = error.args[0] if isinstance(error, KeyError) else error
+            raise ConfigError(f"--config: {reason}") from None
+
+
 if __name__ == "__main__":
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -1,1 +1,1 @@
-"""Reading a store: random access, pixels, batches. Never imports jax: it runs in worker processes."""
+"""Reading a store: random access, pixels, batches. No jax here: it runs in worker processes."""

@@ -10,6 +10,7 @@ A training batch of b pairs:
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import grain
 import grain.experimental
@@ -42,12 +43,12 @@ class FieldEncoder:
     def _load_record(self, index: int) -> dict:
         """Decoded images and token ids of record `index`; None for a missing field."""
         record = self._records[index]
-        loaded = {}
-        for field, kind in self._kinds.items():
+        loaded: dict[str, Any] = {}
+        for field in self._kinds:
             value = record[field]
             if not value:
                 loaded[field] = None
-            elif kind == "text":
+            elif isinstance(value, str):
                 loaded[field] = self._tokenizer([value])[0]
             else:
                 try:
@@ -134,7 +135,9 @@ def train_batches(cfg: TrainConfig, store: RankedStore, shard: int = 0, num_shar
         examples,
         cfg.optim.batch_size,
         grain.sharding.ShardOptions(shard_index=shard, shard_count=num_shards),
-        read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=4 * cfg.optim.batch_size),
+        read_options=grain.ReadOptions(
+            num_threads=2, prefetch_buffer_size=4 * cfg.optim.batch_size
+        ),
         multiprocessing_options=workers if cfg.data.num_workers else None,
     )
     return iter(iterator)

@@ -5,13 +5,14 @@
       documents/1.0.0/*.array_record-*    a TFDS data set: every document once, `id` and its fields
       queries/1.0.0/*.array_record-*      likewise
       pairs/SPLIT/{query,document,score}.npy   int32, int32, float32 columns, one row per pair
-      corpora/NAME.npy                    int32, the documents that a split's queries search
+      corpora/NAME.npy                    int32, ascending: what the queries of a split search
 
 Documents and queries are records of any size, so they live in ArrayRecord files. A pair is 12
 bytes: memory-mapped columns give a random read without parsing, are shared by all worker processes
 of a host, and make a whole split's relevance judgements available at once for evaluation.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gcl_jax.config import TrainConfig
 from gcl_jax.errors import DataError
 
 VERSION = "1.0.0"
@@ -50,9 +52,10 @@ class Records:
     def _source(self):
         import tensorflow_datasets as tfds
 
-        skip = {name: tfds.decode.SkipDecoding() for name, kind in self.fields.items() if kind == "image"}
+        images = [name for name, kind in self.fields.items() if kind == "image"]
         builder = tfds.builder_from_directory(self._directory)
-        return builder.as_data_source("corpus", decoders=skip)
+        decoders = {name: tfds.decode.SkipDecoding() for name in images}
+        return builder.as_data_source("corpus", decoders=decoders)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -70,7 +73,7 @@ class Records:
     @functools.cached_property
     def ids(self) -> list[str]:
         """The id of every record, in order."""
-        return [record["id"] for record in self]
+        return [str(record["id"]) for record in self]
 
     def __getstate__(self) -> dict:
         return {"fields": self.fields, "_directory": self._directory}
@@ -119,7 +122,8 @@ class RankedStore:
         )
 
     def corpus(self, split: str) -> np.ndarray:
-        """int32 (documents,): the row numbers of the documents that the queries of `split` search."""
+        """int32 (documents,), ascending: the rows of the documents that the queries of `split`
+        search."""
         self._check_split(split)
         return np.load(self.directory / "corpora" / f"{self.info['splits'][split]['corpus']}.npy")
 
@@ -129,13 +133,31 @@ class RankedStore:
                 f"store {self.directory} has no split {split!r}; it has {', '.join(self.splits)}"
             )
 
-    def check_fields(self, query_fields: dict, document_fields: dict) -> None:
-        """Raises `DataError` when a field that the configuration names is not in the store."""
-        for side, asked in (("query", query_fields), ("document", document_fields)):
-            has = self.info[f"{side}_fields"]
-            for field in asked:
-                if field not in has:
-                    raise DataError(
-                        f"store {self.directory} has no {side} field {field!r} "
-                        f"(config.data.{side}_fields); it has {', '.join(has)}"
-                    )
+    def resolve(self, cfg: TrainConfig) -> TrainConfig:
+        """A copy of `cfg` in which everything that depends on the data is spelled out: fields and
+        their weights, the split to train on, the splits to evaluate.
+
+        Raises:
+            DataError: `cfg` names a field, a split or a field pair that this store does not have.
+        """
+        cfg = copy.deepcopy(cfg)
+        for side in ("query", "document"):
+            has, key = self.info[f"{side}_fields"], f"{side}_fields"
+            asked = getattr(cfg.data, key) or dict.fromkeys(has, 1 / len(has))
+            setattr(cfg.data, key, asked)
+            if unknown := [field for field in asked if field not in has]:
+                raise DataError(
+                    f"store {self.directory} has no {side} field {unknown[0]!r} "
+                    f"(config.data.{key}); it has {', '.join(has)}"
+                )
+        cfg.data.train_split = cfg.data.train_split or self.splits[0]
+        cfg.eval.splits = cfg.eval.splits or tuple(self.splits)
+        for split in (cfg.data.train_split, *cfg.eval.splits):
+            self._check_split(split)
+        pairs = [f"{q}:{d}" for q in cfg.data.query_fields for d in cfg.data.document_fields]
+        if unknown := [pair for pair in cfg.loss.pair_weights if pair not in pairs]:
+            raise DataError(
+                f"config.loss.pair_weights: {unknown[0]!r} is no field pair; there are "
+                f"{', '.join(pairs)}"
+            )
+        return cfg

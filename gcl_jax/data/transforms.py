@@ -2,14 +2,13 @@
 
 import io
 import math
-import warnings
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from gcl_jax.errors import DataError
 
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -19,11 +18,16 @@ def decode_image(data: bytes) -> Image.Image:
         DataError: not an image, truncated, or so large that it may be a decompression bomb.
     """
     try:
-        return Image.open(io.BytesIO(data)).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise DataError(f"unreadable image: {error}") from None
-    except Image.DecompressionBombWarning:
-        raise DataError("unreadable image: too many pixels, may be a decompression bomb") from None
+        image = Image.open(io.BytesIO(data))
+        if image.width * image.height <= MAX_PIXELS:
+            return image.convert("RGB")
+        reason = f"{image.width} x {image.height} pixels may be a decompression bomb"
+    except UnidentifiedImageError:
+        reason = "not an image"
+    # Pillow's decoders raise whatever their libraries do; each of it means the same to the caller.
+    except Exception as error:
+        reason = str(error)
+    raise DataError(f"unreadable image: {reason}")
 
 
 def resize_and_center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -32,7 +36,9 @@ def resize_and_center_crop(image: Image.Image, size: int) -> np.ndarray:
     width, height = image.size
     scale = size / min(width, height)
     width, height = (
-        (size, int(size * height / width)) if width <= height else (int(size * width / height), size)
+        (size, int(size * height / width))
+        if width <= height
+        else (int(size * width / height), size)
     )
     if scale != 1:
         image = image.resize((width, height), Image.Resampling.BICUBIC)
@@ -55,7 +61,7 @@ def random_resized_crop(
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
             box = (left, top, left + w, top + h)
             return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
     return resize_and_center_crop(image, size)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 from gcl_jax.data.store import VERSION, RankedStore
+from gcl_jax.errors import DataError
 
 
 def open_store(name: str) -> RankedStore:
@@ -21,5 +22,9 @@ def open_store(name: str) -> RankedStore:
         from gcl_jax.datasets.builder import write_store
         from gcl_jax.datasets.emoji import EmojiSource
 
-        write_store(EmojiSource(), directory)
+        try:
+            write_store(EmojiSource(), directory)
+        except (OSError, DataError):
+            if not directory.exists():  # else another process was quicker, with the same result
+                raise
     return RankedStore(directory)

@@ -2,10 +2,12 @@
 queries by a search engine over metadata that the model never sees. `tools/build_emoji.py` makes the
 tables; `emoji/LICENSES.md` names every source."""
 
-import functools
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gcl_jax.data.store import Pairs
@@ -18,28 +20,25 @@ class EmojiSource:
     """Documents {image, title}, queries {query}, and the four splits of the paper."""
 
     name = "emoji"
-    query_fields = {"query": "text"}
-    document_fields = {"image": "image", "title": "text"}
+    query_fields: ClassVar = {"query": "text"}
+    document_fields: ClassVar = {"image": "image", "title": "text"}
 
     def __init__(self, tables: Path = TABLES):
         self._tables = tables
 
-    @functools.cache
-    def _table(self, name: str, columns: tuple[str, ...]) -> dict[str, list]:
-        return pq.read_table(self._tables / f"{name}.parquet", columns=list(columns)).to_pydict()
+    def _read(self, table: str, *columns: str) -> pa.Table:
+        return pq.read_table(self._tables / f"{table}.parquet", columns=list(columns))
 
-    def documents(self):
-        return _rows(self._table("documents", ("id", "image", "title")))
+    def documents(self) -> list[dict]:
+        return self._read("documents", "id", "image", "title").to_pylist()
 
-    def queries(self):
-        return _rows(self._table("queries", ("id", "query")))
+    def queries(self) -> list[dict]:
+        return self._read("queries", "id", "query").to_pylist()
 
     def splits(self) -> dict[str, Split]:
         pairs = pq.read_table(self._tables / "pairs.parquet")
-        query = _row_numbers(pairs["query_id"], self._table("queries", ("id", "query"))["id"])
-        document = _row_numbers(
-            pairs["document_id"], self._table("documents", ("id", "image", "title"))["id"]
-        )
+        query = _row_numbers(pairs["query_id"], self._read("queries", "id")["id"])
+        document = _row_numbers(pairs["document_id"], self._read("documents", "id")["id"])
         score = pairs["score_linear"].to_numpy().astype(np.float32)
         split = np.array(pairs["split"].to_pylist())
         corpus = {"in_domain": "half_0", "novel_query": "half_0"}
@@ -52,19 +51,16 @@ class EmojiSource:
         }
 
     def corpora(self) -> dict[str, np.ndarray]:
-        half = np.array(self._table("documents", ("half",))["half"])
+        half = self._read("documents", "half")["half"].to_numpy()
         return {f"half_{h}": np.flatnonzero(half == h) for h in (0, 1)}
 
     def provenance(self) -> dict[str, object]:
-        return {"source": "bundled emoji benchmark", "licences": "see gcl_jax/datasets/emoji/LICENSES.md"}
+        return {
+            "source": "bundled emoji benchmark",
+            "licences": "gcl_jax/datasets/emoji/LICENSES.md",
+        }
 
 
-def _rows(columns: dict[str, list]):
-    return (dict(zip(columns, row)) for row in zip(*columns.values()))
-
-
-def _row_numbers(ids, order: list[str]) -> np.ndarray:
-    position = {key: i for i, key in enumerate(order)}
-    codes = ids.combine_chunks().dictionary_encode()
-    lookup = np.array([position[key] for key in codes.dictionary.to_pylist()], np.int32)
-    return lookup[codes.indices.to_numpy()]
+def _row_numbers(ids: pa.ChunkedArray, order: pa.ChunkedArray) -> np.ndarray:
+    """int32: where in `order` each of `ids` stands."""
+    return pc.index_in(ids.cast(pa.string()), value_set=order.combine_chunks()).to_numpy()

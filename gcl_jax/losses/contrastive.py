@@ -121,7 +121,9 @@ def _kept(
     return kept | positive
 
 
-def _normalized(rows: PairRows, weight_norm: str, total) -> tuple[Float[Array, " n"], Float[Array, ""]]:
+def _normalized(
+    rows: PairRows, weight_norm: str, total
+) -> tuple[Float[Array, " n"], Float[Array, ""]]:
     """(weights, N) over the valid rows; `total` sums over the global batch."""
     weight = jnp.where(rows.valid, rows.weight, 0.0)
     count = jnp.maximum(total(rows.valid.astype(jnp.float32)), 1.0)

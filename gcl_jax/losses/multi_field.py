@@ -56,11 +56,14 @@ def multi_field_loss(
     terms = {}
     total = jnp.float32(0)
     if loss.merged:
+        valid = _mergeable(query_present, data.query_fields) & _mergeable(
+            document_present, data.document_fields
+        )
         terms["merged"] = contrast(
             merge_fields(query_embeddings, query_present, data.query_fields),
             merge_fields(document_embeddings, document_present, data.document_fields),
             logit_scale,
-            rows(jnp.ones_like(batch["weight"], bool)),
+            rows(valid),
         )
         total += loss.merged * terms["merged"]
     for (q, d), weight in pair_term_weights(loss, data).items():
@@ -70,3 +73,8 @@ def multi_field_loss(
             terms[f"{q}:{d}"] = term
             total += weight * term
     return total, terms
+
+
+def _mergeable(present: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
+    """True where a field of weight above 0 is present: the merged embedding is not zero."""
+    return sum(weight * present[field] for field, weight in weights.items()) > 0

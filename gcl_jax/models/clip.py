@@ -1,5 +1,6 @@
 """The two-tower model: fields of either kind into one embedding space."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -60,7 +61,5 @@ def merge_fields(
 
     The other weights need no rescaling to sum 1: the normalisation removes their common factor.
     """
-    total = sum(
-        weights[name] * present[name][:, None] * embedding for name, embedding in embeddings.items()
-    )
-    return normalize(total)
+    weighted = [weights[a] * present[a][:, None] * x for a, x in embeddings.items()]
+    return normalize(functools.reduce(jnp.add, weighted))

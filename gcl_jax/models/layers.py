@@ -31,7 +31,9 @@ class Attention(nnx.Module):
         self.in_proj = nnx.Linear(
             width, 3 * width, kernel_init=normal(width**-0.5), dtype=dtype, rngs=rngs
         )
-        self.out_proj = nnx.Linear(width, width, kernel_init=normal(out_std), dtype=dtype, rngs=rngs)
+        self.out_proj = nnx.Linear(
+            width, width, kernel_init=normal(out_std), dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, x: Float[Array, "b t d"], *, is_causal: bool) -> Float[Array, "b t d"]:
         b, t, d = x.shape

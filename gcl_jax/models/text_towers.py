@@ -1,6 +1,5 @@
 """The text tower: CLIP's causal transformer, pooled at the end token."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
@@ -34,8 +33,3 @@ class TextTower(nnx.Module):
         end = jnp.argmax(tokens, axis=-1)
         pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         return self.ln_final(pooled) @ self.text_projection[...].astype(self.dtype)
-
-
-def count_parameters(params) -> int:
-    """Number of parameters in a pytree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -38,8 +38,10 @@ class VisionTower(nnx.Module):
         """Normalised images to unnormalised embeddings."""
         b, h, w, _ = images.shape
         p = self.patch_size
-        # The convolution of stride = kernel size, written as one matmul over (row, column, channel).
-        patches = images.reshape(b, h // p, p, w // p, p, 3).swapaxes(2, 3).reshape(b, -1, p * p * 3)
+        # The convolution of stride = kernel size, as one matmul over (row, column, channel).
+        patches = (
+            images.reshape(b, h // p, p, w // p, p, 3).swapaxes(2, 3).reshape(b, -1, p * p * 3)
+        )
         x = patches.astype(self.dtype) @ self.patch_embedding[...].astype(self.dtype)
         token = jnp.broadcast_to(self.class_embedding[...].astype(self.dtype), (b, 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1)

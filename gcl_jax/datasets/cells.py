@@ -1,0 +1,90 @@
+"""What a cell of a table may hold: text, a score, a split's name, an image."""
+
+import io
+import math
+import os
+import re
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+
+from gcl_jax.data.transforms import decode_image
+from gcl_jax.datasets.bad_rows import Reason, RowError
+
+
+def text_cell(value: object) -> str:
+    """A cell as text, "" where it is missing or blank. Raises `RowError`."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise RowError(Reason.NOT_UTF8, str(error)) from None
+    if isinstance(value, int | float):
+        value = str(value)
+    if not isinstance(value, str):
+        raise RowError(Reason.WRONG_TYPE, f"a {type(value).__name__} in place of a text")
+    return "" if value.isspace() else value
+
+
+def image_cell(value: object) -> str | bytes:
+    """A cell as the path or the encoded bytes of an image, empty where it is missing; takes the
+    {"bytes", "path"} structs of Hugging Face data sets too. Raises `RowError`."""
+    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, bytes) else text_cell(value)
+
+
+def score_cell(value: object) -> float:
+    """A cell as a score. Raises `RowError` when it is no number in [1, 100]."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        score = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise RowError(Reason.BAD_SCORE, f"{value!r} is no number") from None
+    if not 1 <= score <= 100:  # NaN too
+        raise RowError(Reason.BAD_SCORE, f"{value!r}")
+    return score
+
+
+def split_cell(value: object) -> str:
+    """A cell as the name of a split, which names a folder of the store. Raises `RowError`."""
+    name = text_cell(value)
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+        raise RowError(Reason.BAD_SPLIT, f"{name!r}")
+    return name
+
+
+def load_image(cell: str | bytes, root: Path) -> bytes:
+    """The encoded bytes of a still image that decodes, as they are; `root` is where a relative path
+    begins. Raises `RowError`."""
+    data = cell if isinstance(cell, bytes) else _read_file(cell, root)
+    name = cell if isinstance(cell, str) else f"{len(cell)} bytes"
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            # A phone's MPO is a JPEG with extras behind the photo, no animation.
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
+        decode_image(data)
+    except UnidentifiedImageError:
+        raise RowError(Reason.UNREADABLE_IMAGE, f"{name} is no image") from None
+    except Exception as error:  # a broken file can make Pillow's parsers raise anything
+        detail = str(error).removeprefix("unreadable image: ")
+        raise RowError(Reason.UNREADABLE_IMAGE, f"{name}: {detail}") from None
+    if animated:
+        raise RowError(Reason.ANIMATED_IMAGE, name)
+    return data
+
+
+def _read_file(path: str, root: Path) -> bytes:
+    # Lexically, so that a root full of symbolic links serves.
+    if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir:
+        raise RowError(Reason.OUTSIDE_ROOT, path)
+    file = Path(os.path.normpath(root / path))
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise RowError(Reason.MISSING_IMAGE, str(file)) from None
+    except (OSError, ValueError) as error:
+        raise RowError(Reason.UNREADABLE_IMAGE, f"{path!r}: {error}") from None

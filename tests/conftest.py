@@ -1,0 +1,136 @@
+"""Eight CPU devices, and the tiny store and configuration that the tests share."""
+
+import os
+
+# Read once, when jax is first imported. Eight devices share a few cores: one thread each is plenty,
+# and tiny programs are dearer to optimise than to run.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_multi_thread_eigen=false",
+        "--xla_backend_optimization_level=0",
+    ]
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import io
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+from PIL import Image
+
+from gcl_jax.config import ModelConfig, OptimConfig, TextConfig, TrainConfig, VisionConfig
+from gcl_jax.data.store import Pairs, RankedStore
+from gcl_jax.datasets.builder import Split, write_store
+from gcl_jax.sharding import BATCH_AXES
+
+MESHES = ((1, 1), (8, 1), (4, 2), (2, 4))
+
+
+def make_cpu_mesh(data: int, fsdp: int) -> Mesh:
+    """A mesh over the first data * fsdp of the eight devices."""
+    devices = jax.devices()[: data * fsdp]
+    types = (AxisType.Auto,) * 2
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=types, devices=devices)
+
+
+@pytest.fixture(params=MESHES, ids="{0[0]}x{0[1]}".format)
+def mesh(request) -> Mesh:
+    """A test that asks for it runs on all of `MESHES`, or on those of
+    `parametrize("mesh", [...], indirect=True)`."""
+    return make_cpu_mesh(*request.param)
+
+
+@pytest.fixture
+def tiny_config() -> TrainConfig:
+    """A fresh configuration of the smallest towers; set `data.store` to use `tiny_store`."""
+    return TrainConfig(
+        model=ModelConfig(
+            embed_dim=16,
+            vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=2, head_width=8),
+            text=TextConfig(context_length=8, width=16, heads=2, layers=1),
+        ),
+        optim=OptimConfig(lr=1e-3, warmup_steps=2, steps=4, batch_size=8),
+    )
+
+
+class TinySource:
+    """24 documents and 8 queries; four splits of 4 queries, each with 6 of 12 documents.
+
+    Document 3 has no image, document 5 no title.
+    """
+
+    def __init__(self):
+        self.name = "tiny"
+        self.query_fields = {"query": "text"}
+        self.document_fields = {"image": "image", "title": "text"}
+
+    def documents(self):
+        for i in range(24):
+            image = b"" if i == 3 else png(np.random.default_rng(i))
+            yield {"id": f"d{i:02}", "image": image, "title": "" if i == 5 else f"thing {i}"}
+
+    def queries(self):
+        return ({"id": f"q{i}", "query": f"find {i}"} for i in range(8))
+
+    def splits(self):
+        def pairs(queries, documents):
+            query = np.repeat(queries, 6)
+            document = documents[(query + np.tile(np.arange(6), 4)) % 12]
+            score = np.tile(100 - 10 * np.arange(6), 4)
+            return Pairs(
+                query.astype(np.int32), document.astype(np.int32), score.astype(np.float32)
+            )
+
+        known, new = np.arange(4), np.arange(4, 8)
+        first, second = self.corpora().values()
+        return {
+            "in_domain": Split(pairs(known, first), "known"),
+            "novel_query": Split(pairs(new, first), "known"),
+            "novel_document": Split(pairs(known, second), "new"),
+            "zero_shot": Split(pairs(new, second), "new"),
+        }
+
+    def corpora(self):
+        return {"known": np.arange(12), "new": np.arange(12, 24)}
+
+    def provenance(self):
+        return {"source": "tests"}
+
+
+def png(rng: np.random.Generator) -> bytes:
+    """A 20 x 20 image of noise, encoded."""
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (20, 20, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def tiny_store(tmp_path_factory) -> RankedStore:
+    """`TinySource`, written once; open it elsewhere by its `directory`."""
+    return write_store(TinySource(), tmp_path_factory.mktemp("stores") / "tiny")
+
+
+@pytest.fixture
+def tiny_batch(tiny_config) -> dict:
+    """One training batch for `tiny_config`: random pixels and ids, some fields missing."""
+    rng = np.random.default_rng(0)
+    n, text = tiny_config.optim.batch_size, tiny_config.model.text
+    tokens = lambda: rng.integers(1, text.vocab_size, (n, text.context_length)).astype(np.int32)
+    size = tiny_config.model.vision.image_size
+    return {
+        "query": {"query": tokens()},
+        "document": {
+            "image": rng.integers(0, 256, (n, size, size, 3), np.uint8),
+            "title": tokens(),
+        },
+        "query_present": {"query": np.ones(n, bool)},
+        "document_present": {"image": np.arange(n) != 1, "title": np.arange(n) != 3},
+        "weight": rng.uniform(0.1, 1, n).astype(np.float32),
+        "query_id": rng.integers(n, size=n).astype(np.int32),
+        "document_id": rng.integers(n, size=n).astype(np.int32),
+    }

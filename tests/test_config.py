@@ -1,0 +1,73 @@
+"""Configuration: presets, round trip through JSON, clear refusals."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import pytest
+
+from gcl_jax import config
+from gcl_jax.config import TrainConfig
+from gcl_jax.errors import ConfigError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_config_is_valid(path):
+    config.validate(runpy.run_path(str(path))["get_config"]())
+
+
+def test_json_round_trip(tmp_path):
+    cfg = TrainConfig(model=config.preset("ViT-B-16"))
+    cfg.loss.pair_weights = {"query:image": 0.25}
+    config.save(cfg, tmp_path / "config.json")
+    assert config.load(tmp_path / "config.json") == cfg
+
+
+def test_preset_is_a_copy():
+    config.preset("ViT-L-14").vision.width = 1
+    assert config.PRESETS["ViT-L-14"].vision.width == 1024
+
+
+def test_unknown_preset_and_key_and_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="ViT-B-32"):
+        config.preset("ViT-Z-1")
+    with pytest.raises(ConfigError, match="no key lerning_rate"):
+        config.from_dict(config.OptimConfig, {"lerning_rate": 1.0})
+    with pytest.raises(ConfigError, match="not found"):
+        config.load(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("model.vision.image_size", 225, "no multiple of patch_size=32"),
+        ("model.text.width", 500, "no multiple of heads=8"),
+        ("model.dtype", "float16", "must be 'float32' or 'bfloat16'"),
+        ("data.document_fields", {"image": float("nan")}, "weight of 0 or more"),
+        ("data.document_fields", {"image": 0.0}, "all weights are 0"),
+        ("data.augmentation", "mixup", "must be one of"),
+        ("loss.score_to_weight", "cubic", "choose one of constant"),
+        ("optim.batch_size", 1, "no negatives"),
+        ("optim.lr", 0.0, "above 0"),
+        ("checkpoint.every", 0, "1 or more"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(key, value, message):
+    cfg = TrainConfig()
+    *path, name = key.split(".")
+    holder = cfg
+    for part in path:
+        holder = getattr(holder, part)
+    setattr(holder, name, value)
+    with pytest.raises(ConfigError, match=message) as error:
+        config.validate(cfg)
+    assert f"config.{key}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_dataclasses_are_slotted():
+    with pytest.raises(AttributeError):
+        TrainConfig().lerning_rate = 1.0
+    assert dataclasses.is_dataclass(TrainConfig)

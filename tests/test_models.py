@@ -1,0 +1,224 @@
+"""The towers and the port: every embedding and every gradient equals open_clip's."""
+
+import io
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+from PIL import Image
+
+from gcl_jax.config import ModelConfig, TextConfig, VisionConfig, preset
+from gcl_jax.data.transforms import decode_image, resize_and_center_crop
+from gcl_jax.errors import DataError
+from gcl_jax.losses.contrastive import PairRows, gcl_loss_reference
+from gcl_jax.models.clip import normalize
+from gcl_jax.models.port import from_open_clip, to_open_clip
+from gcl_jax.state import abstract_model, init_params, merge
+
+PAIRS = 5
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    try:
+        return parity.import_open_clip()
+    except ImportError:
+        pytest.skip("needs the [parity] extra")
+
+
+def small_model(quick_gelu: bool = False, **options) -> ModelConfig:
+    """Two towers that differ in width, depth and heads."""
+    return ModelConfig(
+        embed_dim=32,
+        vision=VisionConfig(image_size=32, patch_size=8, width=64, layers=2, head_width=16),
+        text=TextConfig(context_length=12, vocab_size=100, width=48, heads=3, layers=3),
+        quick_gelu=quick_gelu,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def small_params():
+    return jax.jit(lambda key: init_params(small_model(), key))(jax.random.key(0))
+
+
+def random_tokens(rng) -> np.ndarray:
+    """Texts of different lengths, each closed by the highest id and padded with zeros."""
+    tokens = rng.integers(1, 99, (PAIRS, 12))
+    lengths = 3 + 2 * np.arange(PAIRS)
+    tokens[np.arange(PAIRS), lengths - 1] = 99
+    return np.where(np.arange(12) < lengths[:, None], tokens, 0).astype(np.int32)
+
+
+def random_pixels(rng) -> np.ndarray:
+    return rng.integers(0, 256, (PAIRS, 32, 32, 3), np.uint8)
+
+
+def random_png(rng, width: int, height: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+def relative_error(actual, expected) -> float:
+    """Of the worst entry, relative to the largest one."""
+    expected = np.asarray(expected)
+    return np.abs(np.asarray(actual, np.float32) - expected).max() / np.abs(expected).max()
+
+
+def torch_model(open_clip, cfg: ModelConfig):
+    """open_clip's model of the shape of `cfg`, no parameter at a telling value such as 0 or 1."""
+    import torch
+
+    torch.manual_seed(0)
+    vision, text = cfg.vision, cfg.text
+    model = open_clip.CLIP(
+        cfg.embed_dim,
+        open_clip.CLIPVisionCfg(
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+            width=vision.width,
+            layers=vision.layers,
+            head_width=vision.head_width,
+        ),
+        open_clip.CLIPTextCfg(
+            context_length=text.context_length,
+            vocab_size=text.vocab_size,
+            width=text.width,
+            heads=text.heads,
+            layers=text.layers,
+        ),
+        quick_gelu=cfg.quick_gelu,
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True])
+def test_embeddings_and_gradients_equal_open_clips(open_clip, quick_gelu):
+    """From encoded images and token ids to the gradient of the CLIP loss by every parameter."""
+    import torch
+    from open_clip.loss import ClipLoss
+
+    cfg, rng = small_model(quick_gelu), np.random.default_rng(0)
+    tokens = random_tokens(rng)
+    files = [random_png(rng, 40, 60), *(random_png(rng, 50, 32) for _ in range(PAIRS - 1))]
+    pixels = np.stack([resize_and_center_crop(decode_image(file), 32) for file in files])
+    preprocess = open_clip.image_transform(32, is_train=False)
+    images = torch.stack([preprocess(Image.open(io.BytesIO(file))) for file in files])
+
+    theirs = torch_model(open_clip, cfg)
+    image, text, scale = theirs(images, torch.tensor(tokens))
+    ClipLoss()(image, text, scale).backward()
+
+    graphdef, _ = abstract_model(cfg)
+    params = from_open_clip(theirs.state_dict(), cfg)
+    rows = PairRows(np.ones(PAIRS, np.float32), np.ones(PAIRS, bool), *[np.arange(PAIRS)] * 2)
+
+    def loss_and_embeddings(params):
+        model = merge(graphdef, params)
+        image, text = model.encode_image(pixels), model.encode_text(tokens)
+        loss = gcl_loss_reference(image, text, jnp.exp(params["logit_scale"]), rows)
+        return loss, (image, text)
+
+    gradients, (our_image, our_text) = jax.jit(jax.grad(loss_and_embeddings, has_aux=True))(params)
+    assert relative_error(our_image, image.detach()) < 1e-5
+    assert relative_error(our_text, text.detach()) < 1e-5
+    ours = to_open_clip(gradients)
+    errors = {key: relative_error(ours[key], p.grad) for key, p in theirs.named_parameters()}
+    assert {key: error for key, error in errors.items() if not error < 1e-4} == {}
+
+
+def test_import_undoes_export_bit_for_bit(open_clip):
+    cfg = small_model()
+    weights = {k: v.numpy() for k, v in torch_model(open_clip, cfg).state_dict().items()}
+    exported = to_open_clip(from_open_clip(weights, cfg))
+    assert exported.keys() == weights.keys()
+    for key, value in weights.items():
+        np.testing.assert_array_equal(exported[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16", "ViT-L-14"])
+def test_presets_have_open_clips_parameters(open_clip, name):
+    import torch
+
+    with torch.device("meta"):
+        theirs = open_clip.create_model(name, device="meta")
+    _, params = abstract_model(preset(name))
+    ours = {key: x.shape for key, x in jax.eval_shape(to_open_clip, params).items()}
+    assert ours == {key: tuple(x.shape) for key, x in theirs.state_dict().items()}
+    assert open_clip.get_model_config(name).get("quick_gelu", False) == preset(name).quick_gelu
+
+
+def test_vit_b_32_has_the_published_number_of_parameters():
+    _, params = abstract_model(preset("ViT-B-32"))
+    assert sum(math.prod(x.shape) for x in jax.tree.leaves(params)) == 151_277_313
+
+
+def without(weights, *keys):
+    return {key: x for key, x in weights.items() if key not in keys}
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (
+            lambda w: without(w, "visual.proj", "ln_final.bias"),
+            "missing: ln_final.bias, visual.proj;",
+        ),
+        (
+            lambda w: without(w, "transformer.resblocks.2.ln_1.bias"),
+            "resblocks.2.ln_1.bias; unused",
+        ),
+        (lambda w: w | {"logit_bias": 0, "extra": 0}, "unused: extra, logit_bias"),
+        (lambda w: w | {"visual.proj": np.zeros((3, 4))}, "visual.proj is (3, 4), not (64, 32)"),
+        (lambda w: w | {"visual.proj": 0, "ln_final.bias": 0}, "(48,); visual.proj is ()"),
+    ],
+    ids=["missing", "a block short", "extra", "mis-shaped", "two mis-shaped"],
+)
+def test_weights_that_do_not_fit_are_named(small_params, change, named):
+    with pytest.raises(DataError, match=re.escape(named)):
+        from_open_clip(change(to_open_clip(small_params)), small_model())
+
+
+def test_export_names_a_parameter_that_open_clip_lacks(small_params):
+    visual = small_params["visual"] | {"gate": jnp.zeros(3)}
+    with pytest.raises(DataError, match=r"unused: visual\.gate"):
+        to_open_clip(small_params | {"visual": visual})
+
+
+def test_bfloat16_towers_come_close_with_float32_embeddings(small_params):
+    rng = np.random.default_rng(1)
+    fields = {"image": random_pixels(rng), "title": random_tokens(rng)}
+    exact, rough = (
+        jax.jit(merge(abstract_model(small_model(dtype=dtype))[0], small_params).encode_fields)(
+            fields
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    for field in fields:
+        assert rough[field].dtype == jnp.float32
+        assert 1e-6 < relative_error(rough[field], exact[field]) < 0.03
+
+
+def test_encode_fields_sends_pixels_and_tokens_to_their_tower(small_params):
+    rng = np.random.default_rng(2)
+    model = merge(abstract_model(small_model())[0], small_params)
+    pixels, tokens = random_pixels(rng), random_tokens(rng)
+    embedded = model.encode_fields({"photo": pixels, "title": tokens})
+    np.testing.assert_array_equal(embedded["photo"], model.encode_image(pixels))
+    np.testing.assert_array_equal(embedded["title"], model.encode_text(tokens))
+    for rows in embedded.values():
+        np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
+
+
+def test_normalize_of_a_zero_row_is_zero_with_finite_gradients():
+    x = jnp.array([[0.0, 0.0], [3.0, 4.0]])
+    np.testing.assert_allclose(normalize(x), [[0, 0], [0.6, 0.8]], rtol=1e-6)
+    assert np.isfinite(jax.grad(lambda x: normalize(x).sum())(x)).all()

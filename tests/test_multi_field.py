@@ -1,0 +1,152 @@
+"""Merged embeddings and the sum of loss terms, recomputed term by term from the method."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_contrastive import by_hand
+
+from gcl_jax.config import DataConfig, LossConfig
+from gcl_jax.losses.contrastive import PairRows
+from gcl_jax.losses.multi_field import multi_field_loss, pair_term_weights
+from gcl_jax.models.clip import merge_fields
+
+N = 16
+DATA = DataConfig(
+    query_fields={"query": 0.7, "category": 0.3}, document_fields={"image": 0.9, "title": 0.1}
+)
+
+
+def merged_by_hand(embeddings, present, weights):
+    """Method, Loss 2: the weights of a row's present fields rescaled to sum 1, then normalised."""
+    rows = []
+    for i in range(N):
+        left = {name: weight for name, weight in weights.items() if present[name][i]}
+        row = sum(w / sum(left.values()) * embeddings[name][i] for name, w in left.items())
+        rows.append(row / np.linalg.norm(row))
+    return np.stack(rows)
+
+
+def random_side(rng, fields):
+    """Unit embeddings, and which are present: each row has at least its first or second field."""
+    embeddings = {name: rng.normal(size=(N, 4)).astype(np.float32) for name in fields}
+    for x in embeddings.values():
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+    first, second = rng.random((2, N)) < 0.7
+    return embeddings, dict(zip(fields, (first, second | ~first), strict=False))
+
+
+def random_batch(data):
+    rng = np.random.default_rng(0)
+    queries, query_present = random_side(rng, data.query_fields)
+    documents, document_present = random_side(rng, data.document_fields)
+    batch = {
+        "query_present": query_present,
+        "document_present": document_present,
+        "weight": rng.uniform(0.1, 1, N).astype(np.float32),
+        "query_id": rng.integers(N, size=N).astype(np.int32),
+        "document_id": rng.integers(N, size=N).astype(np.int32),
+    }
+    return queries, documents, batch
+
+
+def pair_rows(batch, valid):
+    return PairRows(batch["weight"], valid, batch["query_id"], batch["document_id"])
+
+
+def compute(queries, documents, batch, **options):
+    """(total, terms) at logit scale 20."""
+    loss = jax.jit(functools.partial(multi_field_loss, **options))
+    return loss(queries, documents, batch, jnp.float32(20))
+
+
+def test_merge_rescales_the_weights_of_the_fields_that_are_there():
+    _, documents, batch = random_batch(DATA)
+    present = batch["document_present"]
+    assert not all(x.all() for x in present.values())
+    merged = merge_fields(documents, present, DATA.document_fields)
+    expected = merged_by_hand(documents, present, DATA.document_fields)
+    np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossConfig(),
+        LossConfig(merged=0.5, pair_weights={"query:title": 2.0, "category:image": 0.0}),
+        LossConfig(merged=0.0, weight_norm="mean", mask_duplicates=True),
+        LossConfig(field_pairs=0.0),
+    ],
+    ids=["default", "pair weights", "pairs alone", "merged alone"],
+)
+def test_total_is_the_weighted_sum_over_rows_that_have_both_fields(mesh, loss):
+    queries, documents, batch = random_batch(DATA)
+    options = {"weight_norm": loss.weight_norm, "mask_duplicates": loss.mask_duplicates}
+
+    def contrast(q, d, valid):
+        return by_hand(q, d, 20.0, pair_rows(batch, valid), **options)
+
+    expected = {}
+    if loss.merged:
+        expected["merged"] = (
+            loss.merged,
+            contrast(
+                merged_by_hand(queries, batch["query_present"], DATA.query_fields),
+                merged_by_hand(documents, batch["document_present"], DATA.document_fields),
+                np.ones(N, bool),
+            ),
+        )
+    for q in DATA.query_fields:
+        for d in DATA.document_fields:
+            weight = loss.pair_weights.get(f"{q}:{d}", loss.field_pairs / 4)
+            valid = batch["query_present"][q] & batch["document_present"][d]
+            if weight:
+                expected[f"{q}:{d}"] = weight, contrast(queries[q], documents[d], valid)
+
+    total, terms = compute(queries, documents, batch, loss=loss, data=DATA, mesh=mesh)
+    assert terms.keys() == expected.keys()
+    for name, (_, value) in expected.items():
+        np.testing.assert_allclose(terms[name], value, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(total, sum(w * value for w, value in expected.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1)], indirect=True)
+def test_a_single_field_pair_is_counted_once(mesh):
+    data = DataConfig(query_fields={"query": 1.0}, document_fields={"title": 1.0})
+    queries, documents, batch = random_batch(DATA)
+    queries, documents = {"query": queries["query"]}, {"title": documents["title"]}
+    everywhere = {"query": np.ones(N, bool)}, {"title": np.ones(N, bool)}
+    batch |= dict(zip(("query_present", "document_present"), everywhere, strict=True))
+
+    rows = pair_rows(batch, np.ones(N, bool))
+    single = by_hand(queries["query"], documents["title"], 20.0, rows)
+    for loss in (LossConfig(), LossConfig(merged=0.0, pair_weights={"query:title": 1.0})):
+        total, terms = compute(queries, documents, batch, loss=loss, data=data, mesh=mesh)
+        np.testing.assert_allclose(total, single, rtol=1e-5)
+        assert len(terms) == 1
+
+
+def test_pair_weights_share_what_they_do_not_set():
+    loss = LossConfig(field_pairs=2.0, pair_weights={"query:title": 3.0})
+    assert pair_term_weights(loss, DATA) == {
+        ("query", "image"): 0.5,
+        ("query", "title"): 3.0,
+        ("category", "image"): 0.5,
+        ("category", "title"): 0.5,
+    }
+
+
+@pytest.mark.parametrize("mesh", [(1, 1)], indirect=True)
+def test_a_row_without_a_weighted_field_leaves_the_merged_term(mesh):
+    """A document that has only a title, merged with weight 0: nothing to contrast with."""
+    data = DataConfig(query_fields={"query": 1.0}, document_fields={"image": 1.0, "title": 0.0})
+    queries, documents, batch = random_batch(data)
+    batch["query_present"] = {"query": np.ones(N, bool)}
+    valid = batch["document_present"]["image"]
+    assert not valid.all()
+    _, terms = compute(queries, documents, batch, loss=LossConfig(), data=data, mesh=mesh)
+    expected = by_hand(queries["query"], documents["image"], 20.0, pair_rows(batch, valid))
+    np.testing.assert_allclose(terms["merged"], expected, rtol=1e-5)

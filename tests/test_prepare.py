@@ -1,0 +1,455 @@
+"""Tables to a store: every format gives the same one, and every kind of bad row is told apart."""
+
+import csv
+import io
+import json
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from gcl_jax import prepare
+from gcl_jax.data.store import RankedStore
+from gcl_jax.datasets import builder
+from gcl_jax.errors import DataError, UserError
+
+FIELDS = "--query_fields=query --document_fields=image:image,title --id_column=id"
+PAIRS = [
+    {"query": "red thing", "id": "a", "score": 100, "image": "img/a.png", "title": "Red, “big”"},
+    {"query": "blaue Tür 🚪", "id": "b", "score": 2.5, "image": "img/b.png", "title": "two\nlines"},
+    {"query": "blaue Tür 🚪", "id": "a", "score": 1, "image": "img/a.png", "title": "Red, “big”"},
+    {"query": 'a "quote"', "id": "c", "score": 7, "image": "", "title": "no picture"},
+]
+
+
+def png(color="red", **options) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(file, "PNG", **options)
+    return file.getvalue()
+
+
+def bomb() -> bytes:
+    """A PNG whose header promises 40000 x 40000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
+    return png()[:12] + header + struct.pack(">I", zlib.crc32(header)) + png()[33:]
+
+
+def write_table(path, rows):
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    elif path.suffix == ".jsonl":
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        path.write_text(text, encoding="utf-8")
+    else:
+        with path.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "img").mkdir()
+    for name, color in (("a", "red"), ("b", "blue")):
+        (tmp_path / "img" / f"{name}.png").write_bytes(png(color))
+    return tmp_path
+
+
+def run(folder, pairs, *more, fields=FIELDS) -> RankedStore:
+    arguments = [f"--out={folder / 'store'}", *fields.split(), "--score_column=score", "--pairs"]
+    return prepare.prepare(
+        prepare.make_parser().parse_args([*arguments, str(pairs), *map(str, more)])
+    )
+
+
+def content(store, split="train") -> set:
+    """The pairs with their records in full, whatever the numbers in the store are."""
+    pairs = store.pairs(split)
+    return {
+        (tuple(store.queries[q].items()), tuple(store.documents[d].items()), float(score))
+        for q, d, score in zip(pairs.query, pairs.document, pairs.score, strict=True)
+    }
+
+
+def expected(folder) -> set:
+    def image(path):
+        return (folder / path).read_bytes() if path else b""
+
+    return {
+        (
+            (("id", row["query"]), ("query", row["query"])),
+            (("id", row["id"]), ("image", image(row["image"])), ("title", row["title"])),
+            float(row["score"]),
+        )
+        for row in PAIRS
+    }
+
+
+def separate(folder, suffix, pairs=PAIRS):
+    documents = {row["id"]: {k: row[k] for k in ("id", "image", "title")} for row in pairs}
+    pairs = [{k: row[k] for k in ("query", "id", "score")} for row in pairs]
+    return (
+        write_table(folder / f"pairs{suffix}", pairs),
+        write_table(folder / f"documents{suffix}", list(documents.values())),
+    )
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_formats_give_the_same_store(folder, suffix):
+    store = run(folder, write_table(folder / f"pairs{suffix}", PAIRS))
+    assert content(store) == expected(folder)
+    assert (len(store.documents), len(store.queries)) == (3, 3)
+    np.testing.assert_array_equal(store.corpus("train"), np.arange(3))
+    assert store.info["provenance"]["missing"]["document"] == {"image": 1, "title": 0}
+    assert not (folder / "store" / "skipped.jsonl").exists()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_separate_documents(folder, suffix):
+    pairs, documents = separate(folder, suffix)
+    assert content(run(folder, pairs, f"--documents={documents}")) == expected(folder)
+
+
+@pytest.mark.parametrize("struct", [True, False])
+def test_images_as_parquet_bytes(folder, struct):
+    def cell(path):
+        data = (folder / path).read_bytes() if path else None
+        return {"bytes": data, "path": path} if struct else data
+
+    rows = [row | {"image": cell(row["image"])} for row in PAIRS]
+    store = run(folder, write_table(folder / "pairs.parquet", rows))
+    assert content(store) == expected(folder)
+
+
+def test_image_root_and_absolute_paths(folder):
+    (folder / "tables").mkdir()
+    rows = [row | {"image": row["image"].removeprefix("img/")} for row in PAIRS]
+    for row in rows[::2]:
+        row["image"] = str(folder / "img" / row["image"])
+    pairs = write_table(folder / "tables" / "pairs.csv", rows)
+    assert content(run(folder, pairs, f"--image_root={folder / 'img'}")) == expected(folder)
+
+
+def test_text_only_store_with_query_ids_and_two_files(folder):
+    rows = [
+        {"query": "q", "qid": i, "id": i, "score": 5, "title": f"t{i}", "text": ""} for i in (1, 2)
+    ]
+    files = [write_table(folder / f"{row['id']}.jsonl", [row]) for row in rows]
+    fields = "--query_fields=query --document_fields=title,text --id_column=id"
+    store = run(folder, files[0], files[1], "--query_id_column=qid", fields=fields)
+    assert store.queries.ids == store.documents.ids == ["1", "2"]
+    assert store.queries[1] == {"id": "2", "query": "q"}
+    assert store.documents[0] == {"id": "1", "title": "t1", "text": ""}
+    message = prepare.summary(store)
+    assert 'document_fields={"title": 0.5, "text": 0.5}' in message
+    assert "text: missing in 2" in message
+
+
+def test_split_column_and_duplicates_across_splits(folder):
+    rows = [row | {"part": "train" if i < 2 else "test"} for i, row in enumerate(PAIRS)]
+    rows.append(PAIRS[0] | {"part": "test"})
+    store = run(folder, write_table(folder / "pairs.csv", rows), "--split_column=part")
+    assert {s: len(store.pairs(s)) for s in store.splits} == {"train": 2, "test": 3}
+    assert len(store.corpus("test")) == 3
+
+
+def test_paper_splits(folder):
+    rows = [
+        {"query": f"q{q}", "id": f"d{d}", "score": 50, "title": f"t{d}"}
+        for q in range(10)
+        for d in range(8)
+    ]
+    pairs = write_table(folder / "pairs.csv", rows)
+    fields = "--query_fields=query --document_fields=title --id_column=id"
+    store = run(folder, pairs, "--split=paper", "--seed=3", fields=fields)
+    counts = {
+        name: (split["queries"], split["documents"]) for name, split in store.info["splits"].items()
+    }
+    assert counts == {
+        "in_domain": (8, 4),
+        "novel_query": (2, 4),
+        "novel_document": (8, 4),
+        "zero_shot": (2, 4),
+    }
+    halves = {name: set(store.corpus(name)) for name in store.splits}
+    assert halves["in_domain"] == halves["novel_query"]
+    assert not halves["in_domain"] & halves["zero_shot"]
+    for name in store.splits:
+        assert set(store.pairs(name).document) == halves[name]
+
+
+BAD_ROWS = {  # row 2 of four: changes, reason, what the message says
+    "empty query": ({"query": " "}, "empty query", "query"),
+    "empty id": ({"id": ""}, "empty document id", "id"),
+    "no number": ({"score": "ten"}, "bad score", "'ten' is no number"),
+    "NaN": ({"score": "nan"}, "bad score", "1..100, 100 best"),
+    "infinite": ({"score": "inf"}, "bad score", "1..100, 100 best"),
+    "too low": ({"score": "0.99"}, "bad score", "1..100, 100 best"),
+    "too high": ({"score": "100.5"}, "bad score", "1..100, 100 best"),
+    "no score": ({"score": ""}, "bad score", "is no number"),
+    "no field": ({"image": "", "title": " "}, "empty document", "image, title"),
+    "duplicate": (PAIRS[0], "duplicate pair", "'red thing' and 'a'"),
+    "conflict": ({"id": "a", "title": "other"}, "conflicting values", "'a' differ"),
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows(folder, case, suffix):
+    changes, reason, detail = BAD_ROWS[case]
+    rows = [dict(row) for row in PAIRS]
+    rows[1] |= changes
+    if suffix == ".parquet":  # one type a column
+        rows = [row | {"score": str(row["score"])} for row in rows]
+    pairs = write_table(folder / f"pairs{suffix}", rows)
+    number = {".csv": 3, ".jsonl": 2, ".parquet": 2}[suffix]
+    check_bad(folder, pairs, [], reason, number, detail, left=3)
+
+
+def check_bad(folder, pairs, more, reason, number, detail, left, file=None, fields=FIELDS):
+    """Strict stops at the row and leaves nothing; skip counts it and keeps `left` pairs."""
+    before = sorted(folder.iterdir())
+    with pytest.raises(DataError) as error:
+        run(folder, pairs, *more, fields=fields)
+    message = str(error.value)
+    file = file or pairs
+    word = "row" if file.suffix == ".parquet" else "line"
+    assert message.startswith(f"{file}, {word} {number}: {reason}")
+    assert detail in message
+    assert "\n" not in message
+    assert sorted(folder.iterdir()) == before
+
+    store = run(folder, pairs, "--on_error=skip", *more, fields=fields)
+    assert store.info["provenance"]["skipped"][reason] == 1
+    lines = (folder / "store" / "skipped.jsonl").read_text().splitlines()
+    skips = [json.loads(line) for line in lines]
+    assert (str(file), number, reason) in [(s["file"], s["row"], s["reason"]) for s in skips]
+    assert len(store.pairs("train")) == left
+    assert f"{reason}: 1" in prepare.summary(store)
+    return store
+
+
+BAD_LINES = {  # a line of the file, reason, what the message says
+    ".csv": {
+        "columns": (b"q,a,5,img/a.png\n", "wrong number of columns", "4 cells, 5"),
+        "quote": (b'q,"a"b,5,,t\n', "broken CSV", "expected after"),
+        "open quote": (b'q,"a,5,,t\n', "broken CSV", "quote a field"),
+        "latin-1": ("q,x,5,,Tür\n".encode("latin-1"), "not UTF-8", "'title'"),
+    },
+    ".jsonl": {
+        "cut": (b'{"query": "q", \n', "broken JSON", "property name"),
+        "list": (b'["q", "a"]\n', "broken JSON", "a list"),
+        "keys": (b'{"query": "q", "query": "r"}\n', "broken JSON", "duplicate key 'query'"),
+        "latin-1": ('{"query": "T\xfcr"}\n'.encode("latin-1"), "not UTF-8", "'query'"),
+        "surrogate": (b'{"query": "\\ud83d"}\n', "not UTF-8", "'query'"),
+        "type": (b'{"query": ["q"]}\n', "wrong type of value", "a list"),
+        "absent": (b'{"query": "q", "id": "x", "title": "t"}\n', "bad score", "None"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("suffix", "case"), [(suffix, case) for suffix, cases in BAD_LINES.items() for case in cases]
+)
+def test_bad_lines(folder, suffix, case):
+    line, reason, detail = BAD_LINES[suffix][case]
+    pairs = write_table(folder / f"pairs{suffix}", PAIRS)
+    lines = pairs.read_bytes().splitlines(keepends=True)
+    position = 4 if suffix == ".csv" else 2  # after the title of two lines
+    lines.insert(position, line)
+    pairs.write_bytes(b"".join(lines))
+    store = check_bad(folder, pairs, [], reason, position + 1, detail, left=4)
+    assert content(store) == expected(folder)
+
+
+def test_bad_utf8_in_parquet(folder):
+    binary = pa.array([b"fine", b"T\xfcr", b"good"])
+    titles = pa.Array.from_buffers(pa.string(), 3, binary.buffers())
+    table = pa.table(
+        {"query": ["q"] * 3, "id": ["x", "y", "z"], "score": [1, 2, 3], "title": titles}
+    )
+    pq.write_table(table, folder / "pairs.parquet")
+    fields = "--query_fields=query --document_fields=title --id_column=id"
+    check_bad(folder, folder / "pairs.parquet", [], "not UTF-8", 2, "", left=2, fields=fields)
+
+
+def animation() -> bytes:
+    return png(save_all=True, append_images=[Image.new("RGB", (8, 8), "green")])
+
+
+BAD_IMAGES = {
+    "missing": ("img/none.png", None, "missing image file"),
+    "below a file": ("img/a.png/x.png", None, "missing image file"),
+    "no image": ("img/x.png", b"<html>not found</html>", "unreadable image"),
+    "empty": ("img/x.png", b"", "unreadable image"),
+    "truncated": ("img/x.png", png()[:50], "unreadable image"),
+    "bomb": ("img/x.png", bomb(), "unreadable image"),
+    "animated": ("img/x.png", animation(), "animated image"),
+    "outside": ("img/../../x.png", None, "image path leaves the image root"),
+    "a folder": ("img", None, "unreadable image"),
+}
+
+
+@pytest.mark.parametrize("title", ["still a title", ""])
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_bad_images(folder, case, title):
+    """Skipped, the field is missing; a document without any other goes, and its pairs with it."""
+    path, data, reason = BAD_IMAGES[case]
+    if data is not None:
+        (folder / path).write_bytes(data)
+    rows = [dict(row) for row in PAIRS]
+    for row in rows[::2]:
+        row |= {"image": path, "title": title}
+    pairs = write_table(folder / "pairs.jsonl", rows)
+    store = check_bad(folder, pairs, [], reason, 1, "", left=4 if title else 2)
+    skipped = store.info["provenance"]["skipped"]
+    if title:
+        assert store.documents[0] == {"id": "a", "image": b"", "title": title}
+        assert store.info["provenance"]["missing"]["document"] == {"image": 2, "title": 0}
+        assert skipped == {reason: 1}
+    else:
+        gone = {"no readable field": 1, "pair of a record that was left out": 2}
+        assert skipped == {reason: 1} | gone
+        assert store.documents.ids == ["b", "c"]
+        assert content(store) == {row for row in expected(folder) if row[1][0] != ("id", "a")}
+
+
+def test_first_image_of_a_phone_picture_is_no_animation(folder):
+    picture = Image.new("RGB", (8, 8), "red")
+    picture.save(folder / "img/a.png", "MPO", save_all=True, append_images=[picture])
+    store = run(folder, write_table(folder / "pairs.csv", PAIRS))
+    assert store.documents[0]["image"] == (folder / "img/a.png").read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_bad_documents(folder, suffix):
+    pairs, documents = separate(folder, suffix)
+    rows = pq.read_table(documents).to_pylist() if suffix == ".parquet" else None
+    good = rows or [
+        {k: row[k] for k in ("id", "image", "title")} for row in PAIRS if row is not PAIRS[2]
+    ]
+    line = 6 if suffix == ".csv" else 4
+    for extra, reason in (
+        (good[0], "duplicate document"),
+        ({"id": "z", "image": "", "title": ""}, "empty document"),
+        ({"id": "", "image": "", "title": "t"}, "empty document id"),
+    ):
+        write_table(documents, [*good, extra])
+        more = [f"--documents={documents}"]
+        check_bad(folder, pairs, more, reason, line, "", left=4, file=documents)
+        shutil.rmtree(folder / "store")
+    write_table(documents, good[1:])
+    write_table(
+        pairs, [{"query": "q", "id": "b", "score": 1}, {"query": "q", "id": "a", "score": 2}]
+    )
+    line = 3 if suffix == ".csv" else 2
+    check_bad(folder, pairs, [f"--documents={documents}"], "unknown document", line, "'a'", left=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--id_column=product", "no column 'product'; there are query, id, score, image, title"),
+        ("--split_column=part", "no column 'part'"),
+        ("--image_root=nowhere", "image root nowhere is no folder"),
+        ("--pairs=nowhere.csv", "nowhere.csv: no such file"),
+        ("--query_fields=image:image", "needs a column with its id"),
+        ("--document_fields=id", "cannot be named 'id'"),
+        ("--split=paper", "no pair is left for split 'novel_query'"),
+    ],
+)
+@pytest.mark.parametrize("policy", ["strict", "skip"])
+def test_wrong_arguments(folder, change, message, policy):
+    pairs = write_table(folder / "pairs.csv", PAIRS[:1])
+    with pytest.raises(UserError, match=message):
+        run(folder, pairs, f"--on_error={policy}", change)
+    assert sorted(path.name for path in folder.iterdir()) == ["img", "pairs.csv"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("pairs.csv", b"", "is empty"),
+        ("pairs.jsonl", b"", "is empty"),
+        ("pairs.parquet", b"PAR1", "not a readable parquet file"),
+        ("pairs.xlsx", b"", "unknown format; use one of .csv"),
+        ("pairs.csv", "query,id\n".encode("utf-16"), "not UTF-8"),
+        ("pairs.csv", b"query,id,score,image,title,id\n", "column 'id' appears twice"),
+        ("pairs.csv", b"query,id,score,image,title\n", "has no documents left"),
+    ],
+)
+def test_wrong_files(folder, name, data, message):
+    (folder / name).write_bytes(data)
+    with pytest.raises(DataError, match=message):
+        run(folder, folder / name)
+
+
+def test_byte_order_mark(folder):
+    pairs = write_table(folder / "pairs.csv", PAIRS)
+    pairs.write_bytes(b"\xef\xbb\xbf" + pairs.read_bytes())
+    assert content(run(folder, pairs)) == expected(folder)
+
+
+def test_existing_store_is_left_alone(folder):
+    pairs = write_table(folder / "pairs.csv", PAIRS)
+    run(folder, pairs)
+    with pytest.raises(DataError, match="exists already"):
+        run(folder, pairs)
+    assert content(RankedStore(folder / "store")) == expected(folder)
+
+
+@pytest.mark.parametrize("left_out", [0, 20])
+def test_order_over_shards(folder, monkeypatch, left_out):
+    """Records keep their order over several shards, of which the last may stay empty."""
+    monkeypatch.setattr(builder, "RECORDS_PER_SHARD", 10)
+    rows = [{"query": "q", "id": str(i), "score": 1, "image": "img/a.png"} for i in range(35)]
+    for row in rows[:left_out]:
+        row["image"] = "none.png"
+    pairs = write_table(folder / "pairs.csv", rows)
+    fields = "--query_fields=query --document_fields=image:image --id_column=id"
+    store = run(folder, pairs, "--on_error=skip", fields=fields)
+    assert store.documents.ids == [str(i) for i in range(left_out, 35)]
+    assert len(list((folder / "store" / "documents").rglob("*.array_record*"))) == 4
+
+
+def test_command(folder):
+    """One line and a bad exit code for a bad row; a summary and nothing else for a good file."""
+    rows = [*PAIRS, PAIRS[0] | {"score": 0}]
+    pairs = write_table(folder / "pairs.csv", rows)
+    command = [sys.executable, "-m", "gcl_jax.prepare", f"--pairs={pairs}", "--score_column=score"]
+    command += [f"--out={folder / 'store'}", *FIELDS.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {pairs}, line 7: bad score: '0'")
+    assert "Traceback" not in done.stderr
+
+    done = subprocess.run([*command, "--on_error=skip"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"{folder / 'store'}: 3 documents, 3 queries\n")
+    assert "split train: 4 pairs of 3 queries, which search 3 documents" in done.stdout
+    assert f"--config.data.store={folder / 'store'}" in done.stdout
+
+
+def test_help_is_quick():
+    code = "import sys; sys.argv = ['x', '--help']\nfrom gcl_jax import prepare\n"
+    code += "try: prepare.main()\nexcept SystemExit: print(sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--on_error" in done.stdout
+    assert not any(f"'{name}'" in done.stdout for name in ("jax", "pyarrow", "tensorflow_datasets"))
+
+
+def test_interrupted_writing_leaves_nothing(folder, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(builder, "_write_pairs", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, write_table(folder / "pairs.csv", PAIRS))
+    assert sorted(path.name for path in folder.iterdir()) == ["img", "pairs.csv"]

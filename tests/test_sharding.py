@@ -1,0 +1,122 @@
+"""Where parameters, moments and batches live, and that the mesh does not change the training."""
+
+import functools
+
+import jax
+import numpy as np
+import optax
+import pytest
+from conftest import make_cpu_mesh
+from jax.sharding import PartitionSpec as P
+from jax.tree_util import DictKey
+
+from gcl_jax import sharding
+from gcl_jax.config import MeshConfig
+from gcl_jax.errors import ConfigError
+from gcl_jax.optim import make_optimizer
+from gcl_jax.sharding import make_mesh, param_spec, to_global
+from gcl_jax.state import abstract_state, init_state
+from gcl_jax.step import make_train_step
+
+
+@pytest.mark.parametrize(
+    ("path", "shape", "fsdp", "expected"),
+    [
+        ("visual proj", (768, 512), 2, P("fsdp")),
+        ("visual proj", (512, 768), 2, P(None, "fsdp")),
+        ("visual proj", (769, 512), 2, P(None, "fsdp")),
+        ("visual proj", (769, 511), 2, P()),
+        ("visual proj", (768, 512), 1, P()),
+        ("visual proj", (100, 100), 2, P()),
+        ("blocks kernel", (12, 768, 2304), 4, P(None, None, "fsdp")),
+        ("blocks kernel", (4096, 8, 3), 4, P(None, "fsdp")),
+        ("blocks kernel", (4096, 7, 3), 4, P()),
+        ("logit_scale", (), 2, P()),
+    ],
+)
+def test_the_largest_divisible_dimension_is_split_never_the_scanned_one(
+    path, shape, fsdp, expected
+):
+    keys = tuple(DictKey(name) for name in path.split())
+    assert param_spec(keys, shape, fsdp) == expected
+
+
+@pytest.mark.parametrize(
+    ("cfg", "shape"),
+    [(MeshConfig(), (8, 1)), (MeshConfig(fsdp=4), (2, 4)), (MeshConfig(4, 2), (4, 2))],
+)
+def test_make_mesh_takes_all_devices(cfg, shape):
+    assert make_mesh(cfg, 16).devices.shape == shape
+
+
+@pytest.mark.parametrize(
+    ("cfg", "batch_size", "message"),
+    [
+        (MeshConfig(data=3, fsdp=2), 16, "data=3 x fsdp=2 does not make the 8 devices"),
+        (MeshConfig(fsdp=3), 24, "fsdp=3 does not make the 8 devices"),
+        (MeshConfig(), 12, "12 is no multiple of the 8 devices"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(cfg, batch_size, message):
+    with pytest.raises(ConfigError, match=message):
+        make_mesh(cfg, batch_size)
+
+
+def test_to_global_splits_rows_over_all_devices_in_order(mesh):
+    rows = np.arange(16, dtype=np.int32)
+    made = to_global({"x": rows}, mesh)["x"]
+    np.testing.assert_array_equal(made, rows)
+    assert {shard.data.shape for shard in made.addressable_shards} == {(16 // mesh.size,)}
+
+
+@pytest.fixture
+def no_small_parameters(monkeypatch):
+    """Else all parameters of the tiny towers but the largest are replicated."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
+@pytest.mark.usefixtures("no_small_parameters")
+def test_moments_live_where_their_parameter_lives(mesh, tiny_config):
+    tx = make_optimizer(tiny_config.optim, 4)
+    state = init_state(tiny_config.model, tx, mesh, seed=0)
+    placement = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+    for moment in ("mu", "nu"):
+        moments = optax.tree.get(state.opt_state, moment)
+        assert placement(moments) == placement(state.params)
+        kernel = moments["visual"]["transformer"]["blocks"]["attn"]["in_proj"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (2, 16, 48 // 2)
+    assert placement(abstract_state(tiny_config.model, tx, mesh)) == placement(state)
+
+
+def train_three_steps(mesh, cfg, batch):
+    """([metrics of each step], final state), on the host."""
+    tx = make_optimizer(cfg.optim, 4)
+    state, step = init_state(cfg.model, tx, mesh, seed=0), make_train_step(cfg, tx, mesh)
+    history = []
+    for _ in range(3):
+        state, metrics = step(state, to_global(batch, mesh))
+        history.append(jax.device_get(metrics))
+    return history, jax.device_get(state)
+
+
+@pytest.mark.usefixtures("no_small_parameters")
+def test_training_is_the_same_on_every_mesh(tiny_config, tiny_batch):
+    """Three steps; the logit scale starts above its bound and is clamped by the first."""
+    tiny_config.model.max_logit_scale = 2.0
+    history, state = train_three_steps(make_cpu_mesh(1, 1), tiny_config, tiny_batch)
+    scales = [metrics["logit_scale"] for metrics in history]
+    np.testing.assert_allclose(scales[:2], [1 / 0.07, np.exp(2)], rtol=1e-5)
+    assert history[0]["loss"] > history[1]["loss"] > history[2]["loss"]
+    assert state.step == 3
+
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    for shape in ((8, 1), (4, 2)):
+        other_history, other = train_three_steps(make_cpu_mesh(*shape), tiny_config, tiny_batch)
+        jax.tree.map(close, other_history, history)
+        jax.tree.map(close, other.params, state.params)
+        jax.tree.map(
+            lambda a, b: close(a, b, atol=1e-4 * np.abs(b).max()),
+            optax.tree.get(other.opt_state, "mu"),
+            optax.tree.get(state.opt_state, "mu"),
+        )
