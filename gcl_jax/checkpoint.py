@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 
 from gcl_jax.config import CheckpointConfig
@@ -66,7 +67,13 @@ class Checkpointer:
             self.directory, item_handlers={"state": ocp.PyTreeCheckpointHandler()}
         )
         with manager:
-            return _restore(manager, self._latest(), state=args)["state"]["params"]
+            params = _restore(manager, self._latest(), state=args)["state"]["params"]
+        # A partial restore leaves what the checkpoint lacks as it was asked for.
+        for path, leaf in jax.tree.leaves_with_path(params):
+            if not isinstance(leaf, jax.Array):
+                name = jax.tree_util.keystr(path, simple=True, separator=".")
+                raise DataError(f"{self.directory} does not fit this configuration: no {name}")
+        return params
 
     def _latest(self) -> int:
         step = self.latest_step()

@@ -12,7 +12,7 @@ def total_steps(cfg: OptimConfig, num_pairs: int) -> int:
 
 
 def lr_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear from 0 to `cfg.lr` in `warmup_steps`, then a cosine to 0 at `steps`."""
+    """Linear up to `cfg.lr` in `warmup_steps`, then a cosine to 0 at `steps`."""
     warmup = min(cfg.warmup_steps, steps)
     return optax.join_schedules(
         [

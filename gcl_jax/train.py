@@ -75,9 +75,12 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
         bar = logs.progress(steps, unit="step", description="train", initial=start)
         with logs.MetricWriter(workdir) as writer, bar:
             clock, logged = time.perf_counter(), start
+            metrics: dict[str, jax.Array] = {}
             for step in range(start + 1, steps + 1):
                 batch = sharding.to_global(next(batches), mesh)
-                state, metrics = train_step(state, batch)
+                previous, (state, metrics) = metrics, train_step(state, batch)
+                # One step ahead keeps the device busy; more would each hold their own memory.
+                jax.block_until_ready(previous)
                 bar.update()
                 if step % cfg.log_every == 0 or step == steps:
                     scalars = {name: float(value) for name, value in metrics.items()}
@@ -126,7 +129,7 @@ def main(_argv: list[str]) -> None:
     with reported_in_one_line():
         config.validate(_CONFIG.value)
         try:
-            train(_CONFIG.value, Path(_WORKDIR.value))
+            train(_CONFIG.value, Path(str(_WORKDIR.value)))
         except Interrupted as stop:
             print(stop, file=sys.stderr)
             sys.exit(stop.exit_code)

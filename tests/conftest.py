@@ -23,7 +23,14 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
-from gcl_jax.config import ModelConfig, OptimConfig, TextConfig, TrainConfig, VisionConfig
+from gcl_jax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.datasets.builder import Split, write_store
 from gcl_jax.sharding import BATCH_AXES
@@ -53,6 +60,11 @@ def tiny_config() -> TrainConfig:
             embed_dim=16,
             vision=VisionConfig(image_size=16, patch_size=8, width=16, layers=2, head_width=8),
             text=TextConfig(context_length=8, width=16, heads=2, layers=1),
+        ),
+        data=DataConfig(
+            train_split="in_domain",
+            query_fields={"query": 1.0},
+            document_fields={"image": 0.5, "title": 0.5},
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=2, steps=4, batch_size=8),
     )

@@ -12,8 +12,8 @@ LAYERS = (
     {"__init__", "errors", "config", "metrics", "text", "score_weights"},
     {"data", "datasets", "sharding", "logs"},
     {"models", "losses", "optim"},
-    {"state", "step", "checkpoint", "embedding", "retrieval", "evaluate", "report"},
-    {"train", "search", "prepare"},
+    {"state", "step", "checkpoint", "embedding", "retrieval", "evaluate"},
+    {"train", "search", "prepare", "report"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -135,9 +135,8 @@ def train_batches(cfg: TrainConfig, store: RankedStore, shard: int = 0, num_shar
         examples,
         cfg.optim.batch_size,
         grain.sharding.ShardOptions(shard_index=shard, shard_count=num_shards),
-        read_options=grain.ReadOptions(
-            num_threads=2, prefetch_buffer_size=4 * cfg.optim.batch_size
-        ),
+        # The unit of this buffer is a whole batch.
+        read_options=grain.ReadOptions(num_threads=2, prefetch_buffer_size=4),
         multiprocessing_options=workers if cfg.data.num_workers else None,
     )
     return iter(iterator)

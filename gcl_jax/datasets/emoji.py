@@ -3,7 +3,6 @@ queries by a search engine over metadata that the model never sees. `tools/build
 tables; `emoji/LICENSES.md` names every source."""
 
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +18,10 @@ TABLES = Path(__file__).with_name("emoji")
 class EmojiSource:
     """Documents {image, title}, queries {query}, and the four splits of the paper."""
 
-    name = "emoji"
-    query_fields: ClassVar = {"query": "text"}
-    document_fields: ClassVar = {"image": "image", "title": "text"}
-
     def __init__(self, tables: Path = TABLES):
+        self.name = "emoji"
+        self.query_fields = {"query": "text"}
+        self.document_fields = {"image": "image", "title": "text"}
         self._tables = tables
 
     def _read(self, table: str, *columns: str) -> pa.Table:

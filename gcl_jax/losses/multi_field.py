@@ -77,4 +77,4 @@ def multi_field_loss(
 
 def _mergeable(present: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:
     """True where a field of weight above 0 is present: the merged embedding is not zero."""
-    return sum(weight * present[field] for field, weight in weights.items()) > 0
+    return functools.reduce(jnp.logical_or, [present[a] for a, weight in weights.items() if weight])

@@ -85,7 +85,7 @@ def to_open_clip(params: Params) -> dict[str, Any]:
     """
     flat = traverse_util.flatten_dict(params, sep=".")
     _require_same_names(flat, [ours for ours, _, _ in TABLE], "parameters")
-    exported = {}
+    exported: dict[str, Any] = {}
     for ours, theirs, layout in TABLE:
         blocks = flat[ours] if "*" in theirs else [flat[ours]]
         exported |= {theirs.replace("*", str(i)): layout.dump(x) for i, x in enumerate(blocks)}
