@@ -2,6 +2,8 @@
 
 from gcl_jax.config import (
     DataConfig,
+    EvalConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     TextConfig,
@@ -18,6 +20,12 @@ def get_config() -> TrainConfig:
             text=TextConfig(context_length=12, width=128, heads=2, layers=1),
             quick_gelu=True,
         ),
-        data=DataConfig(augmentation="crop", cached_documents=10_000),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, epochs=2, batch_size=512, weight_decay=0.1),
+        data=DataConfig(
+            document_fields={"image": 0.3, "title": 0.7},
+            augmentation="crop",
+            cached_documents=10_000,
+        ),
+        loss=LossConfig(score_to_weight="inverse", targets="known"),
+        optim=OptimConfig(lr=1e-3, warmup_steps=50, epochs=1, batch_size=512, weight_decay=0.1),
+        eval=EvalConfig(every=100),
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 from gcl_jax.errors import ConfigError
 from gcl_jax.score_weights import score_to_weight
 
+TARGETS = ("diagonal", "known")
 WEIGHT_NORMS = ("none", "mean", "sum")
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 
@@ -80,11 +81,16 @@ class DataConfig:
 
 @dataclasses.dataclass(slots=True)
 class LossConfig:
-    """Score-weighted contrastive loss over the global batch (method: Loss 1 to 5)."""
+    """Score-weighted contrastive loss over the global batch (method: Loss 1 to 5).
+
+    `targets`: "diagonal" is the paper's, each row's own pair; "known" also attracts every other
+    (query, document) of the batch that the training split has a score for.
+    """
 
     score_to_weight: str = "inverse"
     thresholds: tuple[float, ...] = ()
     values: tuple[float, ...] = ()
+    targets: str = "diagonal"
     weight_norm: str = "none"
     merged: float = 1.0
     field_pairs: float = 1.0
@@ -213,6 +219,14 @@ def validate(cfg: TrainConfig) -> None:
         score_to_weight(loss.score_to_weight, data.max_score, loss.thresholds, loss.values)
     except ConfigError as error:
         raise ConfigError(f"config.loss.score_to_weight: {error}") from None
+    require(
+        loss.targets in TARGETS, f"loss.targets={loss.targets!r} must be one of {TARGETS}"
+    )
+    require(
+        loss.targets == "diagonal" or loss.weight_norm == "none",
+        f"loss.weight_norm={loss.weight_norm!r} has no effect with targets='known', which divide "
+        "by the sum of the weights; leave it at 'none'",
+    )
     require(
         loss.weight_norm in WEIGHT_NORMS,
         f"loss.weight_norm={loss.weight_norm!r} must be one of {WEIGHT_NORMS}",

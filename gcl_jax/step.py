@@ -8,11 +8,20 @@ import optax
 from jax.sharding import Mesh
 
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.pipeline import pair_weights
+from gcl_jax.data.store import RankedStore
 from gcl_jax.losses.multi_field import multi_field_loss
+from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.sharding import replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
 Metrics = dict[str, jax.Array]
+
+
+def known_weights(cfg: TrainConfig, store: RankedStore) -> KnownWeights:
+    """The loss weights of all pairs of the training split."""
+    pairs = store.pairs(cfg.data.train_split)
+    return KnownWeights.of_pairs(pairs.query, pairs.document, pair_weights(cfg, pairs))
 
 
 def make_train_step(

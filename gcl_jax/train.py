@@ -43,7 +43,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     from gcl_jax.checkpoint import Checkpointer
     from gcl_jax.data.pipeline import train_batches
     from gcl_jax.datasets import open_store
-    from gcl_jax.step import make_train_step
+    from gcl_jax.step import known_weights, make_train_step
 
     logs.quiet_libraries()
     store = open_store(cfg.data.store)
@@ -54,6 +54,10 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     train_step = make_train_step(cfg, tx, mesh)
     schedule = optim.lr_schedule(cfg.optim, steps)
+    known = {}
+    if cfg.loss.targets == "known":
+        weights = known_weights(cfg, store)
+        known = {"known": jax.device_put(weights, sharding.replicated(mesh))}
 
     workdir.mkdir(parents=True, exist_ok=True)
     # Unclosed, the threads that prefetch from an endless data set outlive the training.
@@ -77,7 +81,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
             clock, logged = time.perf_counter(), start
             metrics: dict[str, jax.Array] = {}
             for step in range(start + 1, steps + 1):
-                batch = sharding.to_global(next(batches), mesh)
+                batch = sharding.to_global(next(batches), mesh) | known
                 previous, (state, metrics) = metrics, train_step(state, batch)
                 # One step ahead keeps the device busy; more would each hold their own memory.
                 jax.block_until_ready(previous)

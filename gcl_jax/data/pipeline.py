@@ -17,7 +17,7 @@ import grain.experimental
 import numpy as np
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.store import RankedStore, Records
+from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.transforms import decode_image, random_resized_crop, resize_and_center_crop
 from gcl_jax.errors import DataError
 from gcl_jax.score_weights import score_to_weight
@@ -87,16 +87,21 @@ class FieldEncoder:
         return pixels[:, ::-1] if flip else pixels
 
 
+def pair_weights(cfg: TrainConfig, pairs: Pairs) -> np.ndarray:
+    """float32 (pairs,): every pair's loss weight, from its score as `cfg.loss` says."""
+    loss = cfg.loss
+    to_weight = score_to_weight(
+        loss.score_to_weight, cfg.data.max_score, loss.thresholds, loss.values
+    )
+    return to_weight(np.asarray(pairs.score))
+
+
 class _PairExamples:
     """grain random-access source: example i is pair i of the training split."""
 
     def __init__(self, cfg: TrainConfig, store: RankedStore):
-        loss = cfg.loss
-        to_weight = score_to_weight(
-            loss.score_to_weight, cfg.data.max_score, loss.thresholds, loss.values
-        )
         self._pairs = store.pairs(cfg.data.train_split)
-        self._weights = to_weight(np.asarray(self._pairs.score))
+        self._weights = pair_weights(cfg, self._pairs)
         self._encode_query = FieldEncoder(cfg, store.queries, list(cfg.data.query_fields))
         self._encode_document = FieldEncoder(cfg, store.documents, list(cfg.data.document_fields))
 

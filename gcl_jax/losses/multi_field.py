@@ -42,12 +42,17 @@ def multi_field_loss(
 
     Args:
         query_embeddings, document_embeddings: {field: float32 (b, e)}, rows of length 1.
-        batch: as `gcl_jax.data.pipeline` describes it.
+        batch: as `gcl_jax.data.pipeline` describes it; and "known", a `KnownWeights`, if all known
+            relevance is the target.
         logit_scale: the factor itself.
     """
     query_present, document_present = batch["query_present"], batch["document_present"]
     contrast = functools.partial(
-        gcl_loss, mesh=mesh, weight_norm=loss.weight_norm, mask_duplicates=loss.mask_duplicates
+        gcl_loss,
+        mesh=mesh,
+        known=batch.get("known"),
+        weight_norm=loss.weight_norm,
+        mask_duplicates=loss.mask_duplicates,
     )
 
     def rows(valid: jax.Array) -> PairRows:
