@@ -1,6 +1,7 @@
 """The demo: a small two-tower model on the bundled emoji benchmark, minutes on two CPU cores."""
 
 from gcl_jax.config import (
+    CheckpointConfig,
     DataConfig,
     EvalConfig,
     LossConfig,
@@ -21,11 +22,13 @@ def get_config() -> TrainConfig:
             quick_gelu=True,
         ),
         data=DataConfig(
-            document_fields={"image": 0.3, "title": 0.7},
+            document_fields={"image": 0.2, "title": 0.8},
             augmentation="crop",
+            min_crop_area=0.8,
             cached_documents=10_000,
         ),
         loss=LossConfig(score_to_weight="inverse", targets="known"),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, epochs=1, batch_size=512, weight_decay=0.1),
-        eval=EvalConfig(every=100),
+        eval=EvalConfig(every=80),
+        checkpoint=CheckpointConfig(every=50),
     )

@@ -219,9 +219,7 @@ def validate(cfg: TrainConfig) -> None:
         score_to_weight(loss.score_to_weight, data.max_score, loss.thresholds, loss.values)
     except ConfigError as error:
         raise ConfigError(f"config.loss.score_to_weight: {error}") from None
-    require(
-        loss.targets in TARGETS, f"loss.targets={loss.targets!r} must be one of {TARGETS}"
-    )
+    require(loss.targets in TARGETS, f"loss.targets={loss.targets!r} must be one of {TARGETS}")
     require(
         loss.targets == "diagonal" or loss.weight_norm == "none",
         f"loss.weight_norm={loss.weight_norm!r} has no effect with targets='known', which divide "

@@ -140,13 +140,20 @@ def main(_argv: list[str]) -> None:
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-    """absl's parser, with a line instead of a traceback for what `config_flags` raises."""
+    """absl's parser, with one line for whatever it or a config file raises."""
     with reported_in_one_line():
+        # `config_flags` prints a traceback for a missing file, and fails only later.
+        for path in (arg.partition("=")[2] for arg in argv if arg.startswith("--config=")):
+            if not Path(path).is_file():
+                raise ConfigError(f"--config={path}: no such file")
         try:
-            return app.parse_flags_with_usage(argv)
-        except (KeyError, AttributeError, TypeError, OSError, ImportError, SyntaxError) as error:
-            reason = error.args[0] if isinstance(error, KeyError) else error
-            raise ConfigError(f"--config: {reason}") from None
+            return flags.FLAGS(argv)
+        except KeyError as error:
+            raise ConfigError(f"--config has no such key: {error.args[0]}") from None
+        except flags.Error as error:
+            raise ConfigError(str(error).strip().splitlines()[-1]) from None
+        except Exception as error:
+            raise ConfigError(f"--config: {error}") from None
 
 
 if __name__ == "__main__":

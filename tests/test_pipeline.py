@@ -80,11 +80,17 @@ def test_shards_are_disjoint_and_make_the_global_batch(tiny_config, tiny_store):
 
 
 def test_corpus_batches_keep_order_and_pad_the_last(tiny_config, tiny_store):
-    indices = np.array([7, 3, 5, 0, 1])
-    batches = list(corpus_batches(tiny_config, tiny_store.documents, ["title"], indices, 2))
+    indices, fields = np.array([7, 3, 5, 0, 1]), ["image", "title"]
+    batches = list(corpus_batches(tiny_config, tiny_store.documents, fields, indices, 2))
     assert [rows for _, rows in batches] == [2, 2, 1]
     assert all(batch["inputs"]["title"].shape == (2, 8) for batch, _ in batches)
+    assert batches[0][0]["present"]["image"].tolist() == [True, False]
     assert batches[1][0]["present"]["title"].tolist() == [False, True]
+
+
+def test_a_record_without_any_used_field_is_refused_by_name(tiny_config, tiny_store):
+    with pytest.raises(DataError, match="'d05' has none of the fields"):
+        list(corpus_batches(tiny_config, tiny_store.documents, ["title"], np.arange(8), 4))
 
 
 def encoded(image: Image.Image, kind: str = "PNG") -> bytes:

@@ -1,6 +1,5 @@
 """The training command: it learns, resumes exactly, stops cleanly, refuses clearly."""
 
-import dataclasses
 import json
 import os
 import re
@@ -14,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from gcl_jax import sharding, state
+from gcl_jax import config, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.train import Interrupted, train
 
@@ -79,7 +78,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(cfg, tmp_path, monkeypatch
     assert logged("parts") == logged("whole")
 
 
-def test_loss_falls_and_everything_is_written(cfg, tmp_path):
+def test_loss_falls_and_everything_is_written(cfg, tiny_store, tmp_path):
     cfg.optim.steps, cfg.optim.lr, cfg.log_every = 40, 3e-3, 1
     cfg.eval.every = 20
     train(cfg, tmp_path)
@@ -90,9 +89,7 @@ def test_loss_falls_and_everything_is_written(cfg, tmp_path):
     evaluated = [row for row in rows if "in_domain/NDCG@10" in row]
     assert [row["step"] for row in evaluated] == [20]
     assert list(tmp_path.glob("events.out.tfevents.*"))
-    assert json.loads((tmp_path / "config.json").read_text()) == json.loads(
-        json.dumps(dataclasses.asdict(cfg))
-    )
+    assert config.load(tmp_path / "config.json") == tiny_store.resolve(cfg)
 
 
 def test_finished_run_is_left_alone(cfg, tmp_path):

@@ -42,9 +42,7 @@ class KnownWeights:
             int(np.diff(start).max(initial=0)),
         )
 
-    def __call__(
-        self, query: Int[Array, " n"], document: Int[Array, " m"]
-    ) -> Float[Array, "n m"]:
+    def __call__(self, query: Int[Array, " n"], document: Int[Array, " m"]) -> Float[Array, "n m"]:
         """The weight of every combination, 0 where there is no score: a binary search each."""
         start, scored, weight = map(jnp.asarray, (self.start, self.document, self.weight))
         low = jnp.broadcast_to(start[query][:, None], (len(query), len(document)))
