@@ -36,22 +36,21 @@ class KnownWeights:
         order = np.lexsort((document, query))
         start = np.searchsorted(query[order], np.arange(query.max(initial=-1) + 2))
         return cls(
-            start.astype(np.int32),
-            document[order],
-            weight[order],
-            int(np.diff(start).max(initial=0)),
+            start=jnp.asarray(start, jnp.int32),
+            document=jnp.asarray(document[order]),
+            weight=jnp.asarray(weight[order]),
+            longest=int(np.diff(start).max(initial=0)),
         )
 
     def __call__(self, query: Int[Array, " n"], document: Int[Array, " m"]) -> Float[Array, "n m"]:
         """The weight of every combination, 0 where there is no score: a binary search each."""
-        start, scored, weight = map(jnp.asarray, (self.start, self.document, self.weight))
-        low = jnp.broadcast_to(start[query][:, None], (len(query), len(document)))
-        end = jnp.broadcast_to(start[query + 1][:, None], low.shape)
+        low = jnp.broadcast_to(self.start[query][:, None], (len(query), len(document)))
+        end = jnp.broadcast_to(self.start[query + 1][:, None], low.shape)
         high = end
         for _ in range(self.longest.bit_length()):
             middle = (low + high) // 2
-            before = scored[middle] < document
+            before = self.document[middle] < document
             low = jnp.where((low < high) & before, middle + 1, low)
             high = jnp.where((low < high) & ~before, middle, high)
-        found = (low < end) & (scored[low] == document)
-        return jnp.where(found, weight[low], 0.0)
+        found = (low < end) & (self.document[low] == document)
+        return jnp.where(found, self.weight[low], 0.0)
