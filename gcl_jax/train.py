@@ -97,15 +97,15 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                     bar.set_postfix_str(
                         f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
                     )
+                if cfg.eval.every and step % cfg.eval.every == 0 and step < steps:
+                    summaries = evaluate.evaluate_in_training(cfg, store, state.params, mesh)
+                    writer.write(step, summaries)
+                    clock, logged = time.perf_counter(), step
                 checkpointer.check_for_errors()
                 if caught.signum or step % cfg.checkpoint.every == 0 or step == steps:
                     checkpointer.save(step, state, batches.get_state())
                 if caught.signum and step < steps:
                     raise Interrupted(caught.signum, step)
-                if cfg.eval.every and step % cfg.eval.every == 0 and step < steps:
-                    summaries = evaluate.evaluate_in_training(cfg, store, state.params, mesh)
-                    writer.write(step, summaries)
-                    clock, logged = time.perf_counter(), step
 
 
 class _SignalCatcher:
