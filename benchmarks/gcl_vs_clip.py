@@ -84,7 +84,7 @@ def untrained(store: RankedStore, max_queries: int) -> dict[str, dict[str, dict]
         ):
             found = np.argsort(-matrix, axis=1, kind="stable")[:, :1000]
             found_scores = np.take_along_axis(matrix, found, axis=1)
-            values = judged_metrics(judgements, found_scores, found, document_rank[corpus], 1000)
+            values = judged_metrics(judgements, found_scores, found, document_rank[corpus])
             summary = metrics.summarize(values)
             results[name][split] = {key: summary[value] for key, value in SUMMARY.items()}
     return results

@@ -25,7 +25,7 @@ def get_config() -> TrainConfig:
             document_fields={"image": 0.2, "title": 0.8},
             augmentation="crop",
             min_crop_area=0.8,
-            cached_documents=10_000,
+            cached_records=10_000,
         ),
         loss=LossConfig(score_to_weight="inverse", targets="known"),
         optim=OptimConfig(lr=1e-3, warmup_steps=50, epochs=1, batch_size=512, weight_decay=0.1),

@@ -12,12 +12,17 @@ from gcl_jax.state import Params, TrainState
 
 class Checkpointer:
     """Saves and restores under WORKDIR/checkpoints; use as a context manager, which waits for the
-    last write."""
+    last write. `read_only` leaves a run that is still training alone."""
 
-    def __init__(self, workdir: Path, cfg: CheckpointConfig):
+    def __init__(self, workdir: Path, cfg: CheckpointConfig, *, read_only: bool = False):
         self.directory = (workdir / "checkpoints").absolute()
+        if read_only and not self.directory.is_dir():
+            raise DataError(f"{self.directory} does not exist; train first")
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=cfg.keep, cleanup_tmp_directories=True, create=True
+            max_to_keep=None if read_only else cfg.keep,
+            cleanup_tmp_directories=not read_only,
+            create=not read_only,
+            read_only=read_only,
         )
         self._manager = ocp.CheckpointManager(
             self.directory, options=options, item_names=("state", "data")

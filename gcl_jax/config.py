@@ -1,11 +1,11 @@
 """Typed configuration of a run: what may be set, its defaults, its validation.
 
-A config file (`configs/*.py`) has a `get_config()` that returns a `TrainConfig`; every leaf can be
-overridden on the command line, e.g. `--config.optim.lr=3e-4`. No jax here, so that a wrong flag is
-answered before it is loaded.
+A config file has a `get_config()` that returns a `TrainConfig`; every leaf can be overridden on the
+command line, e.g. `--config.optim.lr=3e-4`. No jax here: a wrong flag is answered before it loads.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import typing
@@ -66,6 +66,7 @@ class DataConfig:
     `query_fields` and `document_fields` map a field of the store to its weight in the merged
     embedding (alpha and beta of the method); a field that is not named is not used. Left empty,
     they name all fields of the store with equal weights, and `train_split` its first split.
+    `cached_records` documents (and queries) stay decoded in memory, at their stored size.
     """
 
     store: str = "emoji"
@@ -76,7 +77,7 @@ class DataConfig:
     min_crop_area: float = 0.9
     max_score: float = 100.0
     num_workers: int = 0
-    cached_documents: int = 20_000
+    cached_records: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -183,6 +184,29 @@ def validate(cfg: TrainConfig) -> None:
 
     model, data, loss, optim = cfg.model, cfg.data, cfg.loss, cfg.optim
     vision, text = model.vision, model.text
+    positive = {
+        "model": ("embed_dim",),
+        "model.vision": ("image_size", "patch_size", "width", "layers", "head_width"),
+        "model.text": ("vocab_size", "width", "heads", "layers"),
+        "mesh": ("fsdp",),
+        "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
+        "checkpoint": ("every", "keep"),
+    }
+    for path, names in positive.items():
+        holder = functools.reduce(getattr, path.split("."), cfg)
+        for name in names:
+            value = getattr(holder, name)
+            require(value >= 1, f"{path}.{name}={value} must be 1 or more")
+    for path, name in (
+        ("data", "num_workers"),
+        ("data", "cached_records"),
+        ("eval", "every"),
+        ("optim", "steps"),
+        ("optim", "warmup_steps"),
+        ("optim", "clip_norm"),
+    ):
+        value = getattr(getattr(cfg, path), name)
+        require(value >= 0, f"{path}.{name}={value} must be 0 or more")
     require(
         vision.image_size % vision.patch_size == 0,
         f"model.vision.image_size={vision.image_size} is no multiple of "
@@ -195,6 +219,11 @@ def validate(cfg: TrainConfig) -> None:
     require(
         text.width % text.heads == 0,
         f"model.text.width={text.width} is no multiple of heads={text.heads}",
+    )
+    require(
+        text.tokenizer == "clip",
+        f"model.text.tokenizer={text.tokenizer!r} must be 'clip': the text tower reads the end "
+        "token of CLIP's vocabulary",
     )
     require(text.context_length >= 3, "model.text.context_length must be 3 or more")
     require(
@@ -214,7 +243,6 @@ def validate(cfg: TrainConfig) -> None:
         f"data.augmentation={data.augmentation!r} must be one of {AUGMENTATIONS}",
     )
     require(0 < data.min_crop_area <= 1, "data.min_crop_area must lie in (0, 1]")
-    require(data.num_workers >= 0, "data.num_workers must be 0 or more")
     try:
         score_to_weight(loss.score_to_weight, data.max_score, loss.thresholds, loss.values)
     except ConfigError as error:
@@ -229,16 +257,10 @@ def validate(cfg: TrainConfig) -> None:
         loss.weight_norm in WEIGHT_NORMS,
         f"loss.weight_norm={loss.weight_norm!r} must be one of {WEIGHT_NORMS}",
     )
-    require(
-        optim.batch_size >= 2, "optim.batch_size must be 2 or more: a batch of 1 has no negatives"
-    )
+    require(optim.batch_size >= 2, "optim.batch_size must be 2 or more: one pair has no negatives")
     require(optim.lr > 0, f"optim.lr={optim.lr} must be above 0")
     require(optim.steps > 0 or optim.epochs > 0, "optim: set epochs or steps above 0")
-    require(optim.warmup_steps >= 0, "optim.warmup_steps must be 0 or more")
-    require(cfg.mesh.fsdp >= 1, "mesh.fsdp must be 1 or more")
     require(cfg.mesh.data == -1 or cfg.mesh.data >= 1, "mesh.data must be -1 or 1 or more")
-    require(cfg.checkpoint.every >= 1, "checkpoint.every must be 1 or more")
-    require(cfg.checkpoint.keep >= 1, "checkpoint.keep must be 1 or more")
     require(cfg.log_every >= 1, "log_every must be 1 or more")
 
 

@@ -19,9 +19,13 @@ class DataError(UserError):
 
 @contextlib.contextmanager
 def reported_in_one_line() -> Iterator[None]:
-    """Turns a `UserError` into one line on stderr and exit code 2."""
+    """Turns a `UserError`, or what the operating system refuses, into one line on stderr and exit
+    code 2; Ctrl-C into exit code 130."""
     try:
         yield
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

@@ -12,12 +12,13 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from gcl_jax import config, logs, metrics, sharding, state
 from gcl_jax.checkpoint import Checkpointer
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.embedding import Embedder, FieldEmbeddings
@@ -78,7 +79,6 @@ def judged_metrics(
     scores: np.ndarray,
     found: np.ndarray,
     document_rank: np.ndarray,
-    top_k: int,
 ) -> dict[str, np.ndarray]:
     """Protocol steps 4 and 5: per-query metrics, float64 (q,), of retrieved documents.
 
@@ -88,7 +88,7 @@ def judged_metrics(
     """
     found = np.take_along_axis(found, metrics.trec_order(scores, document_rank[found]), axis=1)
     grades = metrics.lookup_grades(found, judgements.documents, judgements.grades)
-    return metrics.evaluate_rankings(grades, judgements.grades, [k for k in KS if k <= top_k])
+    return metrics.evaluate_rankings(grades, judgements.grades, KS)
 
 
 def evaluate_splits(
@@ -121,9 +121,8 @@ def evaluate_splits(
         results[split] = {}
         for name, weights in variants.items():
             scores, found = exact_top_k(query_embeddings, corpus.merged(weights), cfg.eval.top_k)
-            values = judged_metrics(
-                judgements[split], scores, found, document_rank[corpora[split]], cfg.eval.top_k
-            )
+            rank = document_rank[corpora[split]]
+            values = judged_metrics(judgements[split], scores, found, rank)
             results[split][name] = metrics.summarize(values)
     return results
 
@@ -147,7 +146,7 @@ def as_report(split: str, step: int, variants: dict[str, dict[str, float]]) -> d
     each field alone."""
 
     def summary(values: dict[str, float]) -> dict[str, float]:
-        return {name: values[key] for name, key in SUMMARY.items() if key in values}
+        return {name: values[key] for name, key in SUMMARY.items()}
 
     merged = variants["merged"]
     report = {"split": split, "step": step, "summary": summary(merged)}
@@ -188,13 +187,16 @@ def load_run(workdir: Path) -> Run:
     """
     logs.quiet_libraries()
     cfg = config.load(workdir / "config.json")
-    mesh = sharding.make_mesh(cfg.mesh, cfg.eval.batch_size, "eval.batch_size")
+    # All devices of this machine, whatever the run was trained on.
+    cfg.eval.batch_size = max(1, cfg.eval.batch_size // jax.device_count()) * jax.device_count()
+    mesh = sharding.make_mesh(MeshConfig(), cfg.eval.batch_size)
     _, shapes = state.abstract_model(cfg.model)
     abstract = state.with_shardings(shapes, sharding.param_shardings(shapes, mesh))
-    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+    with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
         params = checkpointer.restore_params(abstract)
         step = checkpointer.latest_step() or 0
-    return Run(cfg, open_store(cfg.data.store), params, mesh, step)
+    store = open_store(cfg.data.store)
+    return Run(store.resolve(cfg), store, params, mesh, step)
 
 
 def main() -> None:

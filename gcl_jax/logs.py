@@ -13,8 +13,8 @@ from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 
 def quiet_libraries() -> None:
-    """Leaves the terminal to our own lines: orbax and TFDS report every file at level INFO."""
-    logging.set_verbosity(logging.WARNING)
+    """Leaves the terminal to our own lines: orbax and TFDS report every file they touch."""
+    logging.set_verbosity(logging.ERROR)
 
 
 class MetricWriter:

@@ -21,6 +21,7 @@ import numpy as np
 from gcl_jax import config
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore, Records
+from gcl_jax.datasets import open_store
 from gcl_jax.errors import DataError, reported_in_one_line
 from gcl_jax.search import SearchIndex, fields_of_kind, image_type
 
@@ -230,17 +231,16 @@ def essentials(cfg: TrainConfig, store: RankedStore, parameters: int, steps: int
     def weights(fields: dict[str, float]) -> str:
         return " + ".join(f"{weight:g} {name}" for name, weight in fields.items())
 
-    vision, text = cfg.model.vision, cfg.model.text
+    vision, text, optim = cfg.model.vision, cfg.model.text, cfg.optim
+    pixels = f"{vision.image_size} px in patches of {vision.patch_size}"
     return {
         "Store": f"{store.name}, trained on {cfg.data.train_split}",
         "Fields": f"{weights(cfg.data.query_fields)} → {weights(cfg.data.document_fields)}",
         "Model": f"{parameters / 1e6:.1f} M parameters, {cfg.model.embed_dim} dimensions",
-        "Image tower": f"{vision.layers} × {vision.width}, {vision.image_size} px in patches of "
-        f"{vision.patch_size}",
+        "Image tower": f"{vision.layers} × {vision.width}, {pixels}",
         "Text tower": f"{text.layers} × {text.width}, {text.context_length} tokens",
-        "Loss": f"{cfg.loss.score_to_weight} score weights, norm {cfg.loss.weight_norm}",
-        "Training": f"{steps:,} steps of {cfg.optim.batch_size:,} pairs, learning rate "
-        f"{cfg.optim.lr:g}",
+        "Loss": f"{cfg.loss.score_to_weight} score weights, {cfg.loss.targets} targets",
+        "Training": f"{steps:,} steps of {optim.batch_size:,} pairs, learning rate {optim.lr:g}",
     }
 
 
@@ -251,7 +251,8 @@ def write_report(workdir: Path) -> Path:
         ConfigError, DataError: `workdir` is no run, was not evaluated, or its store is gone.
     """
     # What may be missing is told before jax and the model are loaded.
-    evaluations = read_evaluation(workdir, config.load(workdir / "config.json").eval.splits)
+    cfg = config.load(workdir / "config.json")
+    evaluations = read_evaluation(workdir, open_store(cfg.data.store).resolve(cfg).eval.splits)
     rows = read_metrics(workdir / "metrics.jsonl")
 
     import jax

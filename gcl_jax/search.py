@@ -197,6 +197,7 @@ def search_run(args: argparse.Namespace) -> None:
     # Whatever can be wrong with the arguments is told before jax and the model are loaded.
     cfg = config.load(args.workdir / "config.json")
     store = open_store(cfg.data.store)
+    cfg = store.resolve(cfg)
     kinds = {field: store.queries.fields[field] for field in cfg.data.query_fields}
     queries = parse_queries(kinds, args.texts, args.query)
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))

@@ -68,6 +68,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     ):
         start = checkpointer.latest_step() or 0
         if start:
+            check_same_run(cfg, config.load(workdir / "config.json"), workdir)
             state, position = checkpointer.restore(states.abstract_state(cfg.model, tx, mesh))
             batches.set_state(position)
             print(f"continuing {workdir} from step {start} of {steps}", file=sys.stderr)
@@ -108,9 +109,19 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                     raise Interrupted(caught.signum, step)
 
 
+def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> None:
+    """Raises `ConfigError` when `cfg` would train something else than the run in `workdir`."""
+    for part in ("model", "data", "loss", "optim", "seed"):
+        if getattr(cfg, part) != getattr(started, part):
+            raise ConfigError(
+                f"config.{part} is not that of the run in {workdir} (see its config.json); "
+                "choose another --workdir"
+            )
+
+
 class _SignalCatcher:
     """Notes SIGINT and SIGTERM instead of dying, so that the step ends and its state is saved; a
-    second SIGINT ends the program at once."""
+    second signal ends the program at once."""
 
     signum = 0
 

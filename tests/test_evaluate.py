@@ -42,7 +42,7 @@ def test_metrics_of_a_ranking_equal_pytrec_eval(tiny_store):
     documents = rng.integers(-1, 2, (len(corpus), 3)).astype(np.float32)
     rank = np.argsort(np.argsort(ids))
     scores, found = exact_top_k(queries, documents, 1000)
-    got = evaluate.judged_metrics(judgements, scores, found, rank[corpus], 1000)
+    got = evaluate.judged_metrics(judgements, scores, found, rank[corpus])
 
     names = [tiny_store.queries.ids[row] for row in judgements.queries]
     qrels = {

@@ -1,6 +1,7 @@
 """Batches: what they hold, that they depend on seed and step alone, how they resume and shard."""
 
 import io
+import pickle
 
 import jax
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gcl_jax.data import transforms
-from gcl_jax.data.pipeline import corpus_batches, train_batches
+from gcl_jax.data.pipeline import _PairExamples, corpus_batches, train_batches
 from gcl_jax.errors import DataError
 
 
@@ -132,3 +133,12 @@ def test_unreadable_images_say_so():
         transforms.decode_image(b"<html>")
     with pytest.raises(DataError, match="bomb"):
         transforms.decode_image(encoded(Image.new("1", (30_000, 10_000))))
+
+
+def test_examples_pickle_for_worker_processes(tiny_config, tiny_store):
+    """What grain sends to its workers, used or not, gives the same example there."""
+    tiny_config = tiny_store.resolve(tiny_config)
+    examples = _PairExamples(tiny_config, tiny_store)
+    expected = examples.example(3, np.random.default_rng(0))
+    copy = pickle.loads(pickle.dumps(examples))
+    assert_equal(copy.example(3, np.random.default_rng(0)), expected)

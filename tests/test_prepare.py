@@ -149,7 +149,7 @@ def test_text_only_store_with_query_ids_and_two_files(folder):
     assert store.queries[1] == {"id": "2", "query": "q"}
     assert store.documents[0] == {"id": "1", "title": "t1", "text": ""}
     message = prepare.summary(store)
-    assert 'document_fields={"title": 0.5, "text": 0.5}' in message
+    assert f"--config.data.store={store.directory}" in message
     assert "text: missing in 2" in message
 
 

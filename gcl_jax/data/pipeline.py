@@ -9,7 +9,7 @@ A training batch of b pairs:
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -29,11 +29,22 @@ Batch = dict[str, dict[str, np.ndarray]]
 class FieldEncoder:
     """Turns records of one side into model inputs, image_size and context_length as configured."""
 
-    def __init__(self, cfg: TrainConfig, records: Records, fields: Sequence[str]):
+    def __init__(
+        self, cfg: TrainConfig, records: Records, fields: Sequence[str], cached_records: int = 0
+    ):
         self._cfg = cfg
         self._records = records
         self._kinds = {field: records.fields[field] for field in fields}
-        self._load = functools.lru_cache(maxsize=cfg.data.cached_documents)(self._load_record)
+        self._cached_records = cached_records
+
+    @functools.cached_property
+    def _load(self) -> Callable[[int], dict]:
+        return functools.lru_cache(maxsize=self._cached_records)(self._load_record)
+
+    def __getstate__(self) -> dict:
+        """Without what a worker process makes anew: the cache and the tokenizer."""
+        made = ("_load", "_tokenizer")
+        return {name: value for name, value in vars(self).items() if name not in made}
 
     @functools.cached_property
     def _tokenizer(self):
@@ -102,8 +113,11 @@ class _PairExamples:
     def __init__(self, cfg: TrainConfig, store: RankedStore):
         self._pairs = store.pairs(cfg.data.train_split)
         self._weights = pair_weights(cfg, self._pairs)
-        self._encode_query = FieldEncoder(cfg, store.queries, list(cfg.data.query_fields))
-        self._encode_document = FieldEncoder(cfg, store.documents, list(cfg.data.document_fields))
+        fields, cached = cfg.data, cfg.data.cached_records
+        self._encode_query = FieldEncoder(cfg, store.queries, list(fields.query_fields), cached)
+        self._encode_document = FieldEncoder(
+            cfg, store.documents, list(fields.document_fields), cached
+        )
 
     def __len__(self) -> int:
         return len(self._pairs)

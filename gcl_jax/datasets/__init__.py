@@ -1,10 +1,13 @@
 """Writing a store: sources (the bundled benchmark, your own tables) and the TFDS builder."""
 
 import os
+import zlib
 from pathlib import Path
 
 from gcl_jax.data.store import VERSION, RankedStore
 from gcl_jax.errors import DataError
+
+EMOJI_TABLES = Path(__file__).with_name("emoji")
 
 
 def open_store(name: str) -> RankedStore:
@@ -17,7 +20,7 @@ def open_store(name: str) -> RankedStore:
     if name != "emoji" or Path(name).is_dir():
         return RankedStore(name)
     cache = Path(os.environ.get("GCL_JAX_CACHE", "~/.cache/gcl_jax")).expanduser()
-    directory = cache / f"emoji-{VERSION}"
+    directory = cache / f"emoji-{VERSION}-{_fingerprint(EMOJI_TABLES):08x}"
     if not directory.exists():
         from gcl_jax.datasets.builder import write_store
         from gcl_jax.datasets.emoji import EmojiSource
@@ -28,3 +31,11 @@ def open_store(name: str) -> RankedStore:
             if not directory.exists():  # else another process was quicker, with the same result
                 raise
     return RankedStore(directory)
+
+
+def _fingerprint(tables: Path) -> int:
+    """Changes with the tables' contents, so that a cached store is never an outdated one."""
+    checksum = 0
+    for path in sorted(tables.glob("*.parquet")):
+        checksum = zlib.crc32(path.read_bytes(), checksum)
+    return checksum

@@ -14,8 +14,6 @@ from pathlib import Path
 
 from gcl_jax.errors import DataError
 
-POLICIES = ("strict", "skip")
-
 
 class Reason(enum.Enum):
     """Why a row is bad: the name that skips are counted by, and how to mend it."""

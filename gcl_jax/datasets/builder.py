@@ -8,8 +8,8 @@ import io
 import itertools
 import json
 import operator
-import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -105,8 +105,9 @@ def write_store(source: Source, out: Path, bad_rows: BadRows | None = None) -> s
         DataError: `out` exists already, the source has bad rows, or no pairs.
     """
     check_absent(out)
-    building = out.with_name(f"{out.name}.incomplete-{os.getpid()}")
-    building.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.incomplete-"))
+    building.chmod(0o755)
     try:
         _write_records(source, building)
         _write_pairs(source, building)
