@@ -236,7 +236,7 @@ def essentials(cfg: TrainConfig, store: RankedStore, parameters: int, steps: int
         "Store": f"{store.name}, trained on {cfg.data.train_split}",
         "Fields": f"{weights(cfg.data.query_fields)} → {weights(cfg.data.document_fields)}",
         "Model": f"{parameters / 1e6:.1f} M parameters, {cfg.model.embed_dim} dimensions",
-        "Image tower": f"{vision.layers} × {vision.width}, {vision.image_size} px / {vision.patch_size}",
+        "Image tower": f"{vision.layers} × {vision.width}, patches of {vision.patch_size} px",
         "Text tower": f"{text.layers} × {text.width}, {text.context_length} tokens",
         "Loss": f"{cfg.loss.score_to_weight} score weights, {cfg.loss.targets} targets",
         "Training": f"{steps:,} steps of {optim.batch_size:,} pairs, learning rate {optim.lr:g}",
