@@ -193,6 +193,6 @@ def _padded(
 ) -> np.ndarray:
     """Rows of unequal length as one array (rows, longest)."""
     lengths = np.fromiter(lengths, np.int64)
-    out = np.full((lengths.size, lengths.max(initial=0)), fill, dtype)
+    out: np.ndarray = np.full((lengths.size, lengths.max(initial=0)), fill, dtype)
     out[np.arange(out.shape[1]) < lengths[:, None]] = np.fromiter(chain(*rows), dtype)
     return out

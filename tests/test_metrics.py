@@ -4,6 +4,7 @@ import math
 from fractions import Fraction
 
 import numpy as np
+import pandas
 import pytest
 import pytrec_eval
 
@@ -193,7 +194,6 @@ def test_sampled_queries_recorded_from_pandas():
 
 @pytest.mark.parametrize(("size", "n"), [(1, 1), (60, 50), (5000, 2000)])
 def test_sampled_queries_equal_those_of_pandas(size, n):
-    pandas = pytest.importorskip("pandas")
     # distinct, so there is one order only, and even, as pandas 3 refuses steep weights
     sums = np.random.default_rng(size).permutation(size) + 20_000
     frame = pandas.DataFrame({"sum": sums})
