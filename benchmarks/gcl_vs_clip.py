@@ -1,11 +1,13 @@
 """GCL against CLIP on the bundled benchmark: equal data, model, budget and seeds.
 
+    pip install -e ".[benchmarks]"
     python benchmarks/gcl_vs_clip.py --out=runs/gcl_vs_clip
 
 Trains the demo's config once per method and seed, adds BM25 over titles and a random ranking, and
 prints the four-split table: mean over the seeds, their standard deviation, and the gain relative to
 CLIP. OUT/result.json holds every single figure. A call after an interruption goes on where the last
-one stopped. Further flags, such as --config.optim.epochs=2, go to every training.
+one stopped. Further flags, such as --config.optim.epochs=2, go to every training: give each
+set of them an --out of its own.
 """
 
 import argparse
@@ -40,7 +42,9 @@ CONFIG = Path(__file__).parents[1] / "configs" / "emoji_tiny.py"
 SHOWN = ("NDCG@10", "mERR", "mRBP9")
 
 
-def trained(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str, dict]:
+def trained(
+    method: str, seed: int, out: Path, overrides: list[str], max_queries: int
+) -> dict[str, dict]:
     """{split: summary} of one run, trained unless its results are there already."""
     workdir = out / f"{'-'.join(METHODS[method].values())}-seed{seed}"
     results = [workdir / "eval" / f"{split}.json" for split in SPLITS]
@@ -52,7 +56,7 @@ def trained(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str
         subprocess.run([*run, *flags, *overrides], check=True)
         print(f"{method}, seed {seed}: trained in {time.perf_counter() - start:.0f} s")
         evaluate = [sys.executable, "-m", "gcl_jax.evaluate", f"--workdir={workdir}"]
-        subprocess.run(evaluate, check=True)
+        subprocess.run([*evaluate, f"--max_queries={max_queries}"], check=True)
     return {path.stem: json.loads(path.read_text())["summary"] for path in results}
 
 
@@ -130,7 +134,7 @@ def main() -> None:
     runs: dict[str, list[dict]] = {method: [] for method in args.methods}
     for seed in args.seeds:
         for method in args.methods:
-            runs[method].append(trained(method, seed, args.out, overrides))
+            runs[method].append(trained(method, seed, args.out, overrides, args.max_queries))
     result = {
         "machine": {
             "processor": platform.processor() or platform.machine(),
