@@ -15,6 +15,7 @@ import pytest
 
 from gcl_jax import config, sharding, state
 from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.errors import ConfigError
 from gcl_jax.train import Interrupted, train
 
 ROOT = Path(__file__).parents[1]
@@ -95,8 +96,17 @@ def test_loss_falls_and_everything_is_written(cfg, tiny_store, tmp_path):
 def test_finished_run_is_left_alone(cfg, tmp_path):
     train(cfg, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
+    cfg.data.cached_records = 7
     train(cfg, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_another_config_does_not_continue_a_run(cfg, tmp_path):
+    cfg.optim.steps = 1
+    train(cfg, tmp_path)
+    cfg.optim.lr *= 2
+    with pytest.raises(ConfigError, match=r"config\.optim is not that of the run"):
+        train(cfg, tmp_path)
 
 
 def command(*flags, **env):
