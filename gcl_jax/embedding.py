@@ -45,6 +45,8 @@ class Embedder:
     def __init__(self, cfg: TrainConfig, params: Params, mesh: Mesh):
         graphdef, _ = abstract_model(cfg.model)
         self._cfg, self._params, self._mesh = cfg, params, mesh
+        # Rounded up to what splits evenly over the devices.
+        self._batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size
         self._encode = jax.jit(
             lambda params, inputs: merge(graphdef, params).encode_fields(inputs),
             out_shardings=replicated(mesh),
@@ -62,8 +64,7 @@ class Embedder:
         """Embeds the records `indices`, in that order, with a progress bar unless `quiet`."""
         embeddings: dict[str, list] = {field: [] for field in fields}
         present: dict[str, list] = {field: [] for field in fields}
-        batch_size = self._cfg.eval.batch_size
-        batches = corpus_batches(self._cfg, records, fields, indices, batch_size)
+        batches = corpus_batches(self._cfg, records, fields, indices, self._batch_size)
         bar = logs.progress(len(indices), unit="records", description=description, quiet=quiet)
         with bar:
             for batch, rows in batches:

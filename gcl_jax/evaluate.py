@@ -188,8 +188,7 @@ def load_run(workdir: Path) -> Run:
     logs.quiet_libraries()
     cfg = config.load(workdir / "config.json")
     # All devices of this machine, whatever the run was trained on.
-    cfg.eval.batch_size = max(1, cfg.eval.batch_size // jax.device_count()) * jax.device_count()
-    mesh = sharding.make_mesh(MeshConfig(), cfg.eval.batch_size)
+    mesh = sharding.make_mesh(MeshConfig(), jax.device_count())
     _, shapes = state.abstract_model(cfg.model)
     abstract = state.with_shardings(shapes, sharding.param_shardings(shapes, mesh))
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:

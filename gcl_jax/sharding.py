@@ -13,9 +13,8 @@ BATCH_AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**14
 
 
-def make_mesh(cfg: MeshConfig, batch_size: int, key: str = "optim.batch_size") -> Mesh:
-    """A mesh with axes ("data", "fsdp") over all devices, for global batches of `batch_size`, which
-    the configuration sets under `key`.
+def make_mesh(cfg: MeshConfig, batch_size: int) -> Mesh:
+    """A mesh with axes ("data", "fsdp") over all devices, for global batches of `batch_size`.
 
     The axes are Auto: the towers' gathers and concatenations then need no annotations, and every
     place where a sharding matters (parameters, moments, batches, loss) states it.
@@ -31,7 +30,9 @@ def make_mesh(cfg: MeshConfig, batch_size: int, key: str = "optim.batch_size") -
             "that there are"
         )
     if batch_size % devices:
-        raise ConfigError(f"config.{key}={batch_size} is no multiple of the {devices} devices")
+        raise ConfigError(
+            f"config.optim.batch_size={batch_size} is no multiple of the {devices} devices"
+        )
     return jax.make_mesh((data, cfg.fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 

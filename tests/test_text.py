@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import parity
 import pytest
+import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gcl_jax.errors import ConfigError
@@ -99,7 +100,6 @@ def test_any_text_equals_live_open_clip(open_clip, clip, text):
 @pytest.fixture
 def word_level(tmp_path):
     """Writes a tiny Hugging Face tokenizer folder; returns a function of its special tokens."""
-    transformers = pytest.importorskip("transformers")
 
     def save(**special):
         vocab = {"[PAD]": 0, "[UNK]": 1, "red": 2, "shoe": 3}
@@ -123,7 +123,6 @@ def test_hugging_face_folder(word_level):
 
 
 def test_errors_are_one_line(word_level, tmp_path):
-    pytest.importorskip("transformers")
     cases = [
         ("clip", 1, "context_length"),
         (word_level(), 4, "no padding token"),
