@@ -29,6 +29,7 @@ AT_LEAST_ONE = {
     "model": ("embed_dim",),
     "model.vision": ("image_size", "patch_size", "width", "layers", "head_width"),
     "model.text": ("vocab_size", "width", "heads", "layers"),
+    "data": ("pairs_per_query",),
     "mesh": ("fsdp",),
     "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
     "checkpoint": ("every", "keep"),

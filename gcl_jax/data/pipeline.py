@@ -17,6 +17,7 @@ import grain.experimental
 import numpy as np
 
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.sampling import PairShuffle
 from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.transforms import decode_image, random_resized_crop, resize_and_center_crop
 from gcl_jax.errors import DataError
@@ -147,8 +148,13 @@ def train_batches(cfg: TrainConfig, store: RankedStore, shard: int = 0, num_shar
     and restore the position, exactly and on any number of shards.
     """
     source = _PairExamples(cfg, store)
-    examples = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat()
-    examples = examples.random_map(source.example)
+    examples = grain.MapDataset.source(source).seed(cfg.seed)
+    if cfg.data.pairs_per_query > 1:
+        query = store.pairs(cfg.data.train_split).query
+        examples = PairShuffle(examples, query, cfg.data.pairs_per_query, cfg.seed)
+    else:
+        examples = examples.shuffle()
+    examples = examples.repeat().random_map(source.example)
     workers = grain.multiprocessing.MultiprocessingOptions(num_workers=cfg.data.num_workers)
     iterator = grain.experimental.ElasticIterator(
         examples,
