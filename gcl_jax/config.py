@@ -42,6 +42,20 @@ class TextConfig:
     layers: int = 12
     mlp_ratio: float = 4.0
     tokenizer: str = "clip"
+    clean: str = ""
+    query_prefix: str = ""
+    document_prefix: str = ""
+
+
+@dataclasses.dataclass(slots=True)
+class PreprocessConfig:
+    """How images reach the model's size and range, named as in open_clip's `preprocess_cfg`."""
+
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
+    fill_color: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -54,8 +68,7 @@ class ModelConfig:
     quick_gelu: bool = False
     init_logit_scale: float = math.log(1 / 0.07)
     max_logit_scale: float = math.log(100.0)
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
     dtype: str = "float32"
 
 

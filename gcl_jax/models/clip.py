@@ -31,7 +31,7 @@ class CLIP(nnx.Module):
         self.visual = VisionTower(cfg.vision, cfg.embed_dim, act, dtype=dtype, rngs=rngs)
         self.text = TextTower(cfg.text, cfg.embed_dim, act, dtype=dtype, rngs=rngs)
         self.logit_scale = nnx.Param(jnp.float32(cfg.init_logit_scale))
-        self.image_mean, self.image_std = tuple(cfg.image_mean), tuple(cfg.image_std)
+        self.image_mean, self.image_std = tuple(cfg.preprocess.mean), tuple(cfg.preprocess.std)
 
     def encode_image(self, pixels: UInt8[Array, "b h w 3"]) -> Float[Array, "b e"]:
         """Pixels (0 to 255) to float32 embeddings of length 1."""
