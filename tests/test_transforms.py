@@ -1,6 +1,7 @@
 """Pixels: open_clip's, whatever the file; by Pillow itself where torch is missing."""
 
 import dataclasses
+import importlib
 import io
 import pickle
 
@@ -82,9 +83,9 @@ def open_clip():
 
 
 def preprocess_val(open_clip, size, cfg):
-    return open_clip.image_transform_v2(
-        open_clip.PreprocessCfg(size=size, **dataclasses.asdict(cfg)), is_train=False
-    )
+    values = {"size": size, **dataclasses.asdict(cfg)}
+    module = importlib.import_module("open_clip.transform")
+    return module.image_transform_v2(module.PreprocessCfg(**values), is_train=False)
 
 
 def to_pixels(tensor, cfg):
