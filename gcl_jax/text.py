@@ -178,7 +178,9 @@ def _hugging_face(name: str, context_length: int, clean: str) -> Tokenizer:
         options = {"padding": "max_length", "truncation": True, "max_length": context_length}
         return hf([cleaner(text) for text in texts], **options)["input_ids"]
 
-    return Tokenizer(name, context_length, clean, len(hf), hf.pad_token_id, encode)
+    # Not the number of tokens: some vocabularies have holes.
+    vocab_size = max(hf.get_vocab().values()) + 1
+    return Tokenizer(name, context_length, clean, vocab_size, hf.pad_token_id, encode)
 
 
 def _load_hugging_face(name: str) -> Any:

@@ -144,6 +144,12 @@ def test_a_text_only_model_has_no_image_fields(tiny_config, tiny_store):
     assert "\n" not in str(error.value)
 
 
+def test_a_vocabulary_larger_than_the_models_is_refused(tiny_config, tiny_store):
+    tiny_config.model.text.vocab_size = 49_407
+    with pytest.raises(ConfigError, match="vocab_size=49407 is too small for the 49408 ids"):
+        train_batches(tiny_config, tiny_store)
+
+
 def test_images_are_resized_as_the_config_says(tiny_config, tiny_store):
     tiny_config.model.preprocess.resize_mode = "longest"
     source, fields = tiny_store.documents, ["image"]

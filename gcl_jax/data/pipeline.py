@@ -38,21 +38,28 @@ class FieldEncoder:
         fields: Sequence[str],
         cached_records: int = 0,
     ):
-        """Raises `ConfigError` for an image field of a model without image tower."""
+        """Raises `ConfigError` for an image field of a model without image tower, and for a
+        tokenizer or preprocessing of `cfg.model` that cannot be."""
         self._cfg = cfg
         self._prefix: str = getattr(cfg.model.text, f"{side}_prefix")
         self._records = records
         self._kinds = {field: records.fields[field] for field in fields}
         self._cached_records = cached_records
         images = [field for field, kind in self._kinds.items() if kind == "image"]
-        if images and cfg.model.vision is None:
-            raise ConfigError(
-                f"config.data.{side}_fields: {images[0]!r} is an image, and the model has no image "
-                "tower (config.model.vision is None); name text fields only"
-            )
         if images:
+            if cfg.model.vision is None:
+                raise ConfigError(
+                    f"config.data.{side}_fields: {images[0]!r} is an image, and the model has no "
+                    "image tower (config.model.vision is None); name text fields only"
+                )
             self._image_size = cfg.model.vision.image_size
             self._transform = ImageTransform(self._image_size, cfg.model.preprocess)
+        # A table of embeddings would silently give its last row for ids beyond its end.
+        if len(images) < len(fields) and self._tokenizer.vocab_size > cfg.model.text.vocab_size:
+            raise ConfigError(
+                f"config.model.text.vocab_size={cfg.model.text.vocab_size} is too small for the "
+                f"{self._tokenizer.vocab_size} ids of tokenizer {cfg.model.text.tokenizer!r}"
+            )
 
     @functools.cached_property
     def _load(self) -> Callable[[int], dict]:
