@@ -53,8 +53,8 @@ class PreprocessConfig:
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
+    interpolation: str = "bicubic"  # "bicubic" | "bilinear"
+    resize_mode: str = "shortest"  # "shortest" | "squash" | "longest"
     fill_color: int = 0
 
 

@@ -34,6 +34,7 @@ _CLIP_WORDS = (
 )
 # Files of which a tokenizer folder has one; without it transformers makes up an empty vocabulary.
 _VOCABULARIES = ("tokenizer.json", "*.model", "vocab.txt", "vocab.json")
+_KINDS = ("tokenizer.json", "tokenizer_config.json", "config.json")
 _TOKENIZER_FILES = (*_VOCABULARIES, "*token*.json", "config.json", "merges.txt")
 
 
@@ -46,9 +47,10 @@ class Tokenizer:
     Attributes:
       name, context_length, clean: as given to `load_tokenizer`.
       vocab_size: ids lie in [0, vocab_size).
-      pad_id: padding; `ids != pad_id` is the attention mask of BERT, XLM-R and their like. CLIP's
-        is 0, a real token too, but its causal tower reads the end token, the highest id (argmax).
-        SigLIP pads with its end token; its tower has no mask.
+      pad_id: padding; `ids != pad_id` is the attention mask of BERT, XLM-R and their like (so a
+        text that spells the padding token out is masked there, as in open_clip). CLIP's is 0, a
+        real token too, but its causal tower reads the end token, the highest id (argmax). SigLIP
+        pads with its end token; its tower has no mask.
     """
 
     def __init__(
@@ -198,6 +200,10 @@ def _load_hugging_face(name: str) -> Any:
         folder = _download(name)
     if not any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern)):
         raise ConfigError(f"tokenizer folder {name} has none of {', '.join(_VOCABULARIES)}")
+    if not any((folder / file).is_file() for file in _KINDS):
+        raise ConfigError(
+            f"tokenizer folder {name} has none of {', '.join(_KINDS)} to say its kind"
+        )
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Whatever its many parsers raise, the folder is to blame.

@@ -304,9 +304,10 @@ def test_hugging_face_folder(word_level):
 
 def test_errors_are_one_line(word_level, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    empty, broken = tmp_path / "empty", tmp_path / "broken"
-    for made in (empty, broken):
+    empty, broken, bare = (tmp_path / name for name in ("empty", "broken", "bare"))
+    for made in (empty, broken, bare):
         made.mkdir()
+    (bare / "vocab.txt").write_text("[PAD]\n[UNK]\n")
     # Of this alone, transformers would make a tokenizer that knows no word.
     (empty / "config.json").write_text('{"model_type": "bert"}')
     (broken / "tokenizer.json").write_text("{")
@@ -318,6 +319,7 @@ def test_errors_are_one_line(word_level, tmp_path, monkeypatch):
         ("someone/absent", 4, "not had from the hub"),
         (str(empty), 4, "has none of tokenizer.json"),
         (str(broken), 4, "cannot be loaded"),
+        (str(bare), 4, "has none of .* to say its kind"),
     ]
     for name, context_length, message in cases:
         with pytest.raises(ConfigError, match=message) as error:
