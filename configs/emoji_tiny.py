@@ -17,9 +17,10 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
             embed_dim=128,
-            vision=VisionConfig(image_size=48, patch_size=16, width=128, layers=3),
-            text=TextConfig(context_length=12, width=128, heads=2, layers=1),
-            quick_gelu=True,
+            vision=VisionConfig(
+                image_size=48, patch_size=16, width=128, layers=3, act="quick_gelu"
+            ),
+            text=TextConfig(context_length=12, width=128, heads=2, layers=1, act="quick_gelu"),
         ),
         data=DataConfig(
             document_fields={"image": 0.2, "title": 0.8},

@@ -1,50 +1,16 @@
-"""Typed configuration of a run: what may be set, its defaults, its validation.
+"""Typed configuration of a run: what may be set, and its defaults.
 
 A config file has a `get_config()` that returns a `TrainConfig`; every leaf can be overridden on the
 command line, e.g. `--config.optim.lr=3e-4`. No jax here: a wrong flag is answered before it loads.
 """
 
 import dataclasses
-import functools
 import json
 import math
 import typing
 from pathlib import Path
 
 from gcl_jax.errors import ConfigError
-from gcl_jax.score_weights import score_to_weight
-
-TARGETS = ("diagonal", "known")
-WEIGHT_NORMS = ("none", "mean", "sum")
-AUGMENTATIONS = ("none", "crop", "crop_flip")
-
-
-@dataclasses.dataclass(slots=True)
-class VisionConfig:
-    """Pre-LN vision transformer, named as in open_clip's `vision_cfg`."""
-
-    image_size: int = 224
-    patch_size: int = 32
-    width: int = 768
-    layers: int = 12
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-
-
-@dataclasses.dataclass(slots=True)
-class TextConfig:
-    """Causal text transformer pooled at the end token, named as in open_clip's `text_cfg`."""
-
-    context_length: int = 77
-    vocab_size: int = 49408
-    width: int = 512
-    heads: int = 8
-    layers: int = 12
-    mlp_ratio: float = 4.0
-    tokenizer: str = "clip"
-    clean: str = ""
-    query_prefix: str = ""
-    document_prefix: str = ""
 
 
 @dataclasses.dataclass(slots=True)
@@ -53,23 +19,91 @@ class PreprocessConfig:
 
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
     std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: str = "bicubic"  # "bicubic" | "bilinear"
-    resize_mode: str = "shortest"  # "shortest" | "squash" | "longest"
+    interpolation: str = "bicubic"
+    resize_mode: str = "shortest"
     fill_color: int = 0
 
 
 @dataclasses.dataclass(slots=True)
+class VisionConfig:
+    """Pre-LN vision transformer, named as in open_clip's `vision_cfg`.
+
+    `pool`: "tok" is CLIP's tower (class token, ln_pre, projection of the class token); "map" is
+    SigLIP's (patches alone, pooled by attention from a learned query, no projection, so `width` is
+    the embedding's). `patch_dropout` is the share of patches left out of a training step.
+    """
+
+    image_size: int = 224
+    patch_size: int = 32
+    width: int = 768
+    layers: int = 12
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    act: str = "gelu"
+    norm_eps: float = 1e-5
+    pool: str = "tok"
+    patch_dropout: float = 0.0
+
+
+@dataclasses.dataclass(slots=True)
+class TextConfig:
+    """Text transformer, named as in open_clip's `text_cfg`.
+
+    `family`: "clip" has pre-LN blocks (CLIP, SigLIP), "bert" post-LN blocks, token types and masked
+    padding (BERT, XLM-RoBERTa). `pool`: "argmax" is the token of the highest id, CLIP's end token;
+    "last", "first" and "mean" what they say, the mean over real tokens. `proj` to the embedding:
+    "linear", "linear_bias", "mlp" (open_clip's for Hugging Face towers) or "none".
+    BERT family alone: `max_positions` rows of the position table, of which a text uses those from
+    `first_position` on; `token_types` rows of the type table, of which it uses the first; `pad_id`.
+    The prefixes go before every text of a side ("query: " and "passage: " for E5).
+    """
+
+    family: str = "clip"
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+    act: str = "gelu"
+    norm_eps: float = 1e-5
+    causal: bool = True
+    pool: str = "argmax"
+    proj: str = "linear"
+    max_positions: int = 512
+    first_position: int = 0
+    token_types: int = 2
+    pad_id: int = 0
+    tokenizer: str = "clip"
+    clean: str = ""
+    query_prefix: str = ""
+    document_prefix: str = ""
+
+
+@dataclasses.dataclass(slots=True)
 class ModelConfig:
-    """Two towers into one embedding space of `embed_dim`."""
+    """Two towers into one embedding space of `embed_dim`; `vision` None is a text-only model.
+
+    Compute is in `dtype`, parameters in `param_dtype`. `attention` is the implementation of
+    `jax.nn.dot_product_attention`. `remat` saves memory by recomputing each layer in the backward
+    pass: "full" all of it, "dots" all but its matrix products. `lora_rank` above 0 adds low-rank
+    updates (times `lora_alpha` / rank) to every linear map of the blocks and trains nothing else
+    but the temperature.
+    """
 
     embed_dim: int = 512
-    vision: VisionConfig = dataclasses.field(default_factory=VisionConfig)
+    vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
-    quick_gelu: bool = False
+    preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
     init_logit_scale: float = math.log(1 / 0.07)
     max_logit_scale: float = math.log(100.0)
-    preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
+    init_logit_bias: float | None = None
     dtype: str = "float32"
+    param_dtype: str = "float32"
+    attention: str = "xla"
+    remat: str = "none"
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,6 +114,8 @@ class DataConfig:
     embedding (alpha and beta of the method); a field that is not named is not used. Left empty,
     they name all fields of the store with equal weights, and `train_split` its first split.
     `cached_records` documents (and queries) stay decoded in memory, at their stored size.
+    `pairs_per_query` above 1 brings that many pairs of a query together in a batch, which gives
+    `loss.targets="known"` more than chance meetings; every epoch still visits each pair once.
     """
 
     store: str = "emoji"
@@ -91,6 +127,7 @@ class DataConfig:
     max_score: float = 100.0
     num_workers: int = 0
     cached_records: int = 0
+    pairs_per_query: int = 1
 
 
 @dataclasses.dataclass(slots=True)
@@ -98,7 +135,8 @@ class LossConfig:
     """Score-weighted contrastive loss over the global batch (method: Loss 1 to 5).
 
     `targets`: "diagonal" is the paper's, each row's own pair; "known" also attracts every other
-    (query, document) of the batch that the training split has a score for.
+    (query, document) of the batch that the training split has a score for. `matryoshka_dims`: the
+    loss is the mean over these leading parts of the embeddings, each normalised anew.
     """
 
     score_to_weight: str = "inverse"
@@ -110,11 +148,19 @@ class LossConfig:
     field_pairs: float = 1.0
     pair_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     mask_duplicates: bool = False
+    matryoshka_dims: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay; `steps` wins over `epochs` when it is set."""
+    """AdamW with linear warm-up and cosine decay; `steps` wins over `epochs` when it is set.
+
+    `freeze`: regular expressions; a parameter whose dotted path one of them matches from its start
+    is not trained ("visual" is the image tower, "text.transformer.blocks.[0-5][.]" the text
+    tower's first six layers). `layer_decay` below 1 multiplies the learning rate once more with
+    every layer away from a tower's output. `ema_decay` above 0 keeps an exponential moving average
+    of the parameters, which evaluation, search and export then use.
+    """
 
     lr: float = 2e-5
     warmup_steps: int = 100
@@ -125,6 +171,9 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     clip_norm: float = 1.0
+    freeze: tuple[str, ...] = ()
+    layer_decay: float = 1.0
+    ema_decay: float = 0.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -138,7 +187,8 @@ class MeshConfig:
 @dataclasses.dataclass(slots=True)
 class EvalConfig:
     """Ranked evaluation: `every` counts steps during training (0: only `gcl_jax.evaluate`); no
-    `splits` means all that the store has."""
+    `splits` means all that the store has. `embed_dim` above 0 cuts the embeddings to that many
+    leading dimensions, here and in search (see `loss.matryoshka_dims`)."""
 
     splits: tuple[str, ...] = ()
     every: int = 0
@@ -146,6 +196,7 @@ class EvalConfig:
     max_queries_in_training: int = 500
     top_k: int = 1000
     batch_size: int = 256
+    embed_dim: int = 0
 
 
 @dataclasses.dataclass(slots=True)
@@ -158,7 +209,8 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(slots=True)
 class TrainConfig:
-    """One run, whole."""
+    """One run, whole. A run without a checkpoint of its own starts from `init_from`: pretrained
+    weights (a file, a Hugging Face or open_clip folder, a hub id) or the workdir of another run."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -167,114 +219,9 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    init_from: str = ""
     seed: int = 0
     log_every: int = 10
-
-
-PRESETS: dict[str, ModelConfig] = {
-    "ViT-B-32": ModelConfig(512, VisionConfig(224, 32, 768, 12), TextConfig()),
-    "ViT-B-32-quickgelu": ModelConfig(
-        512, VisionConfig(224, 32, 768, 12), TextConfig(), quick_gelu=True
-    ),
-    "ViT-B-16": ModelConfig(512, VisionConfig(224, 16, 768, 12), TextConfig()),
-    "ViT-L-14": ModelConfig(768, VisionConfig(224, 14, 1024, 24), TextConfig(width=768, heads=12)),
-}
-
-
-def preset(name: str) -> ModelConfig:
-    """The model under open_clip's `name`, as a copy that may be changed. Raises `ConfigError`."""
-    if name not in PRESETS:
-        raise ConfigError(f"model preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-    return from_dict(ModelConfig, dataclasses.asdict(PRESETS[name]))
-
-
-def validate(cfg: TrainConfig) -> None:
-    """Raises `ConfigError`, one line that names the key, when `cfg` cannot work."""
-
-    def require(condition: bool, message: str) -> None:
-        if not condition:
-            raise ConfigError(f"config.{message}")
-
-    model, data, loss, optim = cfg.model, cfg.data, cfg.loss, cfg.optim
-    vision, text = model.vision, model.text
-    positive = {
-        "model": ("embed_dim",),
-        "model.vision": ("image_size", "patch_size", "width", "layers", "head_width"),
-        "model.text": ("vocab_size", "width", "heads", "layers"),
-        "mesh": ("fsdp",),
-        "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
-        "checkpoint": ("every", "keep"),
-    }
-    for path, names in positive.items():
-        holder = functools.reduce(getattr, path.split("."), cfg)
-        for name in names:
-            value = getattr(holder, name)
-            require(value >= 1, f"{path}.{name}={value} must be 1 or more")
-    for path, name in (
-        ("data", "num_workers"),
-        ("data", "cached_records"),
-        ("eval", "every"),
-        ("optim", "steps"),
-        ("optim", "warmup_steps"),
-        ("optim", "clip_norm"),
-    ):
-        value = getattr(getattr(cfg, path), name)
-        require(value >= 0, f"{path}.{name}={value} must be 0 or more")
-    require(
-        vision.image_size % vision.patch_size == 0,
-        f"model.vision.image_size={vision.image_size} is no multiple of "
-        f"patch_size={vision.patch_size}",
-    )
-    require(
-        vision.width % vision.head_width == 0,
-        f"model.vision.width={vision.width} is no multiple of head_width={vision.head_width}",
-    )
-    require(
-        text.width % text.heads == 0,
-        f"model.text.width={text.width} is no multiple of heads={text.heads}",
-    )
-    require(
-        text.tokenizer == "clip",
-        f"model.text.tokenizer={text.tokenizer!r} must be 'clip': the text tower reads the end "
-        "token of CLIP's vocabulary",
-    )
-    require(text.context_length >= 3, "model.text.context_length must be 3 or more")
-    require(
-        model.dtype in ("float32", "bfloat16"),
-        f"model.dtype={model.dtype!r} must be 'float32' or 'bfloat16'",
-    )
-    for side in ("query_fields", "document_fields"):
-        weights = getattr(data, side)
-        for field, weight in weights.items():
-            require(
-                math.isfinite(weight) and weight >= 0,
-                f"data.{side}[{field!r}]={weight} must be a weight of 0 or more",
-            )
-        require(not weights or sum(weights.values()) > 0, f"data.{side}: all weights are 0")
-    require(
-        data.augmentation in AUGMENTATIONS,
-        f"data.augmentation={data.augmentation!r} must be one of {AUGMENTATIONS}",
-    )
-    require(0 < data.min_crop_area <= 1, "data.min_crop_area must lie in (0, 1]")
-    try:
-        score_to_weight(loss.score_to_weight, data.max_score, loss.thresholds, loss.values)
-    except ConfigError as error:
-        raise ConfigError(f"config.loss.score_to_weight: {error}") from None
-    require(loss.targets in TARGETS, f"loss.targets={loss.targets!r} must be one of {TARGETS}")
-    require(
-        loss.targets == "diagonal" or loss.weight_norm == "none",
-        f"loss.weight_norm={loss.weight_norm!r} has no effect with targets='known', which divide "
-        "by the sum of the weights; leave it at 'none'",
-    )
-    require(
-        loss.weight_norm in WEIGHT_NORMS,
-        f"loss.weight_norm={loss.weight_norm!r} must be one of {WEIGHT_NORMS}",
-    )
-    require(optim.batch_size >= 2, "optim.batch_size must be 2 or more: one pair has no negatives")
-    require(optim.lr > 0, f"optim.lr={optim.lr} must be above 0")
-    require(optim.steps > 0 or optim.epochs > 0, "optim: set epochs or steps above 0")
-    require(cfg.mesh.data == -1 or cfg.mesh.data >= 1, "mesh.data must be -1 or 1 or more")
-    require(cfg.log_every >= 1, "log_every must be 1 or more")
 
 
 def from_dict(kind: type, values: dict):
@@ -288,8 +235,11 @@ def from_dict(kind: type, values: dict):
         raise ConfigError(f"{kind.__name__} has no key {', '.join(unknown)}")
     made = {}
     for name, value in values.items():
-        if dataclasses.is_dataclass(hints[name]):
-            value = from_dict(hints[name], value)
+        options = typing.get_args(hints[name])
+        nested = [hint for hint in (hints[name], *options) if dataclasses.is_dataclass(hint)]
+        if isinstance(value, dict):
+            for part in nested:
+                value = from_dict(typing.cast(type, part), value)
         elif typing.get_origin(hints[name]) is tuple:
             value = tuple(value)
         made[name] = value

@@ -232,11 +232,12 @@ def essentials(cfg: TrainConfig, store: RankedStore, parameters: int, steps: int
         return " + ".join(f"{weight:g} {name}" for name, weight in fields.items())
 
     vision, text, optim = cfg.model.vision, cfg.model.text, cfg.optim
+    patches = vision and f"{vision.layers} × {vision.width}, patches of {vision.patch_size} px"
     return {
         "Store": f"{store.name}, trained on {cfg.data.train_split}",
         "Fields": f"{weights(cfg.data.query_fields)} → {weights(cfg.data.document_fields)}",
         "Model": f"{parameters / 1e6:.1f} M parameters, {cfg.model.embed_dim} dimensions",
-        "Image tower": f"{vision.layers} × {vision.width}, patches of {vision.patch_size} px",
+        "Image tower": patches or "none",
         "Text tower": f"{text.layers} × {text.width}, {text.context_length} tokens",
         "Loss": f"{cfg.loss.score_to_weight} score weights, {cfg.loss.targets} targets",
         "Training": f"{steps:,} steps of {optim.batch_size:,} pairs, learning rate {optim.lr:g}",
@@ -280,8 +281,7 @@ def write_report(workdir: Path) -> Path:
         charts=training_charts(rows, cfg.eval.splits),
         examples=find_examples(cfg, store, index),
     )
-    path = workdir / "report.html"
-    path.write_text(page, encoding="utf-8")
+    (path := workdir / "report.html").write_text(page, encoding="utf-8")
     return path
 
 

@@ -16,6 +16,7 @@ from ml_collections import config_flags
 from gcl_jax import config
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import ConfigError, reported_in_one_line
+from gcl_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: all it writes goes there.")
@@ -145,7 +146,7 @@ class _SignalCatcher:
 
 def main(_argv: list[str]) -> None:
     with reported_in_one_line():
-        config.validate(_CONFIG.value)
+        validate(_CONFIG.value)
         try:
             train(_CONFIG.value, Path(str(_WORKDIR.value)))
         except Interrupted as stop:

@@ -9,7 +9,17 @@ ROOT = Path(gcl_jax.__file__).parent
 
 # A module may import its own layer and lower ones; a package name stands for all its modules.
 LAYERS = (
-    {"__init__", "errors", "config", "metrics", "text", "score_weights"},
+    {
+        "__init__",
+        "errors",
+        "config",
+        "open_clip_config",
+        "presets",
+        "validation",
+        "metrics",
+        "text",
+        "score_weights",
+    },
     {"data", "datasets", "sharding", "logs"},
     {"models", "losses", "optim"},
     {"state", "step", "checkpoint", "embedding", "retrieval", "evaluate"},

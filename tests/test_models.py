@@ -11,12 +11,13 @@ import parity
 import pytest
 from PIL import Image
 
-from gcl_jax.config import ModelConfig, TextConfig, VisionConfig, preset
+from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.data.transforms import ImageTransform, decode_image
 from gcl_jax.errors import DataError
 from gcl_jax.losses.contrastive import PairRows, gcl_loss_reference
 from gcl_jax.models.clip import normalize
 from gcl_jax.models.port import from_open_clip, to_open_clip
+from gcl_jax.presets import preset
 from gcl_jax.state import abstract_model, init_params, merge
 
 PAIRS = 5
@@ -30,13 +31,14 @@ def open_clip():
         pytest.skip("needs the [parity] extra")
 
 
-def small_model(quick_gelu: bool = False, **options) -> ModelConfig:
+def small_model(act: str = "gelu", **options) -> ModelConfig:
     """Two towers that differ in width, depth and heads."""
     return ModelConfig(
         embed_dim=32,
-        vision=VisionConfig(image_size=32, patch_size=8, width=64, layers=2, head_width=16),
-        text=TextConfig(context_length=12, vocab_size=100, width=48, heads=3, layers=3),
-        quick_gelu=quick_gelu,
+        vision=VisionConfig(
+            image_size=32, patch_size=8, width=64, layers=2, head_width=16, act=act
+        ),
+        text=TextConfig(context_length=12, vocab_size=100, width=48, heads=3, layers=3, act=act),
         **options,
     )
 
@@ -92,7 +94,7 @@ def torch_model(open_clip, cfg: ModelConfig):
             heads=text.heads,
             layers=text.layers,
         ),
-        quick_gelu=cfg.quick_gelu,
+        quick_gelu=vision.act == "quick_gelu",
     ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -100,13 +102,13 @@ def torch_model(open_clip, cfg: ModelConfig):
     return model
 
 
-@pytest.mark.parametrize("quick_gelu", [False, True])
-def test_embeddings_and_gradients_equal_open_clips(open_clip, quick_gelu):
+@pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
+def test_embeddings_and_gradients_equal_open_clips(open_clip, act):
     """From encoded images and token ids to the gradient of the CLIP loss by every parameter."""
     import torch
     from open_clip.loss import ClipLoss
 
-    cfg, rng = small_model(quick_gelu), np.random.default_rng(0)
+    cfg, rng = small_model(act), np.random.default_rng(0)
     tokens = random_tokens(rng)
     files = [random_png(rng, 40, 60), *(random_png(rng, 50, 32) for _ in range(PAIRS - 1))]
     transform = ImageTransform(32, cfg.preprocess)
@@ -154,7 +156,8 @@ def test_presets_have_open_clips_parameters(open_clip, name):
     _, params = abstract_model(preset(name))
     ours = {key: x.shape for key, x in jax.eval_shape(to_open_clip, params).items()}
     assert ours == {key: tuple(x.shape) for key, x in theirs.state_dict().items()}
-    assert open_clip.get_model_config(name).get("quick_gelu", False) == preset(name).quick_gelu
+    quick = open_clip.get_model_config(name).get("quick_gelu", False)
+    assert (preset(name).vision.act == "quick_gelu") == quick
 
 
 def test_vit_b_32_has_the_published_number_of_parameters():

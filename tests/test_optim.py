@@ -7,8 +7,9 @@ import optax
 import pytest
 from flax import traverse_util
 
-from gcl_jax.config import OptimConfig, preset
+from gcl_jax.config import OptimConfig
 from gcl_jax.optim import decayed, lr_schedule, make_optimizer, total_steps
+from gcl_jax.presets import preset
 from gcl_jax.state import abstract_model
 
 
@@ -52,7 +53,6 @@ def test_matrices_decay_and_nothing_else():
         "positional_embedding",
         "token_embedding",
         "proj",
-        "text_projection",
     }
 
 

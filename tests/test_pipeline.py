@@ -144,9 +144,17 @@ def test_a_text_only_model_has_no_image_fields(tiny_config, tiny_store):
     assert "\n" not in str(error.value)
 
 
-def test_a_vocabulary_larger_than_the_models_is_refused(tiny_config, tiny_store):
-    tiny_config.model.text.vocab_size = 49_407
-    with pytest.raises(ConfigError, match="vocab_size=49407 is too small for the 49408 ids"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 49_407}, "vocab_size=49407 is too small for the 49408 ids"),
+        ({"family": "bert", "pad_id": 1}, "pad_id=1 is not the padding of tokenizer 'clip', 0"),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_models_is_refused(tiny_config, tiny_store, changes, message):
+    for key, value in changes.items():
+        setattr(tiny_config.model.text, key, value)
+    with pytest.raises(ConfigError, match=message):
         train_batches(tiny_config, tiny_store)
 
 

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from gcl_jax.config import ModelConfig, PreprocessConfig
 from gcl_jax.data import transforms
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import DataError
 
 SIZES = [(53, 37), (32, 32), (1, 1), (1, 1000), (1000, 1), (700, 31), (225, 223), (640, 427)]
 # Sides whose resized image passes MAX_RESIZED at 224 pixels.
@@ -182,7 +182,7 @@ def test_box_when_no_crop_fits_equals_torchvisions(open_clip, size):
 def test_every_kind_of_file_becomes_rgb(kind):
     image = decode_image(FILES[kind](photo(30, 20)))
     assert image.info == {}, "profiles and comments would stay in memory with a cached record"
-    for mode in transforms.RESIZE_MODES:
+    for mode in ("shortest", "squash", "longest"):
         pixels = ImageTransform(16, PreprocessConfig(resize_mode=mode))(image)
         assert (pixels.shape, pixels.dtype) == ((16, 16, 3), np.uint8)
     pixels = random_resized_crop(image, 16, np.random.default_rng(0), 0.5)
@@ -274,14 +274,3 @@ def test_unreadable_images_say_so():
         decode_image(b"<html>")
     with pytest.raises(DataError, match="bomb"):
         decode_image(encoded(Image.new("1", (30_000, 10_000))))
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [("interpolation", "nearest"), ("resize_mode", "crop"), ("fill_color", 256)],
-)
-def test_unknown_settings_are_refused(key, value):
-    cfg = dataclasses.replace(PreprocessConfig(), **{key: value})
-    with pytest.raises(ConfigError, match=rf"config\.model\.preprocess\.{key}=") as error:
-        ImageTransform(16, cfg)
-    assert "\n" not in str(error.value)

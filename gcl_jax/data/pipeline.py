@@ -16,12 +16,13 @@ import grain
 import grain.experimental
 import numpy as np
 
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import TextConfig, TrainConfig
+from gcl_jax.data.sampling import PairShuffle
 from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.score_weights import score_to_weight
-from gcl_jax.text import load_tokenizer
+from gcl_jax.text import Tokenizer, load_tokenizer
 
 Batch = dict[str, dict[str, np.ndarray]]
 Side = Literal["query", "document"]
@@ -39,7 +40,7 @@ class FieldEncoder:
         cached_records: int = 0,
     ):
         """Raises `ConfigError` for an image field of a model without image tower, and for a
-        tokenizer or preprocessing of `cfg.model` that cannot be."""
+        tokenizer that is not the model's."""
         self._cfg = cfg
         self._prefix: str = getattr(cfg.model.text, f"{side}_prefix")
         self._records = records
@@ -54,12 +55,8 @@ class FieldEncoder:
                 )
             self._image_size = cfg.model.vision.image_size
             self._transform = ImageTransform(self._image_size, cfg.model.preprocess)
-        # A table of embeddings would silently give its last row for ids beyond its end.
-        if len(images) < len(fields) and self._tokenizer.vocab_size > cfg.model.text.vocab_size:
-            raise ConfigError(
-                f"config.model.text.vocab_size={cfg.model.text.vocab_size} is too small for the "
-                f"{self._tokenizer.vocab_size} ids of tokenizer {cfg.model.text.tokenizer!r}"
-            )
+        if len(images) < len(fields):
+            _check_tokenizer(cfg.model.text, self._tokenizer)
 
     @functools.cached_property
     def _load(self) -> Callable[[int], dict]:
@@ -121,6 +118,21 @@ class FieldEncoder:
         return pixels[:, ::-1] if flip else pixels
 
 
+def _check_tokenizer(text: TextConfig, tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` for what would go wrong in silence: ids beyond the end of the table of
+    embeddings all read its last row, and with another padding id the mask is wrong."""
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ConfigError(
+            f"config.model.text.vocab_size={text.vocab_size} is too small for the "
+            f"{tokenizer.vocab_size} ids of tokenizer {text.tokenizer!r}"
+        )
+    if text.family == "bert" and tokenizer.pad_id != text.pad_id:
+        raise ConfigError(
+            f"config.model.text.pad_id={text.pad_id} is not the padding of tokenizer "
+            f"{text.tokenizer!r}, {tokenizer.pad_id}"
+        )
+
+
 def pair_weights(cfg: TrainConfig, pairs: Pairs) -> np.ndarray:
     """float32 (pairs,): every pair's loss weight, from its score as `cfg.loss` says."""
     loss = cfg.loss
@@ -172,8 +184,13 @@ def train_batches(cfg: TrainConfig, store: RankedStore, shard: int = 0, num_shar
     and restore the position, exactly and on any number of shards.
     """
     source = _PairExamples(cfg, store)
-    examples = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat()
-    examples = examples.random_map(source.example)
+    examples = grain.MapDataset.source(source).seed(cfg.seed)
+    if cfg.data.pairs_per_query > 1:
+        query = store.pairs(cfg.data.train_split).query
+        examples = PairShuffle(examples, query, cfg.data.pairs_per_query, cfg.seed)
+    else:
+        examples = examples.shuffle()
+    examples = examples.repeat().random_map(source.example)
     workers = grain.multiprocessing.MultiprocessingOptions(num_workers=cfg.data.num_workers)
     iterator = grain.experimental.ElasticIterator(
         examples,

@@ -12,13 +12,12 @@ from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from gcl_jax.config import PreprocessConfig
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import DataError
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
 MAX_RESIZED = 2**24
 _PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
-RESIZE_MODES = ("shortest", "squash", "longest")
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -55,17 +54,6 @@ class ImageTransform:
     """
 
     def __init__(self, size: int, cfg: PreprocessConfig):
-        """Raises `ConfigError` for what `cfg` may not be."""
-        for key, choices in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES)):
-            if getattr(cfg, key) not in choices:
-                raise ConfigError(
-                    f"config.model.preprocess.{key}={getattr(cfg, key)!r} must be one of "
-                    f"{', '.join(choices)}"
-                )
-        if not 0 <= cfg.fill_color <= 255:
-            raise ConfigError(
-                f"config.model.preprocess.fill_color={cfg.fill_color} must lie in 0..255"
-            )
         self._size, self._cfg = size, cfg
 
     def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "size size 3"]:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from gcl_jax.config import ModelConfig
-from gcl_jax.models.layers import gelu, quick_gelu
-from gcl_jax.models.text_towers import TextTower
+from gcl_jax.models.layers import Numerics
+from gcl_jax.models.text_towers import BertTower, TextTower
 from gcl_jax.models.vision import VisionTower
 
 Fields = Mapping[str, jax.Array]
@@ -23,33 +23,42 @@ def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
 
 
 class CLIP(nnx.Module):
-    """An image tower, a text tower shared by queries and documents, and a learned temperature."""
+    """An image tower (none in a text-only model), a text tower shared by queries and documents, a
+    learned temperature and, if configured, SigLIP's learned bias of the logits."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        act = quick_gelu if cfg.quick_gelu else gelu
-        dtype = jnp.dtype(cfg.dtype)
-        self.visual = VisionTower(cfg.vision, cfg.embed_dim, act, dtype=dtype, rngs=rngs)
-        self.text = TextTower(cfg.text, cfg.embed_dim, act, dtype=dtype, rngs=rngs)
+        how = Numerics.of(cfg)
+        vision = cfg.vision
+        self.visual = VisionTower(vision, cfg.embed_dim, how, rngs) if vision else None
+        tower = BertTower if cfg.text.family == "bert" else TextTower
+        self.text = tower(cfg.text, cfg.embed_dim, how, rngs)
         self.logit_scale = nnx.Param(jnp.float32(cfg.init_logit_scale))
-        self.image_mean, self.image_std = tuple(cfg.preprocess.mean), tuple(cfg.preprocess.std)
+        if cfg.init_logit_bias is not None:
+            self.logit_bias = nnx.Param(jnp.float32(cfg.init_logit_bias))
+        self.mean, self.std = tuple(cfg.preprocess.mean), tuple(cfg.preprocess.std)
 
-    def encode_image(self, pixels: UInt8[Array, "b h w 3"]) -> Float[Array, "b e"]:
-        """Pixels (0 to 255) to float32 embeddings of length 1."""
-        images = (pixels.astype(jnp.float32) / 255 - jnp.array(self.image_mean)) / jnp.array(
-            self.image_std
-        )
-        return normalize(self.visual(images))
+    def encode_image(
+        self, pixels: UInt8[Array, "b h w 3"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "b e"]:
+        """Pixels (0 to 255) to float32 embeddings of length 1; `key` turns patch dropout on."""
+        assert self.visual is not None, "a text-only model has no image tower"
+        images = (pixels.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
+        return normalize(self.visual(images, key))
 
     def encode_text(self, tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
         """Token ids to float32 embeddings of length 1."""
         return normalize(self.text(tokens))
 
-    def encode_fields(self, fields: Fields) -> dict[str, Float[Array, "b e"]]:
-        """Each field through its tower: rank 4 is pixels, rank 2 is token ids."""
-        return {
-            name: self.encode_image(x) if x.ndim == 4 else self.encode_text(x)
-            for name, x in fields.items()
-        }
+    def encode_fields(
+        self, fields: Fields, key: PRNGKeyArray | None = None
+    ) -> dict[str, Float[Array, "b e"]]:
+        """Each field through its tower: rank 4 is pixels, rank 2 is token ids. `key`: see
+        `encode_image`; every field draws its own patches."""
+        embeddings = {}
+        for i, (name, x) in enumerate(fields.items()):
+            own = None if key is None else jax.random.fold_in(key, i)
+            embeddings[name] = self.encode_image(x, own) if x.ndim == 4 else self.encode_text(x)
+        return embeddings
 
 
 def merge_fields(

@@ -68,7 +68,7 @@ TABLE = (
     ("text.positional_embedding", "positional_embedding", SAME),
     ("text.ln_final.scale", "ln_final.weight", SAME),
     ("text.ln_final.bias", "ln_final.bias", SAME),
-    ("text.text_projection", "text_projection", SAME),
+    ("text.projection.kernel", "text_projection", SAME),
     *(
         (f"{ours}transformer.blocks.{path}", f"{theirs}transformer.resblocks.*.{key}", layout)
         for ours, theirs in (("visual.", "visual."), ("text.", ""))
