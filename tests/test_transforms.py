@@ -140,7 +140,7 @@ def test_model_input_equals_open_clips(open_clip):
     cfg.preprocess = PreprocessConfig(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     model = CLIP(cfg, rngs=nnx.Rngs(0))
     seen = []
-    model.visual = lambda images: seen.append(images) or images[:, 0, 0]
+    model.visual = lambda images, *_: seen.append(images) or images[:, 0, 0]
     data = FILES["jpeg"](photo(90, 60))
     model.encode_image(ImageTransform(32, cfg.preprocess)(decode_image(data))[None])
     expected = preprocess_val(open_clip, 32, cfg.preprocess)(Image.open(io.BytesIO(data)))
