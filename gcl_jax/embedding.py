@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 
 from gcl_jax import logs
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.pipeline import corpus_batches
+from gcl_jax.data.pipeline import Side, corpus_batches
 from gcl_jax.data.store import Records
 from gcl_jax.models.clip import merge_fields
 from gcl_jax.sharding import replicated, to_global
@@ -54,6 +54,7 @@ class Embedder:
 
     def embed(
         self,
+        side: Side,
         records: Records,
         fields: Sequence[str],
         indices: np.ndarray,
@@ -61,10 +62,11 @@ class Embedder:
         description: str = "embed",
         quiet: bool = False,
     ) -> FieldEmbeddings:
-        """Embeds the records `indices`, in that order, with a progress bar unless `quiet`."""
+        """Embeds the records `indices`, in that order and as what they are to the model (`side`),
+        with a progress bar unless `quiet`."""
         embeddings: dict[str, list] = {field: [] for field in fields}
         present: dict[str, list] = {field: [] for field in fields}
-        batches = corpus_batches(self._cfg, records, fields, indices, self._batch_size)
+        batches = corpus_batches(self._cfg, side, records, fields, indices, self._batch_size)
         bar = logs.progress(len(indices), unit="records", description=description, quiet=quiet)
         with bar:
             for batch, rows in batches:

@@ -21,7 +21,7 @@ from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
-from gcl_jax.embedding import Embedder, FieldEmbeddings
+from gcl_jax.embedding import Embedder
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.retrieval import exact_top_k
 
@@ -99,15 +99,24 @@ def evaluate_splits(
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     judgements = {s: sample_judgements(store, s, max_queries) for s in cfg.eval.splits}
 
-    def embed(kind: str, fields, rows) -> FieldEmbeddings:
-        return embedder.embed(
-            getattr(store, kind), list(fields), rows, description=kind, quiet=quiet
-        )
-
     document_rows = np.unique(np.concatenate(list(corpora.values())))
     query_rows = np.unique(np.concatenate([j.queries for j in judgements.values()]))
-    documents = embed("documents", cfg.data.document_fields, document_rows)
-    queries = embed("queries", cfg.data.query_fields, query_rows)
+    documents = embedder.embed(
+        "document",
+        store.documents,
+        list(cfg.data.document_fields),
+        document_rows,
+        description="documents",
+        quiet=quiet,
+    )
+    queries = embedder.embed(
+        "query",
+        store.queries,
+        list(cfg.data.query_fields),
+        query_rows,
+        description="queries",
+        quiet=quiet,
+    )
     document_rank = np.argsort(np.argsort(np.array(store.documents.ids)))
 
     variants = {"merged": cfg.data.document_fields}

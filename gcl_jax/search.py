@@ -39,9 +39,10 @@ class SearchIndex:
         self._query_kinds = store.queries.fields
         self._embedder = Embedder(cfg, params, mesh)
         self._rows = rows
+        fields = cfg.data.document_fields
         self._documents = self._embedder.embed(
-            store.documents, list(cfg.data.document_fields), rows, description="documents"
-        ).merged(cfg.data.document_fields)
+            "document", store.documents, list(fields), rows, description="documents"
+        ).merged(fields)
 
     def search(
         self, queries: Sequence[Query], top_k: int, within: np.ndarray | None = None
@@ -63,7 +64,7 @@ class SearchIndex:
             rows, documents = within, documents[np.searchsorted(rows, within)]
         records = _QueryRecords(self._query_kinds, queries)
         embeddings = self._embedder.embed(
-            records, list(self._query_weights), np.arange(len(records)), quiet=True
+            "query", records, list(self._query_weights), np.arange(len(records)), quiet=True
         ).merged(self._query_weights)
         scores, found = exact_top_k(embeddings, documents, top_k)
         return scores, rows[found]

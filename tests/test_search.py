@@ -1,5 +1,6 @@
 """Searching a run: what is printed, in which order, and what is refused."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -122,6 +123,26 @@ def test_index_keeps_ties_in_order_and_searches_within_a_corpus(workdir):
     kept = np.isin(rows, within)
     np.testing.assert_array_equal(narrow, rows[kept].reshape(2, 4))
     np.testing.assert_allclose(narrow_scores, scores[kept].reshape(2, 4), rtol=1e-6)
+
+
+def test_prefixes_are_those_of_the_side(workdir):
+    """A typed query is encoded as the query it is, a document as a document."""
+    cfg, store, params, mesh, _ = evaluate.load_run(workdir)
+    rows = np.arange(24)
+
+    def search_with(queries, **prefixes):
+        changed = copy.deepcopy(cfg)
+        for side, prefix in prefixes.items():
+            setattr(changed.model.text, f"{side}_prefix", prefix)
+        index = search.SearchIndex(changed, store, params, mesh, rows)
+        scores, found = index.search([{"query": query} for query in queries], 24)
+        return np.take_along_axis(scores, np.argsort(found), axis=1)
+
+    plain = search_with(["find 3", "query: find 3"])
+    np.testing.assert_allclose(search_with(["find 3"], query="query: "), plain[1:], atol=1e-6)
+    assert (abs(plain[0] - plain[1]) > 1e-6).all()
+    changed = abs(search_with(["find 3"], document="passage: ")[0] - plain[0]) > 1e-6
+    assert changed.tolist() == [row != 5 for row in rows], "document 5 has no title to prefix"
 
 
 def test_table_is_cut_at_the_terminals_width():
