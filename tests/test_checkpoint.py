@@ -9,7 +9,7 @@ from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import CheckpointConfig, MeshConfig
 from gcl_jax.errors import DataError
 from gcl_jax.optim import make_optimizer
-from gcl_jax.state import abstract_state
+from gcl_jax.state import abstract_model, abstract_state
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def cfg(tiny_config, monkeypatch):
 
 
 def abstract(cfg, mesh=None):
-    tx = make_optimizer(cfg.optim, 10)
-    return abstract_state(cfg.model, tx, sharding.make_mesh(mesh or MeshConfig(), 8))
+    tx = make_optimizer(cfg.optim, 10, abstract_model(cfg.model)[1])
+    return abstract_state(cfg, tx, sharding.make_mesh(mesh or MeshConfig(), 8))
 
 
 def random_state(cfg, seed):

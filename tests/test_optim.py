@@ -69,8 +69,8 @@ def test_three_steps_follow_adamws_formula(clip_norm):
 
     expected = draw()
     first, second = (dict.fromkeys(shapes, 0.0) for _ in range(2))
-    tx, schedule = make_optimizer(cfg, 5), lr_schedule(cfg, 5)
     params = nest(expected)
+    tx, schedule = make_optimizer(cfg, 5, params), lr_schedule(cfg, 5)
     state = tx.init(params)
     for t in range(1, 4):
         gradients = draw()

@@ -33,11 +33,9 @@ def cfg(tiny_config, tiny_store):
 
 def final_params(cfg, workdir):
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
-    _, shapes = state.abstract_model(cfg.model)
-    abstract = state.with_shardings(shapes, sharding.param_shardings(shapes, mesh))
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         assert checkpointer.latest_step() == cfg.optim.steps
-        return jax.device_get(checkpointer.restore_params(abstract))
+        return jax.device_get(checkpointer.restore_params(state.abstract_params(cfg.model, mesh)))
 
 
 def interrupt_at(step, monkeypatch):

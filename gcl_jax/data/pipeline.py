@@ -76,7 +76,6 @@ class FieldEncoder:
         Raises:
             DataError: an unreadable image, or a record without any field.
         """
-        size = self._cfg.model.vision.image_size
         inputs, present = {}, {}
         for field, value in self._load(int(index)).items():
             present[field] = np.bool_(value is not None)
@@ -84,13 +83,18 @@ class FieldEncoder:
                 length = self._cfg.model.text.context_length
                 inputs[field] = np.zeros(length, np.int32) if value is None else value
             elif value is None:
-                inputs[field] = np.zeros((size, size, 3), np.uint8)
+                inputs[field] = np.zeros((self._image_size, self._image_size, 3), np.uint8)
             else:
                 inputs[field] = self._pixels(value, rng)
         return inputs, present
 
+    @property
+    def _image_size(self) -> int:
+        assert self._cfg.model.vision is not None, "a text-only model has no image fields"
+        return self._cfg.model.vision.image_size
+
     def _pixels(self, image, rng: np.random.Generator | None) -> np.ndarray:
-        size, data = self._cfg.model.vision.image_size, self._cfg.data
+        size, data = self._image_size, self._cfg.data
         if rng is None or data.augmentation == "none":
             return resize_and_center_crop(image, size)
         pixels = random_resized_crop(image, size, rng, data.min_crop_area)
