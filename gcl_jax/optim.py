@@ -179,5 +179,5 @@ def _round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
     """float32 to one of its two bfloat16 neighbours, the nearer the likelier: the mean is x."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
-    cut = jax.lax.bitcast_convert_type(bits & 0xFFFF0000, jnp.float32)
+    cut = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
     return cut.astype(jnp.bfloat16)

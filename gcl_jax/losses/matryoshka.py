@@ -17,7 +17,7 @@ def truncated(embeddings: Embeddings, dim: int) -> dict[str, jax.Array]:
 
 
 def over_dims(objective: Callable, dims: Sequence[int]) -> Callable:
-    """`objective`, averaged over the embeddings truncated to each of `dims`; itself if there are none.
+    """`objective`, averaged over embeddings truncated to each of `dims`; itself without any.
 
     As in sentence-transformers' MatryoshkaLoss, the whole embedding counts only if its size is
     among `dims`; there the losses are summed, here averaged, so that the learning rate and the
