@@ -5,6 +5,8 @@ The same command continues a run that was interrupted. Every leaf of the config 
 """
 
 import contextlib
+import dataclasses
+import json
 import signal
 import sys
 import time
@@ -126,8 +128,10 @@ def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> Non
     # How examples are read may change; what they are may not.
     started.data.num_workers = cfg.data.num_workers
     started.data.cached_records = cfg.data.cached_records
+    # As JSON, where a list and a tuple are the same.
+    ours, theirs = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, started))
     for part in ("model", "data", "loss", "optim", "seed"):
-        if getattr(cfg, part) != getattr(started, part):
+        if ours[part] != theirs[part]:
             raise ConfigError(
                 f"config.{part} is not that of the run in {workdir} (see its config.json); "
                 "choose another --workdir"

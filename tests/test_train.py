@@ -104,6 +104,7 @@ def test_finished_run_is_left_alone(cfg, tmp_path):
     train(cfg, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
     cfg.data.cached_records = 7
+    cfg.optim.betas = list(cfg.optim.betas)
     train(cfg, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
