@@ -205,7 +205,7 @@ def search_run(args: argparse.Namespace) -> None:
 
     from gcl_jax.evaluate import load_run
 
-    cfg, store, params, mesh, _ = load_run(args.workdir)
+    cfg, store, params, mesh, _ = load_run(args.workdir, args.embed_dim)
     index = SearchIndex(cfg, store, params, mesh, rows)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     answers = zip(queries, *index.search(queries, args.top_k), strict=True)
@@ -248,6 +248,9 @@ def main() -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="a query field by name, an image by its path; repeat it for a query of several fields",
+    )
+    parser.add_argument(
+        "--embed_dim", type=_count, help="leading dimensions of the embeddings (default: config)"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per query, one per line"

@@ -145,6 +145,13 @@ def test_prefixes_are_those_of_the_side(workdir):
     assert changed.tolist() == [row != 5 for row in rows], "document 5 has no title to prefix"
 
 
+def test_one_dimension_leaves_nothing_but_signs(run_search):
+    """Each field is cut and at length 1 again before fields are merged."""
+    printed = run_search("find 3", "--json", "--top_k=24", "--embed_dim=1")
+    scores = [result["score"] for result in json.loads(printed)["results"]]
+    assert {round(score, 4) for score in scores} <= {-1.0, 0.0, 1.0}
+
+
 def test_table_is_cut_at_the_terminals_width():
     results = [{"rank": 1, "score": 0.5, "id": "d", "fields": {"title": "long " * 30}}]
     assert all(len(line) <= 40 for line in search.format_table(results, 40).splitlines())
@@ -178,7 +185,12 @@ def test_queries_that_are_refused(kinds, texts, assignments, message):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [([""], "error: the query is empty"), (["cat", "--top_k=0"], "--top_k")]
+    ("args", "message"),
+    [
+        ([""], "error: the query is empty"),
+        (["cat", "--top_k=0"], "--top_k"),
+        (["cat", "--embed_dim=17"], "--embed_dim=17 is not from 1 to 16"),
+    ],
 )
 def test_a_bad_call_ends_with_code_2(workdir, args, message):
     command = [sys.executable, "-m", "gcl_jax.search", f"--workdir={workdir}", *args]
