@@ -15,6 +15,7 @@ from gcl_jax.errors import ConfigError
 from gcl_jax.score_weights import score_to_weight
 
 TARGETS = ("diagonal", "known")
+FORMS = ("auto", "gather", "ring")
 WEIGHT_NORMS = ("none", "mean", "sum")
 AUGMENTATIONS = ("none", "crop", "crop_flip")
 
@@ -97,6 +98,7 @@ class LossConfig:
     field_pairs: float = 1.0
     pair_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     mask_duplicates: bool = False
+    form: str = "auto"
 
 
 @dataclasses.dataclass(slots=True)
@@ -248,6 +250,7 @@ def validate(cfg: TrainConfig) -> None:
     except ConfigError as error:
         raise ConfigError(f"config.loss.score_to_weight: {error}") from None
     require(loss.targets in TARGETS, f"loss.targets={loss.targets!r} must be one of {TARGETS}")
+    require(loss.form in FORMS, f"loss.form={loss.form!r} must be one of {FORMS}")
     require(
         loss.targets == "diagonal" or loss.weight_norm == "none",
         f"loss.weight_norm={loss.weight_norm!r} has no effect with targets='known', which divide "

@@ -1,0 +1,230 @@
+"""Sums over all logits of the global batch, tile by tile, on any number of devices.
+
+Rows are a device's own queries, columns all documents. Neither the N x N logits nor a device's rows
+of them are ever held: a tile is made once, serves both directions and is forgotten; the gradients
+make it again. With D-dimensional embeddings that is 8 N^2 D operations in all.
+
+An objective is two functions of a tile: what it adds to the statistics of its rows and columns, and
+its gradient by the logits once the statistics of all tiles are known. Statistics are a pytree of one
+number per row (or column) each, with the methods `merge` and `over_devices`.
+
+Documents reach all queries in one of two ways. `Gather` copies them all to every device. `Ring`
+hands them from device to device, and with them what is known of their columns: no device ever holds
+more than twice its share.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gcl_jax.sharding import BATCH_AXES
+
+BLOCK_SIZE = 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Side:
+    """Rows or columns of the logits.
+
+    number: counts the pairs of the global batch from 1; 0 is padding, which is zero throughout.
+    facts: what else the objective wants to know of each, as arrays (n, ...).
+    """
+
+    embedding: Float[Array, "n d"]
+    number: Int[Array, " n"]
+    facts: Any
+
+
+def tile_statistics(
+    tile: Callable[[Side, Side], tuple[Any, Any]],
+    rows: Side,
+    columns: Side,
+    seen: Any,
+    nothing: Callable[[jax.Array], Any],
+    size: int,
+    order: Int[Array, " m"] | None = None,
+) -> tuple[Any, Any]:
+    """(`seen` and what the `columns` add to it, statistics of the columns).
+
+    Args:
+        tile: rows and columns -> what the tile adds to the statistics of each.
+        seen: statistics of the rows so far.
+        nothing: statistics of columns, given their numbers, before any tile.
+        size: the most rows and the most columns of a tile.
+        order: in which to take the columns; as they come by default.
+    """
+    n = len(rows.number)
+
+    def over_columns(seen, places):
+        block = _take(columns, places)
+
+        def over_rows(column_seen, inputs):
+            rows, row_seen = inputs
+            of_rows, of_columns = tile(rows, block)
+            return column_seen.merge(of_columns), row_seen.merge(of_rows)
+
+        column_seen, seen = jax.lax.scan(over_rows, nothing(block.number), (row_blocks, seen))
+        return seen, column_seen
+
+    row_blocks = _blocks(rows, size)
+    places, back = _column_places(columns.number, size, order)
+    seen, of_columns = jax.lax.scan(over_columns, _blocks(seen, size), places)
+    return _joined(seen, slice(n)), _joined(of_columns, back)
+
+
+def tile_gradients(
+    tile: Callable[[Side, Any, Side, Any], Float[Array, "n m"]],
+    rows: Side,
+    of_rows: Any,
+    columns: Side,
+    of_columns: Any,
+    so_far: tuple[Float[Array, "n d"], Float[Array, ""]],
+    size: int,
+    order: Int[Array, " m"] | None = None,
+) -> tuple[tuple[Float[Array, "n d"], Float[Array, ""]], Float[Array, "m d"]]:
+    """((P Y, sum of P) added to `so_far`, P^T X) in float32, of rows X and columns Y; P are the
+    gradients by the logits, which `tile` makes of rows and columns and the statistics of each."""
+    n = len(rows.number)
+
+    def over_columns(carry, places):
+        dx, total = carry
+        block, of_block = _take((columns, of_columns), places)
+
+        def over_rows(carry, inputs):
+            dy, total = carry
+            (rows, of_rows), dx = inputs
+            p = tile(rows, of_rows, block, of_block)
+            dx += product(p.astype(block.embedding.dtype), block.embedding)
+            dy += product(p.T.astype(rows.embedding.dtype), rows.embedding)
+            return (dy, total + p.sum()), dx
+
+        start = jnp.zeros_like(block.embedding, jnp.float32), total
+        (dy, total), dx = jax.lax.scan(over_rows, start, (row_blocks, dx))
+        return (dx, total), dy
+
+    row_blocks = _blocks((rows, of_rows), size)
+    places, back = _column_places(columns.number, size, order)
+    start = _blocks(so_far[0], size), so_far[1]
+    (dx, total), dy = jax.lax.scan(over_columns, start, places)
+    return (_joined(dx, slice(n)), total), _joined(dy, back)
+
+
+def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """Accumulated in float32 on every device, and of float32 factors: by default TPUs and GPUs
+    round these first, and a logit scale of up to 100 would multiply that error."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+class Gather:
+    """All documents on every device: one all-gather, and one reduce-scatter of their gradients."""
+
+    @staticmethod
+    def forward(sweep, columns, seen, nothing):
+        """(statistics of the rows, of this device's columns, residual for `backward`).
+
+        Args:
+            sweep: (columns, seen) -> (seen, statistics of the columns).
+            columns: this device's, as a pytree of arrays (b, ...).
+            seen, nothing: statistics of its rows and of its columns before any tile.
+        """
+        own = jax.lax.axis_index(BATCH_AXES), len(jax.tree.leaves(nothing)[0])
+        columns = jax.lax.all_gather(columns, BATCH_AXES, tiled=True)
+        seen, of_columns = sweep(columns, seen)
+        of_columns = [statistics.over_devices() for statistics in of_columns]
+        of_own = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, own[0] * own[1], own[1]), of_columns
+        )
+        return seen, of_own, (columns, of_columns)
+
+    @staticmethod
+    def backward(sweep, residual, carry, nothing):
+        """(carry, gradients of this device's columns).
+
+        Args:
+            sweep: (columns, their statistics, carry) -> (carry, gradients of the columns).
+            nothing: gradients of this device's columns before any tile.
+        """
+        del nothing
+        carry, gradients = sweep(*residual, carry)
+        return carry, jax.lax.psum_scatter(gradients, BATCH_AXES, tiled=True)
+
+
+class Ring:
+    """Documents go from device to device, with their statistics or their gradients, until they are
+    home again."""
+
+    @staticmethod
+    def forward(sweep, columns, seen, nothing):
+        """As `Gather.forward`."""
+
+        def hop(carry, _):
+            visitors, of_visitors, seen = carry
+            seen, added = sweep(visitors, seen)
+            of_visitors = [a.merge(b) for a, b in zip(of_visitors, added, strict=True)]
+            return (*_passed_on((visitors, of_visitors)), seen), None
+
+        devices = jax.lax.axis_size(BATCH_AXES)
+        (_, of_columns, seen), _ = jax.lax.scan(hop, (columns, nothing, seen), length=devices)
+        return seen, of_columns, (columns, of_columns)
+
+    @staticmethod
+    def backward(sweep, residual, carry, nothing):
+        """As `Gather.backward`."""
+
+        def hop(carry, _):
+            visitors, gradients, carry = carry
+            carry, added = sweep(*visitors, carry)
+            gradients = jax.tree.map(jnp.add, gradients, added)
+            return (*_passed_on((visitors, gradients)), carry), None
+
+        devices = jax.lax.axis_size(BATCH_AXES)
+        start = residual, nothing, carry
+        (_, gradients, carry), _ = jax.lax.scan(hop, start, length=devices)
+        return carry, gradients
+
+
+def _passed_on(x):
+    """From the next device; after as many times as there are devices, all is home."""
+    devices = jax.lax.axis_size(BATCH_AXES)
+    return jax.lax.ppermute(x, BATCH_AXES, [(i, (i - 1) % devices) for i in range(devices)])
+
+
+def _blocks(x, size: int):
+    """(n, ...) to (blocks, size, ...), the last block filled up with zeros."""
+
+    def cut(x):
+        count, width = _cuts(len(x), size)
+        padding = [(0, count * width - len(x))] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(count, width, *x.shape[1:])
+
+    return jax.tree.map(cut, x)
+
+
+def _cuts(n: int, size: int) -> tuple[int, int]:
+    """(number of blocks, their size): as even as can be, so that little is padding."""
+    count = -(-n // size)
+    return count, -(-n // count)
+
+
+def _column_places(number: Int[Array, " m"], size: int, order: Int[Array, " m"] | None):
+    """(places (blocks, size) of the columns in `order`, the way back to their own order)."""
+    m = len(number)
+    count, width = _cuts(m, size)
+    taken = jnp.arange(m) if order is None else order
+    places = jnp.pad(taken, (0, count * width - m), constant_values=m).reshape(count, width)
+    return places, slice(m) if order is None else jnp.argsort(order)
+
+
+def _take(x, places: Int[Array, " k"]):
+    """Of each array its rows at `places`; zeros beyond its end."""
+    return jax.tree.map(lambda x: x.at[places].get(mode="fill", fill_value=0), x)
+
+
+def _joined(x, back):
+    """(blocks, size, ...) to (n, ...): `back` chooses rows of all blocks one after the other."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[back], x)
