@@ -83,35 +83,41 @@ def tile_gradients(
     of_rows: Any,
     columns: Side,
     of_columns: Any,
-    so_far: tuple[Float[Array, "n d"], Float[Array, ""]],
+    so_far: tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]],
+    logit_scale: Float[Array, ""],
     size: int,
     order: Int[Array, " m"] | None = None,
-) -> tuple[tuple[Float[Array, "n d"], Float[Array, ""]], Float[Array, "m d"]]:
-    """((P Y, sum of P) added to `so_far`, P^T X) in float32, of rows X and columns Y; P are the
-    gradients by the logits, which `tile` makes of rows and columns and the statistics of each."""
-    n = len(rows.number)
+) -> tuple[tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]], Float[Array, "m d"]]:
+    """(gradients by rows, scale and bias, added to `so_far`; gradients by the columns), in float32.
 
-    def over_columns(carry, places):
-        dx, total = carry
+    Args:
+        tile: rows and columns and the statistics of each -> P, the gradients by their logits
+            logit_scale * X Y^T + bias, of rows X and columns Y.
+    """
+
+    def over_columns(sums, places):
         block, of_block = _take((columns, of_columns), places)
 
         def over_rows(carry, inputs):
-            dy, total = carry
-            (rows, of_rows), dx = inputs
+            (dx, by_scale, by_bias), dy = carry
+            i, rows, of_rows = inputs
             p = tile(rows, of_rows, block, of_block)
-            dx += product(p.astype(block.embedding.dtype), block.embedding)
+            py = product(p.astype(block.embedding.dtype), block.embedding)
+            dx = dx.at[i].add(logit_scale * py)
+            by_scale += jnp.sum(py * rows.embedding)
             dy += product(p.T.astype(rows.embedding.dtype), rows.embedding)
-            return (dy, total + p.sum()), dx
+            return ((dx, by_scale, by_bias + p.sum()), dy), None
 
-        start = jnp.zeros_like(block.embedding, jnp.float32), total
-        (dy, total), dx = jax.lax.scan(over_rows, start, (row_blocks, dx))
-        return (dx, total), dy
+        carry = sums, jnp.zeros_like(block.embedding, jnp.float32)
+        (sums, dy), _ = jax.lax.scan(over_rows, carry, row_blocks)
+        return sums, logit_scale * dy
 
     row_blocks = _blocks((rows, of_rows), size)
+    row_blocks = jnp.arange(len(row_blocks[0].number)), *row_blocks
     places, back = _column_places(columns.number, size, order)
-    start = _blocks(so_far[0], size), so_far[1]
-    (dx, total), dy = jax.lax.scan(over_columns, start, places)
-    return (_joined(dx, slice(n)), total), _joined(dy, back)
+    dx, *scalars = so_far
+    (dx, *scalars), dy = jax.lax.scan(over_columns, (_blocks(dx, size), *scalars), places)
+    return (_joined(dx, slice(len(rows.number))), *scalars), _joined(dy, back)
 
 
 def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:

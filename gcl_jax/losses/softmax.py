@@ -152,9 +152,9 @@ def _backward(options, residual, cotangents):
     logit_scale, logit_bias, known, normalizers = constants
     factors = [g / norm for g, norm in zip(cotangents, normalizers, strict=True)]
 
-    def tile(rows, of_rows, columns, of_columns):
+    def tile(factor, rows, of_rows, columns, of_columns):
         logits, targets = _tile(rows, columns, logit_scale, logit_bias, known, options)
-        return (
+        return factor * (
             of_rows.share[:, None] * jnp.exp(logits - of_rows.top[:, None])
             + of_columns.share * jnp.exp(logits - of_columns.top)
             - 2 * targets
@@ -162,43 +162,40 @@ def _backward(options, residual, cotangents):
 
     def sweep(columns, of_columns, so_far):
         order, sides = _columns(columns, known, options)
-        sums, gradients = [], [jnp.zeros_like(x, jnp.float32) for x in columns[0]]
+        sums, by_document = [], {}
         for i, (_, d) in enumerate(options.fields):
-            sides_known = rows[i], of_rows[i], sides[i], of_columns[i].final()
+            given = rows[i], of_rows[i], sides[i], of_columns[i].final(), so_far[i]
             term_sums, gradient = tile_gradients(
-                tile, *sides_known, so_far[i], options.block_size, order
+                functools.partial(tile, factors[i]),
+                *given,
+                logit_scale,
+                options.block_size,
+                order,
             )
             sums.append(term_sums)
-            gradients[d] += logit_scale * factors[i] * gradient
-        return sums, gradients
+            by_document[d] = by_document[d] + gradient if d in by_document else gradient
+        return sums, by_document
 
     def nothing(x):
         return jnp.zeros_like(x, jnp.float32)
 
+    zero = nothing(rows[0].number[0])
     sums, by_document = TRANSPORTS[options.form].backward(
         sweep,
         columns,
-        [(nothing(side.embedding), nothing(side.number[0])) for side in rows],
-        [nothing(x) for x in documents],
+        [(nothing(side.embedding), zero, zero) for side in rows],
+        {d: nothing(documents[d]) for _, d in options.fields},
     )
     by_query = {}
-    by_scale = by_bias = jnp.float32(0)
-    for (q, _), side, factor, (gradient, total) in zip(
-        options.fields, rows, factors, sums, strict=True
-    ):
-        by_query[q] = by_query.get(q, 0) + logit_scale * factor * gradient
-        by_scale += factor * jnp.sum(gradient * side.embedding)
-        by_bias += factor * total
-    by_scale, by_bias = jax.lax.psum((by_scale, by_bias), BATCH_AXES)
+    for (q, _), (gradient, _, _) in zip(options.fields, sums, strict=True):
+        by_query[q] = by_query[q] + gradient if q in by_query else gradient
+    by_scale, by_bias = (jax.lax.psum(sum(x[k] for x in sums), BATCH_AXES) for k in (1, 2))
     dtype = documents[0].dtype
-    return (
-        [by_query[q].astype(dtype) for q in sorted(by_query)],
-        [gradient.astype(dtype) for gradient in by_document],
-        by_scale.astype(jnp.asarray(logit_scale).dtype),
-        by_bias,
-        None,
-        None,
+    by_queries, by_documents = (
+        [by_field[i].astype(dtype) for i in range(len(by_field))]
+        for by_field in (by_query, by_document)
     )
+    return by_queries, by_documents, by_scale, by_bias, None, None
 
 
 def _columns(columns, known: KnownWeights | None, options: Options):
