@@ -20,13 +20,13 @@ class KnownWeights:
     """Loss weights of all pairs, by query: those of query q are at start[q] to start[q + 1].
 
     start: int32 (queries + 1,). document: int32 (pairs,), ascending within a query.
-    weight: float32 (pairs,).
+    weight: float32 (pairs,). search_steps: of a binary search in the longest list.
     """
 
     start: Int[Array, " q"]
     document: Int[Array, " p"]
     weight: Float[Array, " p"]
-    longest: int = dataclasses.field(metadata={"static": True})
+    search_steps: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
     def of_pairs(
@@ -42,7 +42,7 @@ class KnownWeights:
             start=jnp.asarray(start, jnp.int32),
             document=jnp.asarray(document[order]),
             weight=jnp.asarray(weight[order]),
-            longest=int(np.diff(start).max(initial=0)),
+            search_steps=int(np.diff(start).max(initial=0)).bit_length(),
         )
 
     def __call__(self, query: Int[Array, " n"], document: Int[Array, " m"]) -> Float[Array, "n m"]:
@@ -76,7 +76,7 @@ class KnownWeights:
     def _first_from(self, query: Int[Array, "*#s"], document: Int[Array, "*#s"]) -> Int[Array, "*s"]:
         """Where the first document of `query` lies that is not below `document`."""
         low, high, _ = jnp.broadcast_arrays(self.start[query], self.start[query + 1], document)
-        for _ in range(self.longest.bit_length()):
+        for _ in range(self.search_steps):
             middle = (low + high) // 2
             before = self.document[middle] < document
             unfinished = low < high
