@@ -85,6 +85,7 @@ class DataConfig:
 class LossConfig:
     """Score-weighted contrastive loss over the global batch (method: Loss 1 to 5).
 
+    `form`: how documents reach all queries, see docs/loss.md.
     `targets`: "diagonal" is the paper's, each row's own pair; "known" also attracts every other
     (query, document) of the batch that the training split has a score for.
     """
@@ -103,7 +104,11 @@ class LossConfig:
 
 @dataclasses.dataclass(slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay; `steps` wins over `epochs` when it is set."""
+    """AdamW with linear warm-up and cosine decay; `steps` wins over `epochs` when it is set.
+
+    The towers embed a batch in `chunks` parts, one after the other: batches that do not fit into
+    memory, for the price of a second forward pass.
+    """
 
     lr: float = 2e-5
     warmup_steps: int = 100
@@ -114,6 +119,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     clip_norm: float = 1.0
+    chunks: int = 1
 
 
 @dataclasses.dataclass(slots=True)
@@ -191,6 +197,7 @@ def validate(cfg: TrainConfig) -> None:
         "model.vision": ("image_size", "patch_size", "width", "layers", "head_width"),
         "model.text": ("vocab_size", "width", "heads", "layers"),
         "mesh": ("fsdp",),
+        "optim": ("chunks",),
         "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
         "checkpoint": ("every", "keep"),
     }

@@ -10,11 +10,13 @@ from jax.sharding import Mesh
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import pair_weights
 from gcl_jax.data.store import RankedStore
+from gcl_jax.gradient_cache import cached_value_and_grad, check_chunks
 from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.sharding import replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
+SIDES = ("query", "document")
 Metrics = dict[str, jax.Array]
 
 
@@ -28,25 +30,36 @@ def make_train_step(
     cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, Metrics]]:
     """The compiled step (state, global batch) -> (state, metrics); the old state's memory is
-    reused."""
+    reused.
+
+    Raises:
+        ConfigError: the batch does not fall into equal chunks on the devices.
+    """
+    check_chunks(cfg.optim.batch_size, cfg.optim.chunks, mesh)
     graphdef, _ = abstract_model(cfg.model)
 
-    def loss_fn(params, batch):
+    def encode(params, inputs, _key):
+        """The towers draw no random numbers yet."""
         model = merge(graphdef, params)
-        logit_scale = jnp.exp(params["logit_scale"])
-        loss, terms = multi_field_loss(
-            model.encode_fields(batch["query"]),
-            model.encode_fields(batch["document"]),
+        return {side: model.encode_fields(inputs[side]) for side in SIDES}
+
+    def loss_fn(params, embeddings, batch):
+        return multi_field_loss(
+            *(embeddings[side] for side in SIDES),
             batch,
-            logit_scale,
+            jnp.exp(params["logit_scale"]),
             loss=cfg.loss,
             data=cfg.data,
             mesh=mesh,
         )
-        return loss, terms
+
+    gradient_fn = cached_value_and_grad(encode, loss_fn, cfg.optim.chunks, mesh)
 
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
-        (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
+        inputs = {side: batch[side] for side in SIDES}
+        rest = {name: x for name, x in batch.items() if name not in SIDES}
+        key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+        (loss, terms), gradients = gradient_fn(state.params, inputs, rest, key)
         updates, opt_state = tx.update(gradients, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         params["logit_scale"] = jnp.minimum(params["logit_scale"], cfg.model.max_logit_scale)

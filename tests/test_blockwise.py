@@ -147,10 +147,12 @@ def test_terms_share_fields_and_each_counts_its_rows(mesh, form, is_known):
     rng = np.random.default_rng(3)
     (q, d, scale, rows), known = mixed(rng, 24)
     known = known if is_known else None
-    fields = [q, unit_rows(rng, 24)], [d, unit_rows(rng, 24)]
-    pairs = [(0, 0), (1, 0), (0, 1), (1, 1)]
+    fields = {"a": q, "b": unit_rows(rng, 24)}, {"a": d, "c": unit_rows(rng, 24)}
+    pairs = [("a", "a"), ("b", "a"), ("a", "c"), ("b", "c")]
     terms = [
-        Term(a, b, make_rows(24, rows.weight, rng.random(24) < 0.7, rows.query_id, rows.document_id))
+        Term(
+            a, b, make_rows(24, rows.weight, rng.random(24) < 0.7, rows.query_id, rows.document_id)
+        )
         for a, b in pairs
     ]
     share = np.float32([1.0, 0.5, 2.0, 0.1])

@@ -12,7 +12,7 @@ LAYERS = (
     {"__init__", "errors", "config", "metrics", "text", "score_weights"},
     {"data", "datasets", "sharding", "logs"},
     {"models", "losses", "optim"},
-    {"state", "step", "checkpoint", "embedding", "retrieval", "evaluate"},
+    {"state", "gradient_cache", "step", "checkpoint", "embedding", "retrieval", "evaluate"},
     {"train", "search", "prepare", "report"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -5,8 +5,8 @@ of them are ever held: a tile is made once, serves both directions and is forgot
 make it again. With D-dimensional embeddings that is 8 N^2 D operations in all.
 
 An objective is two functions of a tile: what it adds to the statistics of its rows and columns, and
-its gradient by the logits once the statistics of all tiles are known. Statistics are a pytree of one
-number per row (or column) each, with the methods `merge` and `over_devices`.
+its gradient by the logits once the statistics of all tiles are known. Statistics are a pytree of
+arrays with one number per row (or column), with the methods `merge` and `over_devices`.
 
 Documents reach all queries in one of two ways. `Gather` copies them all to every device. `Ring`
 hands them from device to device, and with them what is known of their columns: no device ever holds
@@ -115,9 +115,10 @@ def tile_gradients(
     row_blocks = _blocks((rows, of_rows), size)
     row_blocks = jnp.arange(len(row_blocks[0].number)), *row_blocks
     places, back = _column_places(columns.number, size, order)
-    dx, *scalars = so_far
-    (dx, *scalars), dy = jax.lax.scan(over_columns, (_blocks(dx, size), *scalars), places)
-    return (_joined(dx, slice(len(rows.number))), *scalars), _joined(dy, back)
+    dx, by_scale, by_bias = so_far
+    start = _blocks(dx, size), by_scale, by_bias
+    (dx, by_scale, by_bias), dy = jax.lax.scan(over_columns, start, places)
+    return (_joined(dx, slice(len(rows.number))), by_scale, by_bias), _joined(dy, back)
 
 
 def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:

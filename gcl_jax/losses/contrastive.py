@@ -9,7 +9,7 @@ With L2-normalised rows L (queries) and R (documents), Z = logit_scale * L R^T:
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -44,8 +44,8 @@ def gcl_loss_reference(
     """The loss on one device, N x N logits at once.
 
     Args:
-        logit_scale: the factor itself (exp of the learned parameter). logit_bias: added to all logits,
-            where it cancels.
+        logit_scale: the factor itself (exp of the learned parameter).
+        logit_bias: added to all logits, where it cancels.
         known: if given, T_ij is the weight of every scored combination (query i, document j), not
             of the N pairs alone, and the loss is
             -sum_ij T_ij * (log softmax_rows + log softmax_cols)_ij / (2 sum T).
@@ -53,9 +53,8 @@ def gcl_loss_reference(
         mask_duplicates: other pairs of the same query or document leave the denominators.
     """
     diagonal = jnp.eye(len(queries), dtype=bool)
-    targets = target_weights(
-        rows, rows, diagonal, known and known(rows.query_id, rows.document_id)
-    )
+    found = None if known is None else known(rows.query_id, rows.document_id)
+    targets = target_weights(rows, rows, diagonal, found)
     logits = logit_scale * product(queries, documents.T) + logit_bias
     logits = masked_logits(logits, rows, rows, diagonal, targets, mask_duplicates)
     log_likelihood = jax.nn.log_softmax(logits, 1) + jax.nn.log_softmax(logits, 0)
@@ -82,10 +81,10 @@ def gcl_loss(
     """`gcl_loss_reference` with the batch sharded over `mesh`, tile by tile; arguments and errors
     as those of `gcl_losses`."""
     (loss,) = gcl_losses(
-        [queries],
-        [documents],
+        {"": queries},
+        {"": documents},
         logit_scale,
-        [Term(0, 0, rows)],
+        [Term("", "", rows)],
         mesh=mesh,
         logit_bias=logit_bias,
         known=known,
@@ -100,14 +99,14 @@ def gcl_loss(
 class Term(NamedTuple):
     """Contrasts the embeddings `queries[query]` with `documents[document]` over `rows`."""
 
-    query: int
-    document: int
+    query: str
+    document: str
     rows: PairRows
 
 
 def gcl_losses(
-    queries: Sequence[Float[Array, "n d"]],
-    documents: Sequence[Float[Array, "n d"]],
+    queries: Mapping[str, Float[Array, "n d"]],
+    documents: Mapping[str, Float[Array, "n d"]],
     logit_scale: Float[Array, ""],
     terms: Sequence[Term],
     *,
@@ -119,7 +118,8 @@ def gcl_losses(
     form: str = "auto",
     block_size: int = BLOCK_SIZE,
 ) -> list[Float[Array, ""]]:
-    """The loss of each term, all from one exchange of the documents between the devices.
+    """The loss of each term, all from one exchange of the documents between the devices. Embeddings
+    that no term names stay where they are.
 
     Differentiable by the embeddings, the scale and the bias; all else is constant. Embeddings of
     bfloat16 are multiplied as such; logits, statistics and sums of gradients are float32 always.
@@ -134,30 +134,28 @@ def gcl_losses(
         ConfigError: an unknown option; shapes that do not fit each other or the mesh.
     """
     _check(queries, documents, terms, mesh, weight_norm, form, block_size)
+    queries = {name: queries[name] for name in {term.query for term in terms}}
+    documents = {name: documents[name] for name in {term.document for term in terms}}
     if form == "auto":
-        copies = sum(x.size * (x.dtype.itemsize + 4) for x in documents)
+        copies = sum(x.size * (x.dtype.itemsize + 4) for x in documents.values())
         form = "gather" if mesh.size == 1 or copies <= GATHER_LIMIT else "ring"
-    options = Options(
-        form,
-        block_size,
-        weight_norm,
-        mask_duplicates,
-        tuple((term.query, term.document) for term in terms),
-    )
+    fields = tuple((term.query, term.document) for term in terms)
     split, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
     sharded = jax.shard_map(
-        functools.partial(softmax_losses, options),
+        functools.partial(
+            softmax_losses, Options(form, block_size, weight_norm, mask_duplicates, fields)
+        ),
         mesh=mesh,
         in_specs=(split, split, everywhere, everywhere, split, everywhere),
         out_specs=everywhere,
     )
     scalars = jnp.float32(logit_scale), jnp.float32(logit_bias)
-    return sharded(list(queries), list(documents), *scalars, [term.rows for term in terms], known)
+    return sharded(queries, documents, *scalars, [term.rows for term in terms], known)
 
 
 def _check(
-    queries: Sequence[jax.Array],
-    documents: Sequence[jax.Array],
+    queries: Mapping[str, jax.Array],
+    documents: Mapping[str, jax.Array],
     terms: Sequence[Term],
     mesh: Mesh,
     weight_norm: str,
@@ -173,13 +171,13 @@ def _check(
         weight_norm in WEIGHT_NORMS, f"weight_norm {weight_norm!r} must be one of {WEIGHT_NORMS}"
     )
     require(block_size >= 1, f"block_size {block_size} must be 1 or more")
-    shape = queries[0].shape
+    embeddings = [*queries.values(), *documents.values()]
+    shape, dtype = embeddings[0].shape, embeddings[0].dtype
     require(len(shape) == 2, f"embeddings must have shape (N, D), not {shape}")
-    for x in (*queries, *documents):
+    for x in embeddings:
         require(
-            x.shape == shape and x.dtype == queries[0].dtype,
-            f"embeddings must agree in shape and dtype: {x.shape} {x.dtype} is not {shape} "
-            f"{queries[0].dtype}",
+            x.shape == shape and x.dtype == dtype,
+            f"embeddings must agree in shape and dtype: {x.shape} {x.dtype} is not {shape} {dtype}",
         )
     require(
         shape[0] % mesh.size == 0,
@@ -191,6 +189,5 @@ def _check(
             words = (2,) if name.endswith("_id") and len(actual) == 2 else ()
             require(
                 actual == (shape[0], *words),
-                f"{name} of the pairs has shape {actual}; {shape[0]} embeddings need "
-                f"({shape[0]},)",
+                f"{name} of the pairs has shape {actual}; {shape[0]} embeddings need ({shape[0]},)",
             )

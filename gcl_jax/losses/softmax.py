@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -82,20 +83,20 @@ class Statistics:
 
 class Options(NamedTuple):
     """form, block_size, weight_norm, mask_duplicates: as in `gcl_losses`. fields: for each term,
-    which of the queries and which of the documents."""
+    the names of its queries and of its documents."""
 
     form: str
     block_size: int
     weight_norm: str
     mask_duplicates: bool
-    fields: tuple[tuple[int, int], ...]
+    fields: tuple[tuple[str, str], ...]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def softmax_losses(
     options: Options,
-    queries: list[Float[Array, "n d"]],
-    documents: list[Float[Array, "n d"]],
+    queries: dict[str, Float[Array, "n d"]],
+    documents: dict[str, Float[Array, "n d"]],
     logit_scale: Float[Array, ""],
     logit_bias: Float[Array, ""],
     pairs: list[PairRows],
@@ -107,7 +108,8 @@ def softmax_losses(
 
 
 def _forward(options, queries, documents, logit_scale, logit_bias, pairs, known):
-    number = jax.lax.axis_index(BATCH_AXES) * len(queries[0]) + 1 + jnp.arange(len(queries[0]))
+    n = len(pairs[0].weight)
+    number = 1 + jax.lax.axis_index(BATCH_AXES) * n + jnp.arange(n)
     rows = [Side(queries[q], number, p) for (q, _), p in zip(options.fields, pairs, strict=True)]
 
     def tile(rows, columns):
@@ -162,8 +164,8 @@ def _backward(options, residual, cotangents):
 
     def sweep(columns, of_columns, so_far):
         order, sides = _columns(columns, known, options)
-        sums, by_document = [], {}
-        for i, (_, d) in enumerate(options.fields):
+        sums, by_document = [], []
+        for i in range(len(sides)):
             given = rows[i], of_rows[i], sides[i], of_columns[i].final(), so_far[i]
             term_sums, gradient = tile_gradients(
                 functools.partial(tile, factors[i]),
@@ -173,8 +175,8 @@ def _backward(options, residual, cotangents):
                 order,
             )
             sums.append(term_sums)
-            by_document[d] = by_document[d] + gradient if d in by_document else gradient
-        return sums, by_document
+            by_document.append(gradient)
+        return sums, _by_name((d for _, d in options.fields), by_document)
 
     def nothing(x):
         return jnp.zeros_like(x, jnp.float32)
@@ -184,18 +186,22 @@ def _backward(options, residual, cotangents):
         sweep,
         columns,
         [(nothing(side.embedding), zero, zero) for side in rows],
-        {d: nothing(documents[d]) for _, d in options.fields},
+        jax.tree.map(nothing, documents),
     )
-    by_query = {}
-    for (q, _), (gradient, _, _) in zip(options.fields, sums, strict=True):
-        by_query[q] = by_query[q] + gradient if q in by_query else gradient
-    by_scale, by_bias = (jax.lax.psum(sum(x[k] for x in sums), BATCH_AXES) for k in (1, 2))
-    dtype = documents[0].dtype
-    by_queries, by_documents = (
-        [by_field[i].astype(dtype) for i in range(len(by_field))]
-        for by_field in (by_query, by_document)
-    )
-    return by_queries, by_documents, by_scale, by_bias, None, None
+    by_rows, by_scale, by_bias = zip(*sums, strict=True)
+    by_query = _by_name((q for q, _ in options.fields), by_rows)
+    dtype = rows[0].embedding.dtype
+    by_query, by_document = jax.tree.map(lambda x: x.astype(dtype), (by_query, by_document))
+    by_scale, by_bias = jax.lax.psum((sum(by_scale), sum(by_bias)), BATCH_AXES)
+    return by_query, by_document, by_scale, by_bias, None, None
+
+
+def _by_name(names: Iterable[str], gradients: Iterable[jax.Array]) -> dict[str, jax.Array]:
+    """The sum of the gradients of each name."""
+    sums: dict[str, jax.Array] = {}
+    for name, gradient in zip(names, gradients, strict=True):
+        sums[name] = sums[name] + gradient if name in sums else gradient
+    return sums
 
 
 def _columns(columns, known: KnownWeights | None, options: Options):
@@ -212,9 +218,10 @@ def _columns(columns, known: KnownWeights | None, options: Options):
 def _tile(rows: Side, columns: Side, logit_scale, logit_bias, known, options: Options):
     """(masked logits, targets) of some rows and columns; the same in both passes."""
     diagonal = rows.number[:, None] == columns.number
-    found = known and known.in_tile(
-        rows.facts.query_id, columns.facts.document_id, columns.facts.valid
-    )
+    found = None
+    if known is not None:
+        ids = rows.facts.query_id, columns.facts.document_id
+        found = known.in_tile(*ids, columns.facts.valid)
     targets = target_weights(rows.facts, columns.facts, diagonal, found)
     logits = logit_scale * product(rows.embedding, columns.embedding.T) + logit_bias
     logits = masked_logits(

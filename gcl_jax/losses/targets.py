@@ -73,7 +73,9 @@ class KnownWeights:
         weights = jax.lax.fori_loop(0, jnp.max(last - first) + 1, compare, nothing)
         return jnp.where(valid, weights, 0.0)
 
-    def _first_from(self, query: Int[Array, "*#s"], document: Int[Array, "*#s"]) -> Int[Array, "*s"]:
+    def _first_from(
+        self, query: Int[Array, "*#s"], document: Int[Array, "*#s"]
+    ) -> Int[Array, "*s"]:
         """Where the first document of `query` lies that is not below `document`."""
         low, high, _ = jnp.broadcast_arrays(self.start[query], self.start[query + 1], document)
         for _ in range(self.search_steps):
