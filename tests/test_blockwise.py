@@ -15,8 +15,10 @@ from test_targets import scored_batch
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses import contrastive
 from gcl_jax.losses.contrastive import PairRows, Term, gcl_loss, gcl_loss_reference, gcl_losses
+from gcl_jax.losses.targets import KnownWeights
 
 FORMS = ("gather", "ring")
+KNOWN = KnownWeights.of_pairs(np.zeros(1, int), np.zeros(1, int), np.ones(1))
 
 
 @functools.cache
@@ -197,7 +199,12 @@ def test_auto_hands_documents_round_when_their_copies_are_too_large(monkeypatch)
         ({"weight": np.ones(8, np.float32)}, r"weight of the pairs has shape \(8,\)"),
         ({"query_id": np.zeros(3, np.int32)}, r"query_id of the pairs has shape \(3,\)"),
         ({"documents": np.zeros((16, 5), np.float32)}, r"\(16, 5\) float32 is not \(16, 4\)"),
-        ({"documents": np.zeros((16, 4), np.float16)}, r"\(16, 4\) float16 is not"),
+        ({"documents": np.zeros((16, 4), jnp.bfloat16)}, r"\(16, 4\) bfloat16 is not"),
+        ({"queries": np.zeros((16, 4), np.float16)}, "float32 or bfloat16, not float16"),
+        (
+            {"query_id": np.arange(16), "known": KNOWN},
+            "query_id has 64 bits: known weights are looked up by",
+        ),
         ({"queries": np.zeros(16, np.float32)}, r"shape \(N, D\), not \(16,\)"),
     ],
 )

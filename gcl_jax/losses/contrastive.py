@@ -133,7 +133,7 @@ def gcl_losses(
     Raises:
         ConfigError: an unknown option; shapes that do not fit each other or the mesh.
     """
-    _check(queries, documents, terms, mesh, weight_norm, form, block_size)
+    _check(queries, documents, terms, mesh, known, weight_norm, form, block_size)
     queries = {name: queries[name] for name in {term.query for term in terms}}
     documents = {name: documents[name] for name in {term.document for term in terms}}
     if form == "auto":
@@ -158,6 +158,7 @@ def _check(
     documents: Mapping[str, jax.Array],
     terms: Sequence[Term],
     mesh: Mesh,
+    known: KnownWeights | None,
     weight_norm: str,
     form: str,
     block_size: int,
@@ -173,6 +174,9 @@ def _check(
     require(block_size >= 1, f"block_size {block_size} must be 1 or more")
     embeddings = [*queries.values(), *documents.values()]
     shape, dtype = embeddings[0].shape, embeddings[0].dtype
+    require(
+        dtype in (jnp.float32, jnp.bfloat16), f"embeddings must be float32 or bfloat16, not {dtype}"
+    )
     require(len(shape) == 2, f"embeddings must have shape (N, D), not {shape}")
     for x in embeddings:
         require(
@@ -184,10 +188,14 @@ def _check(
         f"a batch of {shape[0]} pairs is no multiple of the {mesh.size} devices",
     )
     for term in terms:
-        for name in ("weight", "valid", "query_id", "document_id"):
+        for name in PairRows.__slots__:
             actual = jnp.shape(getattr(term.rows, name))
             words = (2,) if name.endswith("_id") and len(actual) == 2 else ()
             require(
                 actual == (shape[0], *words),
                 f"{name} of the pairs has shape {actual}; {shape[0]} embeddings need ({shape[0]},)",
+            )
+            require(
+                known is None or not words,
+                f"{name} has 64 bits: known weights are looked up by row numbers, int32",
             )
