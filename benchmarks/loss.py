@@ -43,18 +43,41 @@ def embeddings(batch: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
     return tuple(both / np.linalg.norm(both, axis=-1, keepdims=True))
 
 
-def jax_method(name: str, batch: int, dim: int, dtype: str):
-    """(a call that computes loss and gradients and waits, MiB of temporary memory)."""
+def compile_loss(name: str, batch: int, dim: int, dtype: str):
+    """The program (queries, documents, scale, pairs) -> (loss, gradients by the first three)."""
     mesh = jax.make_mesh((1, 1), BATCH_AXES, (AxisType.Auto,) * 2, devices=jax.devices()[:1])
     blockwise = functools.partial(gcl_loss, mesh=mesh, form=name)
     loss = gcl_loss_reference if name == "naive" else blockwise
+    one_each = lambda dtype: jax.ShapeDtypeStruct((batch,), dtype)
+    pairs = PairRows(*map(one_each, (jnp.float32, jnp.bool, jnp.int32, jnp.int32)))
+    both = [jax.ShapeDtypeStruct((batch, dim), dtype)] * 2
+    scale = jax.ShapeDtypeStruct((), jnp.float32)
+    gradients = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    return jax.jit(gradients).lower(*both, scale, pairs).compile()
+
+
+def jax_method(name: str, batch: int, dim: int, dtype: str):
+    """(a call that computes loss and gradients and waits, MiB of temporary memory)."""
+    program = compile_loss(name, batch, dim, dtype)
     ids = np.arange(batch, dtype=np.int32)
     pairs = PairRows(np.ones(batch, np.float32), np.ones(batch, bool), ids, ids)
     given = *(jnp.asarray(x, dtype) for x in embeddings(batch, dim)), jnp.float32(SCALE), pairs
     given = jax.device_put(given)
-    program = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(*given).compile()
     memory = program.memory_analysis().temp_size_in_bytes
     return lambda: jax.block_until_ready(program(*given))[0], memory / MIB
+
+
+def largest_batch(name: str, dim: int, dtype: str, gib: float) -> int:
+    """The largest power of two that fits with embeddings, gradients and temporary memory."""
+    batch = 1024
+    while True:
+        memory = compile_loss(name, 2 * batch, dim, dtype).memory_analysis()
+        needed = sum(
+            getattr(memory, f"{kind}_size_in_bytes") for kind in ("argument", "output", "temp")
+        )
+        if needed > gib * 1024 * MIB:
+            return batch
+        batch *= 2
 
 
 def torch_method(batch: int, dim: int, dtype: str):
@@ -165,6 +188,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=5, help="fewer beyond 8192")
     parser.add_argument("--limit_mib", type=float, default=4096, help="for all logits at once")
+    parser.add_argument("--gib", type=float, default=16, help="memory that a batch may fill")
     parser.add_argument("--output", type=Path, default=HERE / "loss.json")
     parser.add_argument("--torch_peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -183,6 +207,11 @@ def main() -> None:
         methods = available(batch, args.limit_mib, has_torch)
         results[batch] = compare(batch, args.dim, args.dtype, methods, repeats)
         print(table({batch: results[batch]}), flush=True)
+    largest = {
+        name: largest_batch(name, args.dim, args.dtype, args.gib)
+        for name in ("naive", "gather", "ring")
+    }
+    print(f"largest batch in {args.gib:g} GiB:", largest)
     about = {
         "device": jax.devices()[0].device_kind,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
@@ -191,7 +220,8 @@ def main() -> None:
         "dtype": args.dtype,
         "repeats": args.repeats,
     }
-    args.output.write_text(json.dumps({"about": about, "batches": results}, indent=2) + "\n")
+    summary = {"about": about, "batches": results, "largest_batch": {f"{args.gib:g} GiB": largest}}
+    args.output.write_text(json.dumps(summary, indent=2) + "\n")
 
 
 if __name__ == "__main__":
