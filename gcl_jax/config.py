@@ -134,6 +134,7 @@ class DataConfig:
 class LossConfig:
     """Score-weighted contrastive loss over the global batch (method: Loss 1 to 5).
 
+    `form`: how documents reach all queries, see docs/loss.md.
     `targets`: "diagonal" is the paper's, each row's own pair; "known" also attracts every other
     (query, document) of the batch that the training split has a score for. `matryoshka_dims`: the
     loss is the mean over these leading parts of the embeddings, each normalised anew.
@@ -148,6 +149,7 @@ class LossConfig:
     field_pairs: float = 1.0
     pair_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     mask_duplicates: bool = False
+    form: str = "auto"
     matryoshka_dims: tuple[int, ...] = ()
 
 
@@ -160,6 +162,8 @@ class OptimConfig:
     tower's first six layers). `layer_decay` below 1 multiplies the learning rate once more with
     every layer away from a tower's output. `ema_decay` above 0 keeps an exponential moving average
     of the parameters, which evaluation, search and export then use.
+    The towers embed a batch in `chunks` parts, one after the other: batches that do not fit into
+    memory, for the price of a second forward pass.
     """
 
     lr: float = 2e-5
@@ -171,6 +175,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
     clip_norm: float = 1.0
+    chunks: int = 1
     freeze: tuple[str, ...] = ()
     layer_decay: float = 1.0
     ema_decay: float = 0.0

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import pair_weights
 from gcl_jax.data.store import RankedStore
+from gcl_jax.gradient_cache import cached_value_and_grad, check_chunks
 from gcl_jax.losses.matryoshka import over_dims
 from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
@@ -17,6 +18,7 @@ from gcl_jax.optim import apply_updates, in_float32, trained_part, with_part
 from gcl_jax.sharding import replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
+SIDES = ("query", "document")
 Metrics = dict[str, jax.Array]
 
 
@@ -30,35 +32,46 @@ def make_train_step(
     cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, Metrics]]:
     """The compiled step (state, global batch) -> (state, metrics); the old state's memory is
-    reused."""
+    reused.
+
+    Raises:
+        ConfigError: the batch does not fall into equal chunks on the devices.
+    """
+    check_chunks(cfg.optim.batch_size, cfg.optim.chunks, mesh)
     graphdef, _ = abstract_model(cfg.model)
     vision = cfg.model.vision
     drops_patches = vision is not None and vision.patch_dropout > 0
     objective = over_dims(multi_field_loss, cfg.loss.matryoshka_dims)
 
-    def loss_fn(trained, params, batch, key):
-        params = with_part(params, trained)
-        model = merge(graphdef, params)
-        query_key, document_key = jax.random.split(key) if drops_patches else (None, None)
-        return objective(
-            model.encode_fields(batch["query"], query_key),
-            model.encode_fields(batch["document"], document_key),
-            batch,
-            jnp.exp(params["logit_scale"]),
-            loss=cfg.loss,
-            data=cfg.data,
-            mesh=mesh,
-        )
-
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
+        def encode(trained, inputs, key):
+            model = merge(graphdef, with_part(state.params, trained))
+            keys = jax.random.split(key) if drops_patches else (None, None)
+            return {
+                side: model.encode_fields(inputs[side], own)
+                for side, own in zip(SIDES, keys, strict=True)
+            }
+
+        def loss_fn(trained, embeddings, batch):
+            params = with_part(state.params, trained)
+            return objective(
+                *(embeddings[side] for side in SIDES),
+                batch,
+                jnp.exp(params["logit_scale"]),
+                loss=cfg.loss,
+                data=cfg.data,
+                mesh=mesh,
+            )
+
         # Of the step alone, so that a resumed run draws what an uninterrupted one does.
         dropping, rounding = jax.random.split(
             jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         )
         trained = trained_part(cfg.optim, state.params)
-        (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            in_float32(trained), state.params, batch, dropping
-        )
+        inputs = {side: batch[side] for side in SIDES}
+        rest = {name: x for name, x in batch.items() if name not in SIDES}
+        value_and_grad = cached_value_and_grad(encode, loss_fn, cfg.optim.chunks, mesh)
+        (loss, terms), gradients = value_and_grad(in_float32(trained), inputs, rest, dropping)
         updates, opt_state = tx.update(gradients, state.opt_state, trained)
         trained = apply_updates(trained, updates, rounding)
         if "logit_scale" in trained:

@@ -125,9 +125,11 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
 
 def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> None:
     """Raises `ConfigError` when `cfg` would train something else than the run in `workdir`."""
-    # How examples are read may change; what they are may not.
+    # How examples are read and gradients are computed may change; what they are may not.
     started.data.num_workers = cfg.data.num_workers
     started.data.cached_records = cfg.data.cached_records
+    started.loss.form = cfg.loss.form
+    started.optim.chunks = cfg.optim.chunks
     # As JSON, where a list and a tuple are the same.
     ours, theirs = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, started))
     for part in ("model", "data", "loss", "optim", "seed"):

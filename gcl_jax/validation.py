@@ -24,12 +24,14 @@ CHOICES = {
     "data.augmentation": ("none", "crop", "crop_flip"),
     "loss.targets": ("diagonal", "known"),
     "loss.weight_norm": ("none", "mean", "sum"),
+    "loss.form": ("auto", "gather", "ring"),
 }
 AT_LEAST_ONE = {
     "model": ("embed_dim",),
     "model.vision": ("image_size", "patch_size", "width", "layers", "head_width"),
     "model.text": ("vocab_size", "width", "heads", "layers"),
     "data": ("pairs_per_query",),
+    "optim": ("chunks",),
     "mesh": ("fsdp",),
     "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
     "checkpoint": ("every", "keep"),

@@ -52,8 +52,7 @@ def mesh(request) -> Mesh:
     return make_cpu_mesh(*request.param)
 
 
-@pytest.fixture
-def tiny_config() -> TrainConfig:
+def make_tiny_config() -> TrainConfig:
     """A fresh configuration of the smallest towers; set `data.store` to use `tiny_store`."""
     return TrainConfig(
         model=ModelConfig(
@@ -68,6 +67,11 @@ def tiny_config() -> TrainConfig:
         ),
         optim=OptimConfig(lr=1e-3, warmup_steps=2, steps=4, batch_size=8),
     )
+
+
+@pytest.fixture
+def tiny_config() -> TrainConfig:
+    return make_tiny_config()
 
 
 class TinySource:
@@ -127,13 +131,12 @@ def tiny_store(tmp_path_factory) -> RankedStore:
     return write_store(TinySource(), tmp_path_factory.mktemp("stores") / "tiny")
 
 
-@pytest.fixture
-def tiny_batch(tiny_config) -> dict:
-    """One training batch for `tiny_config`: random pixels and ids, some fields missing."""
+def make_tiny_batch(cfg: TrainConfig) -> dict:
+    """One training batch for `cfg`: random pixels and ids, some fields missing."""
     rng = np.random.default_rng(0)
-    n, text = tiny_config.optim.batch_size, tiny_config.model.text
+    n, text = cfg.optim.batch_size, cfg.model.text
     tokens = lambda: rng.integers(1, text.vocab_size, (n, text.context_length)).astype(np.int32)
-    size = tiny_config.model.vision.image_size
+    size = cfg.model.vision.image_size
     return {
         "query": {"query": tokens()},
         "document": {
@@ -146,3 +149,8 @@ def tiny_batch(tiny_config) -> dict:
         "query_id": rng.integers(n, size=n).astype(np.int32),
         "document_id": rng.integers(n, size=n).astype(np.int32),
     }
+
+
+@pytest.fixture
+def tiny_batch(tiny_config) -> dict:
+    return make_tiny_batch(tiny_config)

@@ -22,7 +22,16 @@ LAYERS = (
     },
     {"data", "datasets", "sharding", "logs"},
     {"models", "losses", "optim"},
-    {"state", "step", "checkpoint", "warm_start", "embedding", "retrieval", "evaluate"},
+    {
+        "state",
+        "gradient_cache",
+        "step",
+        "checkpoint",
+        "warm_start",
+        "embedding",
+        "retrieval",
+        "evaluate",
+    },
     {"train", "search", "prepare", "report"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

@@ -72,7 +72,7 @@ def test_embeddings_are_cut_and_not_compiled_anew(tiny_config, tiny_store):
     tiny_config.eval.batch_size = 8
     params, mesh = draw_params(tiny_config), make_cpu_mesh(1, 1)
     embed = lambda embedder: embedder.embed(
-        tiny_store.documents, ["image", "title"], np.arange(8), quiet=True
+        "document", tiny_store.documents, ["image", "title"], np.arange(8), quiet=True
     )
     whole = embed(Embedder(tiny_config, params, mesh))
     tiny_config.eval.embed_dim = 5

@@ -104,8 +104,11 @@ def train_three_steps(mesh, cfg, batch):
 
 @pytest.mark.usefixtures("no_small_parameters")
 def test_training_is_the_same_on_every_mesh(tiny_config, tiny_batch):
-    """Three steps; the logit scale starts above its bound and is clamped by the first."""
+    """Three steps; the logit scale starts above its bound and is clamped by the first. Whichever
+    way documents reach the queries, and in however many chunks the towers embed them."""
     tiny_config.model.max_logit_scale = 2.0
+    tiny_config.optim.batch_size = 16
+    tiny_batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), tiny_batch)
     history, state = train_three_steps(make_cpu_mesh(1, 1), tiny_config, tiny_batch)
     scales = [metrics["logit_scale"] for metrics in history]
     np.testing.assert_allclose(scales[:2], [1 / 0.07, np.exp(2)], rtol=1e-5)
@@ -113,7 +116,11 @@ def test_training_is_the_same_on_every_mesh(tiny_config, tiny_batch):
     assert state.step == 3
 
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
-    for shape in ((8, 1), (4, 2)):
+    for shape, form, chunks in (
+        ((8, 1), "gather", 1),
+        ((4, 2), "ring", 2),
+    ):
+        tiny_config.loss.form, tiny_config.optim.chunks = form, chunks
         other_history, other = train_three_steps(make_cpu_mesh(*shape), tiny_config, tiny_batch)
         jax.tree.map(close, other_history, history)
         jax.tree.map(close, other.params, state.params)

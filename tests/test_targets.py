@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from test_contrastive import assert_close, make_rows, mixed_rows, numeric_gradient, unit_rows
 
-from gcl_jax.losses.contrastive import gcl_loss, gcl_loss_reference
+from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.targets import KnownWeights
 
 QUERIES, DOCUMENTS = 9, 11
@@ -36,9 +36,32 @@ def test_lookup_finds_every_pair_and_no_other(share):
     np.testing.assert_array_equal(found, dense[queries])
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
+def test_a_tile_finds_what_the_search_finds(share):
+    """Also of repeated and unsorted documents, and of queries and documents outside the table."""
+    rng = np.random.default_rng(1)
+    query, document, weight = scored_pairs(rng, share) if share else ([0], [0], [0.5])
+    known = KnownWeights.of_pairs(*map(np.array, (query, document, weight)))
+    queries = rng.integers(QUERIES - 1, size=20).astype(np.int32)
+    documents = rng.integers(DOCUMENTS + 3, size=30).astype(np.int32)
+    valid = rng.random(30) < 0.8
+    expected = np.where(valid, known(queries, documents), 0)
+    tile = jax.jit(KnownWeights.in_tile)
+    np.testing.assert_array_equal(tile(known, queries, documents, valid), expected)
+    assert not np.any(tile(known, queries, documents, np.zeros(30, bool)))
+
+
+def test_the_first_of_repeated_pairs_counts():
+    columns = np.int32([0, 1, 0, 0]), np.int32([2, 2, 2, 2]), np.float32([0.3, 0.5, 0.7, 0.9])
+    known = KnownWeights.of_pairs(*columns)
+    ids = np.int32([0, 1]), np.int32([2])
+    for found in (known(*ids), known.in_tile(*ids, np.array([True]))):
+        np.testing.assert_array_equal(found, np.float32([[0.3], [0.5]]))
+
+
 def scored_batch(rng, n):
-    """n pairs of the table, some of them more than once, some rows invalid."""
-    query, document, weight = scored_pairs(rng)
+    """n pairs of one table, some of them more than once, some rows invalid."""
+    query, document, weight = scored_pairs(np.random.default_rng(0))
     drawn = rng.integers(len(query), size=n)
     rows = make_rows(n, weight[drawn], rng.random(n) < 0.8, query[drawn], document[drawn])
     arguments = unit_rows(rng, n), unit_rows(rng, n), np.float32(20.0), rows
@@ -77,13 +100,6 @@ def test_reference_and_gradients_follow_the_formula(mask_duplicates):
             *arguments[:k], x, *arguments[k + 1 :], rows, known, mask_duplicates
         )
         assert_close(gradient, numeric_gradient(f, arguments[k]), 1e-5)
-
-
-@pytest.mark.parametrize("rows_per_device", [1, 3])
-def test_sharded_equals_reference(mesh, rows_per_device):
-    arguments, known = scored_batch(np.random.default_rng(2), 8 * rows_per_device)
-    sharded = compiled(gcl_loss, mesh=mesh, known=known)(*arguments)
-    assert_close(sharded, compiled(gcl_loss_reference, known=known)(*arguments), 1e-5)
 
 
 def test_a_table_of_the_diagonal_alone_is_the_papers_loss():

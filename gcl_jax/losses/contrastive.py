@@ -4,39 +4,30 @@ With L2-normalised rows L (queries) and R (documents), Z = logit_scale * L R^T:
 
     loss = -1/(2N) * sum_i w_i * (log softmax_rows(Z)_ii + log softmax_cols(Z)_ii)
 
-`gcl_loss_reference` is the formula on one device and the oracle of the tests; `gcl_loss` is the
-same number on any mesh.
+`gcl_loss_reference` is the formula on one device and the oracle of the tests; `gcl_loss` and
+`gcl_losses` are the same number on any mesh, in memory linear in N.
 """
 
-import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
+from gcl_jax.errors import ConfigError
+from gcl_jax.losses.blockwise import BLOCK_SIZE, product
+from gcl_jax.losses.pairs import PairRows, masked_logits, normalizer, target_weights
+from gcl_jax.losses.softmax import Options, softmax_losses
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.sharding import BATCH_AXES
+from gcl_jax.validation import CHOICES
 
-# Finite, so that a masked logit never turns into inf - inf, in the value or in the gradient.
-MASKED = -1e9
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, slots=True)
-class PairRows:
-    """What the loss knows of each of the N pairs beside the embeddings.
-
-    weight: loss weight w_i. valid: a row that is False is left out, as query, as document and in N.
-    query_id, document_id: equal ids are the same query or document; used to mask duplicates.
-    """
-
-    weight: Float[Array, " n"]
-    valid: Bool[Array, " n"]
-    query_id: Int[Array, " n"]
-    document_id: Int[Array, " n"]
+# Form "auto" gathers the documents while their copies, with their gradients in float32, take no
+# more bytes of each device than this.
+GATHER_LIMIT = 2 * 2**30
 
 
 def gcl_loss_reference(
@@ -45,6 +36,7 @@ def gcl_loss_reference(
     logit_scale: Float[Array, ""],
     rows: PairRows,
     *,
+    logit_bias: Float[Array, ""] | float = 0.0,
     known: KnownWeights | None = None,
     weight_norm: str = "none",
     mask_duplicates: bool = False,
@@ -53,18 +45,23 @@ def gcl_loss_reference(
 
     Args:
         logit_scale: the factor itself (exp of the learned parameter).
+        logit_bias: added to all logits, where it cancels.
         known: if given, T_ij is the weight of every scored combination (query i, document j), not
             of the N pairs alone, and the loss is
             -sum_ij T_ij * (log softmax_rows + log softmax_cols)_ij / (2 sum T).
         weight_norm: "none"; "mean" or "sum" divide w by its mean or sum over the valid rows.
         mask_duplicates: other pairs of the same query or document leave the denominators.
     """
-    logits = logit_scale * _cosines(queries, documents)
-    targets = _targets(rows, rows, jnp.arange(len(queries)), known)
-    logits = jnp.where(_kept(rows, rows, targets, mask_duplicates), logits, MASKED)
+    diagonal = jnp.eye(len(queries), dtype=bool)
+    found = None if known is None else known(rows.query_id, rows.document_id)
+    targets = target_weights(rows, rows, diagonal, found)
+    logits = logit_scale * product(queries, documents.T) + logit_bias
+    logits = masked_logits(logits, rows, rows, diagonal, targets, mask_duplicates)
     log_likelihood = jax.nn.log_softmax(logits, 1) + jax.nn.log_softmax(logits, 0)
-    total = -jnp.sum(jnp.where(targets.positive, targets.weight * log_likelihood, 0.0))
-    return total / _normalizer(rows, targets, known, weight_norm, total=jnp.sum)
+    total = -jnp.sum(jnp.where(targets > 0, targets * log_likelihood, 0.0))
+    return total / normalizer(
+        targets.sum(), rows.valid.astype(jnp.float32).sum(), weight_norm, known is not None
+    )
 
 
 def gcl_loss(
@@ -74,101 +71,129 @@ def gcl_loss(
     rows: PairRows,
     *,
     mesh: Mesh,
+    logit_bias: Float[Array, ""] | float = 0.0,
     known: KnownWeights | None = None,
     weight_norm: str = "none",
     mask_duplicates: bool = False,
+    form: str = "auto",
+    block_size: int = BLOCK_SIZE,
 ) -> Float[Array, ""]:
-    """`gcl_loss_reference` with the batch sharded over `mesh`: each device makes its (N/devices, N)
-    tile of logits once and uses it for both directions."""
+    """`gcl_loss_reference` with the batch sharded over `mesh`, tile by tile; arguments and errors
+    as those of `gcl_losses`."""
+    (loss,) = gcl_losses(
+        {"": queries},
+        {"": documents},
+        logit_scale,
+        [Term("", "", rows)],
+        mesh=mesh,
+        logit_bias=logit_bias,
+        known=known,
+        weight_norm=weight_norm,
+        mask_duplicates=mask_duplicates,
+        form=form,
+        block_size=block_size,
+    )
+    return loss
 
-    def local_loss(queries, documents, logit_scale, rows, known):
-        def total(x):
-            return jax.lax.psum(jnp.sum(x), BATCH_AXES)
 
-        n = len(queries)
-        row_number = jax.lax.axis_index(BATCH_AXES) * n + jnp.arange(n)
-        all_documents, columns = jax.lax.all_gather((documents, rows), BATCH_AXES, tiled=True)
-        logits = logit_scale * _cosines(queries, all_documents)
-        targets = _targets(rows, columns, row_number, known)
-        logits = jnp.where(_kept(rows, columns, targets, mask_duplicates), logits, MASKED)
-        row_lse = jax.nn.logsumexp(logits, axis=1)
-        # The gradient of a logsumexp does not depend on the shift that keeps it in range.
-        shift = jax.lax.pmax(jax.lax.stop_gradient(logits).max(axis=0), BATCH_AXES)
-        column_lse = shift + jnp.log(
-            jax.lax.psum(jnp.sum(jnp.exp(logits - shift), axis=0), BATCH_AXES)
-        )
-        log_likelihood = 2 * logits - row_lse[:, None] - column_lse
-        loss = -total(jnp.where(targets.positive, targets.weight * log_likelihood, 0.0))
-        return loss / _normalizer(rows, targets, known, weight_norm, total)
+class Term(NamedTuple):
+    """Contrasts the embeddings `queries[query]` with `documents[document]` over `rows`."""
 
+    query: str
+    document: str
+    rows: PairRows
+
+
+def gcl_losses(
+    queries: Mapping[str, Float[Array, "n d"]],
+    documents: Mapping[str, Float[Array, "n d"]],
+    logit_scale: Float[Array, ""],
+    terms: Sequence[Term],
+    *,
+    mesh: Mesh,
+    logit_bias: Float[Array, ""] | float = 0.0,
+    known: KnownWeights | None = None,
+    weight_norm: str = "none",
+    mask_duplicates: bool = False,
+    form: str = "auto",
+    block_size: int = BLOCK_SIZE,
+) -> list[Float[Array, ""]]:
+    """The loss of each term, all from one exchange of the documents between the devices. Embeddings
+    that no term names stay where they are.
+
+    Differentiable by the embeddings, the scale and the bias; all else is constant. Embeddings of
+    bfloat16 are multiplied as such; logits, statistics and sums of gradients are float32 always.
+
+    Args:
+        mesh: the axes "data" and "fsdp" both split the batch; their product must divide N.
+        form: "gather" copies all documents to every device, "ring" hands them from device to
+            device, "auto" gathers while the copies stay below `GATHER_LIMIT` bytes.
+        block_size: the most rows and columns of a tile of logits.
+
+    Raises:
+        ConfigError: an unknown option; shapes that do not fit each other or the mesh.
+    """
+    _check(queries, documents, terms, mesh, known, weight_norm, form, block_size)
+    queries = {name: queries[name] for name in {term.query for term in terms}}
+    documents = {name: documents[name] for name in {term.document for term in terms}}
+    if form == "auto":
+        copies = sum(x.size * (x.dtype.itemsize + 4) for x in documents.values())
+        form = "gather" if mesh.size == 1 or copies <= GATHER_LIMIT else "ring"
+    fields = tuple((term.query, term.document) for term in terms)
     split, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
     sharded = jax.shard_map(
-        local_loss,
+        functools.partial(
+            softmax_losses, Options(form, block_size, weight_norm, mask_duplicates, fields)
+        ),
         mesh=mesh,
-        in_specs=(split, split, everywhere, split, everywhere),
+        in_specs=(split, split, everywhere, everywhere, split, everywhere),
         out_specs=everywhere,
     )
-    return sharded(queries, documents, logit_scale, rows, known)
+    scalars = jnp.float32(logit_scale), jnp.float32(logit_bias)
+    return sharded(queries, documents, *scalars, [term.rows for term in terms], known)
 
 
-def _cosines(queries: Float[Array, "n d"], documents: Float[Array, "m d"]) -> Float[Array, "n m"]:
-    """In float32 on every device: by default TPUs and GPUs round the factors first, and the scale
-    of up to 100 would multiply that error."""
-    return jnp.matmul(
-        queries,
-        documents.T,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-
-
-class _Targets(NamedTuple):
-    """The ground-truth matrix of rows x columns, or a shard's rows of it."""
-
-    weight: Float[Array, "n m"]
-    diagonal: Bool[Array, "n m"]
-
-    @property
-    def positive(self) -> Bool[Array, "n m"]:
-        return self.weight > 0
-
-
-def _targets(
-    rows: PairRows, columns: PairRows, row_number: Int[Array, " n"], known: KnownWeights | None
-) -> _Targets:
-    """Weights of what attracts: the pairs, or all scored combinations; 0 for invalid rows."""
-    diagonal = row_number[:, None] == jnp.arange(len(columns.weight))
-    if known is None:
-        weight = jnp.where(diagonal, rows.weight[:, None], 0.0)
-    else:
-        weight = known(rows.query_id, columns.document_id)
-    valid = rows.valid[:, None] & columns.valid
-    return _Targets(jnp.where(valid, weight, 0.0), diagonal)
-
-
-def _kept(
-    rows: PairRows, columns: PairRows, targets: _Targets, mask_duplicates: bool
-) -> Bool[Array, "n m"]:
-    """Which logits take part: all targets whatever the masks say, and the diagonal, so that no
-    softmax is empty; invalid rows have weight 0 instead."""
-    kept = rows.valid[:, None] & columns.valid
-    if mask_duplicates:
-        same_query = rows.query_id[:, None] == columns.query_id
-        same_document = rows.document_id[:, None] == columns.document_id
-        kept &= ~(same_query | same_document)
-    return kept | targets.diagonal | targets.positive
-
-
-def _normalizer(
-    rows: PairRows,
-    targets: _Targets,
+def _check(
+    queries: Mapping[str, jax.Array],
+    documents: Mapping[str, jax.Array],
+    terms: Sequence[Term],
+    mesh: Mesh,
     known: KnownWeights | None,
     weight_norm: str,
-    total: Callable[[jax.Array], jax.Array],
-) -> Float[Array, ""]:
-    """What divides the sum over T, in both directions; `total` sums over the global batch."""
-    weight = jnp.maximum(total(targets.weight), 1e-30)
-    if known is not None:
-        return 2 * weight
-    count = jnp.maximum(total(rows.valid.astype(jnp.float32)), 1.0)
-    return 2 * {"none": count, "mean": weight, "sum": weight * count}[weight_norm]
+    form: str,
+    block_size: int,
+) -> None:
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
+    for key, value in (("loss.form", form), ("loss.weight_norm", weight_norm)):
+        require(value in CHOICES[key], f"{key}={value!r} must be one of {CHOICES[key]}")
+    require(block_size >= 1, f"block_size {block_size} must be 1 or more")
+    embeddings = [*queries.values(), *documents.values()]
+    shape, dtype = embeddings[0].shape, embeddings[0].dtype
+    require(
+        dtype in (jnp.float32, jnp.bfloat16), f"embeddings must be float32 or bfloat16, not {dtype}"
+    )
+    require(len(shape) == 2, f"embeddings must have shape (N, D), not {shape}")
+    for x in embeddings:
+        require(
+            x.shape == shape and x.dtype == dtype,
+            f"embeddings must agree in shape and dtype: {x.shape} {x.dtype} is not {shape} {dtype}",
+        )
+    require(
+        shape[0] % mesh.size == 0,
+        f"a batch of {shape[0]} pairs is no multiple of the {mesh.size} devices",
+    )
+    for term in terms:
+        for name in PairRows.__slots__:
+            actual = jnp.shape(getattr(term.rows, name))
+            words = (2,) if name.endswith("_id") and len(actual) == 2 else ()
+            require(
+                actual == (shape[0], *words),
+                f"{name} of the pairs has shape {actual}; {shape[0]} embeddings need ({shape[0]},)",
+            )
+            require(
+                known is None or not words,
+                f"{name} has 64 bits: known weights are looked up by row numbers, int32",
+            )

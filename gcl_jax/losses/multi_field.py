@@ -14,10 +14,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from gcl_jax.config import DataConfig, LossConfig
-from gcl_jax.losses.contrastive import PairRows, gcl_loss
+from gcl_jax.losses.contrastive import Term, gcl_losses
+from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import merge_fields
 
 Embeddings = Mapping[str, jax.Array]
+
+# Among the names of fields, which are never empty.
+MERGED = ""
 
 
 def pair_term_weights(loss: LossConfig, data: DataConfig) -> dict[tuple[str, str], float]:
@@ -47,37 +51,40 @@ def multi_field_loss(
         logit_scale: the factor itself.
     """
     query_present, document_present = batch["query_present"], batch["document_present"]
-    contrast = functools.partial(
-        gcl_loss,
+    queries, documents = dict(query_embeddings), dict(document_embeddings)
+    terms, weights = {}, {}
+
+    def add(name: str, weight: float, query: str, document: str, valid: jax.Array) -> None:
+        rows = PairRows(batch["weight"], valid, batch["query_id"], batch["document_id"])
+        terms[name], weights[name] = Term(query, document, rows), weight
+
+    if loss.merged:
+        queries[MERGED] = merge_fields(query_embeddings, query_present, data.query_fields)
+        documents[MERGED] = merge_fields(
+            document_embeddings, document_present, data.document_fields
+        )
+        valid = _mergeable(query_present, data.query_fields) & _mergeable(
+            document_present, data.document_fields
+        )
+        add("merged", loss.merged, MERGED, MERGED, valid)
+    for (q, d), weight in pair_term_weights(loss, data).items():
+        if weight:
+            add(f"{q}:{d}", weight, q, d, query_present[q] & document_present[d])
+    if not terms:
+        return jnp.float32(0), {}
+    values = gcl_losses(
+        queries,
+        documents,
+        logit_scale,
+        list(terms.values()),
         mesh=mesh,
         known=batch.get("known"),
         weight_norm=loss.weight_norm,
         mask_duplicates=loss.mask_duplicates,
+        form=loss.form,
     )
-
-    def rows(valid: jax.Array) -> PairRows:
-        return PairRows(batch["weight"], valid, batch["query_id"], batch["document_id"])
-
-    terms = {}
-    total = jnp.float32(0)
-    if loss.merged:
-        valid = _mergeable(query_present, data.query_fields) & _mergeable(
-            document_present, data.document_fields
-        )
-        terms["merged"] = contrast(
-            merge_fields(query_embeddings, query_present, data.query_fields),
-            merge_fields(document_embeddings, document_present, data.document_fields),
-            logit_scale,
-            rows(valid),
-        )
-        total += loss.merged * terms["merged"]
-    for (q, d), weight in pair_term_weights(loss, data).items():
-        if weight:
-            valid = query_present[q] & document_present[d]
-            term = contrast(query_embeddings[q], document_embeddings[d], logit_scale, rows(valid))
-            terms[f"{q}:{d}"] = term
-            total += weight * term
-    return total, terms
+    named = dict(zip(terms, values, strict=True))
+    return sum((weights[name] * value for name, value in named.items()), jnp.float32(0)), named
 
 
 def _mergeable(present: Mapping[str, jax.Array], weights: Mapping[str, float]) -> jax.Array:

@@ -1,0 +1,241 @@
+"""Sums over all logits of the global batch, tile by tile, on any number of devices.
+
+Rows are a device's own queries, columns all documents. Neither the N x N logits nor a device's rows
+of them are ever held: a tile is made once, serves both directions and is forgotten; the gradients
+make it again. With D-dimensional embeddings that is 8 N^2 D operations in all.
+
+An objective is two functions of a tile: what it adds to the statistics of its rows and columns, and
+its gradient by the logits once the statistics of all tiles are known. Statistics are a pytree of
+arrays with one number per row (or column), with the methods `merge` and `over_devices`.
+
+Documents reach all queries in one of two ways. `Gather` copies them all to every device. `Ring`
+hands them from device to device, and with them what is known of their columns: a device holds its
+own share and that of one visitor.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from gcl_jax.sharding import BATCH_AXES
+
+# Rows and columns of a tile: 4 MiB of logits. From 512 to 2048 a CPU is as fast within its noise.
+BLOCK_SIZE = 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Side:
+    """Rows or columns of the logits.
+
+    number: counts the pairs of the global batch from 1; 0 is padding, which is zero throughout.
+    facts: what else the objective wants to know of each, as arrays (n, ...).
+    """
+
+    embedding: Float[Array, "n d"]
+    number: Int[Array, " n"]
+    facts: Any
+
+
+def tile_statistics(
+    tile: Callable[[Side, Side], tuple[Any, Any]],
+    rows: Side,
+    columns: Side,
+    seen: Any,
+    nothing: Callable[[jax.Array], Any],
+    size: int,
+    order: Int[Array, " m"] | None = None,
+) -> tuple[Any, Any]:
+    """(`seen` and what the `columns` add to it, statistics of the columns).
+
+    Args:
+        tile: rows and columns -> what the tile adds to the statistics of each.
+        seen: statistics of the rows so far.
+        nothing: statistics of columns, given their numbers, before any tile.
+        size: the most rows and the most columns of a tile.
+        order: in which to take the columns; as they come by default.
+    """
+    n = len(rows.number)
+
+    def over_columns(seen, places):
+        block = _take(columns, places)
+
+        def over_rows(column_seen, inputs):
+            rows, row_seen = inputs
+            of_rows, of_columns = tile(rows, block)
+            return column_seen.merge(of_columns), row_seen.merge(of_rows)
+
+        column_seen, seen = jax.lax.scan(over_rows, nothing(block.number), (row_blocks, seen))
+        return seen, column_seen
+
+    row_blocks = _blocks(rows, size)
+    places, back = _column_places(columns.number, size, order)
+    seen, of_columns = jax.lax.scan(over_columns, _blocks(seen, size), places)
+    return _joined(seen, slice(n)), _joined(of_columns, back)
+
+
+def tile_gradients(
+    tile: Callable[[Side, Any, Side, Any], Float[Array, "n m"]],
+    rows: Side,
+    of_rows: Any,
+    columns: Side,
+    of_columns: Any,
+    so_far: tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]],
+    logit_scale: Float[Array, ""],
+    size: int,
+    order: Int[Array, " m"] | None = None,
+) -> tuple[tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]], Float[Array, "m d"]]:
+    """(gradients by rows, scale and bias, added to `so_far`; gradients by the columns), in float32.
+
+    Args:
+        tile: rows and columns and the statistics of each -> P, the gradients by their logits
+            logit_scale * X Y^T + bias, of rows X and columns Y.
+    """
+
+    def over_columns(sums, places):
+        block, of_block = _take((columns, of_columns), places)
+
+        def over_rows(carry, inputs):
+            (dx, by_scale, by_bias), dy = carry
+            i, rows, of_rows = inputs
+            p = tile(rows, of_rows, block, of_block)
+            py = product(p.astype(block.embedding.dtype), block.embedding)
+            dx = dx.at[i].add(logit_scale * py)
+            by_scale += jnp.sum(py * rows.embedding)
+            dy += product(p.T.astype(rows.embedding.dtype), rows.embedding)
+            return ((dx, by_scale, by_bias + p.sum()), dy), None
+
+        carry = sums, jnp.zeros_like(block.embedding, jnp.float32)
+        (sums, dy), _ = jax.lax.scan(over_rows, carry, row_blocks)
+        return sums, logit_scale * dy
+
+    row_blocks = _blocks((rows, of_rows), size)
+    row_blocks = jnp.arange(len(row_blocks[0].number)), *row_blocks
+    places, back = _column_places(columns.number, size, order)
+    dx, by_scale, by_bias = so_far
+    start = _blocks(dx, size), by_scale, by_bias
+    (dx, by_scale, by_bias), dy = jax.lax.scan(over_columns, start, places)
+    return (_joined(dx, slice(len(rows.number))), by_scale, by_bias), _joined(dy, back)
+
+
+def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+    """Accumulated in float32 on every device, and of float32 factors: by default TPUs and GPUs
+    round these first, and a logit scale of up to 100 would multiply that error."""
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+
+class Gather:
+    """All documents on every device: one all-gather, and one reduce-scatter of their gradients."""
+
+    @staticmethod
+    def forward(sweep, columns, seen, nothing):
+        """(statistics of the rows, of this device's columns, residual for `backward`).
+
+        Args:
+            sweep: (columns, seen) -> (seen, statistics of the columns).
+            columns: this device's, as a pytree of arrays (b, ...).
+            seen, nothing: statistics of its rows and of its columns before any tile.
+        """
+        own = jax.lax.axis_index(BATCH_AXES), len(jax.tree.leaves(nothing)[0])
+        columns = jax.lax.all_gather(columns, BATCH_AXES, tiled=True)
+        seen, of_columns = sweep(columns, seen)
+        of_columns = [statistics.over_devices() for statistics in of_columns]
+        of_own = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, own[0] * own[1], own[1]), of_columns
+        )
+        return seen, of_own, (columns, of_columns)
+
+    @staticmethod
+    def backward(sweep, residual, carry, nothing):
+        """(carry, gradients of this device's columns).
+
+        Args:
+            sweep: (columns, their statistics, carry) -> (carry, gradients of the columns).
+            nothing: gradients of this device's columns before any tile.
+        """
+        del nothing
+        carry, gradients = sweep(*residual, carry)
+        # Over one axis after the other: over both at once, the TPU compiler makes an all-reduce.
+        for axis in BATCH_AXES:
+            gradients = jax.lax.psum_scatter(gradients, axis, tiled=True)
+        return carry, gradients
+
+
+class Ring:
+    """Documents go from device to device, with their statistics or their gradients, until they are
+    home again."""
+
+    @staticmethod
+    def forward(sweep, columns, seen, nothing):
+        """As `Gather.forward`."""
+
+        def hop(carry, _):
+            visitors, of_visitors, seen = carry
+            seen, added = sweep(visitors, seen)
+            of_visitors = [a.merge(b) for a, b in zip(of_visitors, added, strict=True)]
+            return (*_passed_on((visitors, of_visitors)), seen), None
+
+        devices = jax.lax.axis_size(BATCH_AXES)
+        (_, of_columns, seen), _ = jax.lax.scan(hop, (columns, nothing, seen), length=devices)
+        return seen, of_columns, (columns, of_columns)
+
+    @staticmethod
+    def backward(sweep, residual, carry, nothing):
+        """As `Gather.backward`."""
+
+        def hop(carry, _):
+            visitors, gradients, carry = carry
+            carry, added = sweep(*visitors, carry)
+            gradients = jax.tree.map(jnp.add, gradients, added)
+            return (*_passed_on((visitors, gradients)), carry), None
+
+        devices = jax.lax.axis_size(BATCH_AXES)
+        start = residual, nothing, carry
+        (_, gradients, carry), _ = jax.lax.scan(hop, start, length=devices)
+        return carry, gradients
+
+
+def _passed_on(x):
+    """From the next device; after as many times as there are devices, all is home."""
+    devices = jax.lax.axis_size(BATCH_AXES)
+    return jax.lax.ppermute(x, BATCH_AXES, [(i, (i - 1) % devices) for i in range(devices)])
+
+
+def _blocks(x, size: int):
+    """(n, ...) to (blocks, size, ...), the last block filled up with zeros."""
+
+    def cut(x):
+        count, width = _cuts(len(x), size)
+        padding = [(0, count * width - len(x))] + [(0, 0)] * (x.ndim - 1)
+        return jnp.pad(x, padding).reshape(count, width, *x.shape[1:])
+
+    return jax.tree.map(cut, x)
+
+
+def _cuts(n: int, size: int) -> tuple[int, int]:
+    """(number of blocks, their size): as even as can be, so that little is padding."""
+    count = -(-n // size)
+    return count, -(-n // count)
+
+
+def _column_places(number: Int[Array, " m"], size: int, order: Int[Array, " m"] | None):
+    """(places (blocks, size) of the columns in `order`, the way back to their own order)."""
+    m = len(number)
+    count, width = _cuts(m, size)
+    taken = jnp.arange(m) if order is None else order
+    places = jnp.pad(taken, (0, count * width - m), constant_values=m).reshape(count, width)
+    return places, slice(m) if order is None else jnp.argsort(order)
+
+
+def _take(x, places: Int[Array, " k"]):
+    """Of each array its rows at `places`; zeros beyond its end."""
+    return jax.tree.map(lambda x: x.at[places].get(mode="fill", fill_value=0), x)
+
+
+def _joined(x, back):
+    """(blocks, size, ...) to (n, ...): `back` chooses rows of all blocks one after the other."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[back], x)

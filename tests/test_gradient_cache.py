@@ -1,0 +1,112 @@
+"""Gradients in chunks: equal to those of the whole, the same random numbers twice, flat memory."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_cpu_mesh
+from test_contrastive import assert_close
+
+from gcl_jax.errors import ConfigError
+from gcl_jax.gradient_cache import cached_value_and_grad
+from gcl_jax.optim import make_optimizer
+from gcl_jax.sharding import batch_sharding, to_global
+from gcl_jax.state import abstract_model, abstract_state, init_state
+from gcl_jax.step import make_train_step
+
+ROWS, CHUNKS = 48, 3
+
+
+def encode(params, inputs, key):
+    """One layer with dropout, in two leaves."""
+    x = jnp.tanh(inputs["x"] @ params["kernel"])
+    x = x * jax.random.bernoulli(key, 0.5, x.shape)
+    return {"x": x, "square": x**2}
+
+
+def loss(params, embeddings, target):
+    """Every row depends on all rows, and the loss on a parameter that `encode` does not see."""
+    similar = params["scale"] * embeddings["x"] @ embeddings["square"].T
+    value = jnp.mean((jax.nn.softmax(similar) @ target - target) ** 2)
+    return value, {"similar": similar.mean()}
+
+
+def problem():
+    rng = np.random.default_rng(0)
+    params = {"kernel": np.float32(rng.normal(size=(5, 6))), "scale": np.float32(0.7)}
+    inputs = {"x": np.float32(rng.normal(size=(ROWS, 5)))}
+    return params, inputs, np.float32(rng.normal(size=(ROWS, 2))), jax.random.key(1)
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)], indirect=True)
+def test_chunks_equal_the_whole_with_the_same_random_numbers(mesh):
+    """Each chunk is a third of the rows of every device."""
+    params, inputs, target, key = problem()
+    places = np.arange(ROWS).reshape(mesh.size, CHUNKS, -1).swapaxes(0, 1).reshape(CHUNKS, -1)
+
+    def by_hand(params):
+        parts = [
+            encode(params, {"x": inputs["x"][place]}, chunk_key)
+            for place, chunk_key in zip(places, jax.random.split(key, CHUNKS), strict=True)
+        ]
+        back = np.argsort(places.ravel())
+        embeddings = jax.tree.map(lambda *x: jnp.concatenate(x)[back], *parts)
+        return loss(params, embeddings, target)
+
+    expected = jax.jit(jax.value_and_grad(by_hand, has_aux=True))(params)
+    in_chunks = jax.jit(cached_value_and_grad(encode, loss, CHUNKS, mesh))
+    batch = to_global((inputs, target), mesh)
+    assert_close(in_chunks(params, *batch, key), expected, 1e-5)
+    other = in_chunks(params, *batch, jax.random.key(2))
+    assert not np.allclose(other[0][0], expected[0][0], rtol=1e-3)
+
+
+def test_one_chunk_is_plain_value_and_grad():
+    params, inputs, target, key = problem()
+    whole = lambda params: loss(params, encode(params, inputs, key), target)
+    expected = jax.value_and_grad(whole, has_aux=True)(params)
+    cached = cached_value_and_grad(encode, loss, 1, make_cpu_mesh(1, 1))
+    assert_close(cached(params, inputs, target, key), expected, 1e-6)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
+def test_a_step_in_chunks_equals_the_whole_step(mesh, tiny_config, tiny_batch):
+    """Gradients are seen through Adam's first moment after one step."""
+    tiny_config.optim.batch_size, tiny_config.optim.clip_norm = 32, 0.0
+    batch = to_global(jax.tree.map(lambda x: np.concatenate([x] * 4), tiny_batch), mesh)
+    tx = make_optimizer(tiny_config.optim, 4, abstract_model(tiny_config.model)[1])
+    after = []
+    for chunks in (1, 4):
+        tiny_config.optim.chunks = chunks
+        state = init_state(tiny_config, tx, mesh)
+        state, metrics = make_train_step(tiny_config, tx, mesh)(state, batch)
+        after.append(jax.device_get((state.opt_state, metrics)))
+    assert_close(*after, 1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
+def test_memory_is_flat_in_the_number_of_chunks(mesh, tiny_config, tiny_batch):
+    """A step's temporary memory: 64 chunks of 8 pairs need no more than 4 chunks."""
+    tx = make_optimizer(tiny_config.optim, 4, abstract_model(tiny_config.model)[1])
+
+    def temporary(chunks):
+        tiny_config.optim.batch_size = 8 * chunks
+        tiny_config.optim.chunks = chunks
+        state = abstract_state(tiny_config, tx, mesh)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(
+                (8 * chunks, *x.shape[1:]), x.dtype, sharding=batch_sharding(mesh)
+            ),
+            tiny_batch,
+        )
+        step = make_train_step(tiny_config, tx, mesh)
+        return step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporary(64) < 1.05 * temporary(4)
+
+
+def test_chunks_that_do_not_fit_the_devices_are_refused(tiny_config):
+    tiny_config.optim.batch_size, tiny_config.optim.chunks = 48, 4
+    tx = make_optimizer(tiny_config.optim, 4, abstract_model(tiny_config.model)[1])
+    with pytest.raises(ConfigError, match="48 is no multiple of chunks=4 x 8 devices"):
+        make_train_step(tiny_config, tx, make_cpu_mesh(4, 2))
