@@ -1,0 +1,270 @@
+"""State dicts to parameters and back, by the tables; resized positions; LoRA merged."""
+
+import math
+import re
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx, traverse_util
+from jaxtyping import Float
+
+from gcl_jax.config import ModelConfig
+from gcl_jax.errors import DataError
+from gcl_jax.models.clip import CLIP
+from gcl_jax.models.port.tables import LEFT_OUT, Row, table
+
+Params = dict[str, Any]
+Shapes = dict[str, tuple[int, ...]]
+_LORA = ("lora_a", "lora_b")
+
+
+def abstract_params(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """{dotted path: shape and dtype} of all parameters of `cfg`."""
+    model = nnx.eval_shape(lambda: CLIP(cfg, rngs=nnx.Rngs(0)))
+    return traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
+
+
+def base_params(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
+    """`abstract_params` without the low-rank updates, which no checkpoint of others holds."""
+    return {k: x for k, x in abstract_params(cfg).items() if not k.endswith(_LORA)}
+
+
+def recognise(keys: Iterable[str]) -> str:
+    """The family of `tables.FAMILIES` whose names `keys` are.
+
+    Raises:
+        DataError: none of them.
+    """
+    keys = sorted(keys)
+    families = {
+        "gcl_jax": r"(visual|text)\..*\.kernel|text\.token_embedding",
+        "hugging_face": r"(text|vision)_model\..*",
+        "bert": r"((bert|roberta)\.)?(embeddings|encoder\.layer|pooler)\..*",
+        "open_clip_custom": r"text\..*",
+        "open_clip": r"(visual|transformer|token_embedding)\..*",
+    }
+    for family, pattern in families.items():
+        if any(re.fullmatch(pattern, key) for key in keys):
+            return family
+    some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+    raise DataError(f"no family of checkpoints that gcl_jax knows has such keys: {some or 'none'}")
+
+
+def expected_shapes(family: str, cfg: ModelConfig) -> Shapes:
+    """{their key: shape} of all tensors that `family` has for the model `cfg`."""
+    leaves = base_params(cfg)
+    shapes: Shapes = {}
+    for row in table(family, cfg, list(leaves)):
+        whole = [np.broadcast_to(np.float32(0), leaves[path].shape) for path in row.ours]
+        shapes |= {key: x.shape for key, x in _dump(row, whole)}
+    return shapes
+
+
+def to_state_dict(params: Params, cfg: ModelConfig, family: str) -> dict[str, np.ndarray]:
+    """`params` under the keys and in the layouts of `family`; `from_state_dict` undone, bit for
+    bit. Low-rank updates must be merged before (`merge_lora`).
+
+    Raises:
+        DataError: a parameter that the family has no place for.
+    """
+    flat = traverse_util.flatten_dict(params, sep=".")
+    exported: dict[str, np.ndarray] = {}
+    for row in table(family, cfg, list(flat)):
+        exported |= dict(_dump(row, [np.asarray(flat[path]) for path in row.ours]))
+    return exported
+
+
+def _dump(row: Row, ours: list[np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
+    """(key, tensor) of all tensors of a row; `ours` are whole, with the axis of the blocks."""
+    for i, blocks in enumerate(zip(*ours, strict=True)) if row.stacked else [(0, ours)]:
+        joined = np.concatenate(blocks, axis=-1) if len(blocks) > 1 else blocks[0]
+        parts = np.split(row.layout.dump(joined), len(row.theirs)) if len(row.theirs) > 1 else None
+        for key, x in zip(row.theirs, parts or [row.layout.dump(joined)], strict=True):
+            yield key.replace("*", str(i)), x
+
+
+def from_state_dict(
+    state_dict: Mapping[str, Any], cfg: ModelConfig, source: str = "weights", seed: int = 0
+) -> Params:
+    """The parameters of the model `cfg` from a `state_dict` of arrays or CPU tensors, whatever its
+    family: numpy arrays of the parameters' dtype.
+
+    Position embeddings of images are resized to `cfg`'s grid (bicubic, antialiased), as open_clip
+    does. A text context shorter than the checkpoint's keeps the first positions, so that every
+    text that fits has the embedding it had (open_clip interpolates the table instead). With
+    `cfg.lora_rank`, the low-rank updates are drawn afresh from `seed`; they change nothing yet.
+
+    Raises:
+        DataError: keys that are missing, left over, of another shape, no floating-point numbers or
+            not finite, all of them named; or weights of a model that `cfg` is not.
+    """
+    try:
+        return _from_state_dict(_plain_names(state_dict, source), cfg, seed)
+    except DataError as error:
+        raise DataError(f"{source}: {error}") from None
+
+
+def _from_state_dict(state_dict: dict[str, Any], cfg: ModelConfig, seed: int) -> Params:
+    family, leaves = recognise(state_dict), base_params(cfg)
+    rows = table(family, cfg, list(leaves))
+    expected = expected_shapes(family, cfg)
+    _require_same_names(state_dict, expected)
+    arrays = {key: _as_float(key, state_dict[key]) for key in expected}
+    flat: dict[str, Any] = dict(_fresh(cfg, leaves, seed, family))
+    wrong: list[str] = []
+    for row in rows:
+        depth = leaves[row.ours[0]].shape[0] if row.stacked else 1
+        shapes = [leaves[path].shape[row.stacked :] for path in row.ours]
+        blocks: list[list[np.ndarray]] = []
+        for i in range(depth):
+            keys = [key.replace("*", str(i)) for key in row.theirs]
+            misfits = [
+                f"{key} is {arrays[key].shape}, not {expected[key]}"
+                for key in keys
+                if not _fits(arrays[key].shape, expected[key], row.ours[0])
+            ]
+            wrong += misfits
+            if not misfits:
+                blocks.append(_load(row, [arrays[key] for key in keys], shapes))
+        for path, parts in zip(row.ours, zip(*blocks, strict=True), strict=False):
+            flat[path] = np.stack(parts) if row.stacked else parts[0]
+    if wrong:
+        raise DataError(f"do not fit the model: {'; '.join(wrong)}")
+    for path, leaf in leaves.items():
+        if path.endswith("positional_embedding"):
+            flat[path] = _fit_positions(path, flat[path], leaf.shape[0], cfg)
+        flat[path] = _cast(path, flat[path], leaf.dtype)
+    return traverse_util.unflatten_dict(flat, sep=".")
+
+
+def _plain_names(state_dict: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Without what wrapped models put before every key, and without what `LEFT_OUT` lists, which is
+    reported; old names of layer norms made new."""
+    kept = dict(state_dict)
+    if kept and all(key.startswith("module.") for key in kept):
+        kept = {key.removeprefix("module."): x for key, x in kept.items()}
+    for pattern, reason in LEFT_OUT.items():
+        if matched := [key for key in kept if re.fullmatch(pattern, key)]:
+            print(f"{source}: left out {', '.join(matched)} ({reason})", file=sys.stderr)
+            kept = {key: x for key, x in kept.items() if key not in matched}
+    for prefix in ("bert.", "roberta."):
+        if kept and all(key.startswith(prefix) for key in kept):
+            kept = {key.removeprefix(prefix): x for key, x in kept.items()}
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    pattern = re.compile("|".join(map(re.escape, old)))
+    return {pattern.sub(lambda match: old[match[0]], key): x for key, x in kept.items()}
+
+
+def _require_same_names(found: Iterable[str], expected: Iterable[str]) -> None:
+    missing, unused = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or unused:
+        raise DataError(
+            f"do not fit the model: missing: {', '.join(missing) or 'none'}; "
+            f"unused: {', '.join(unused) or 'none'}"
+        )
+
+
+def _as_float(key: str, x: Any) -> np.ndarray:
+    array = np.asarray(x)
+    if not jax.numpy.issubdtype(array.dtype, np.floating):
+        raise DataError(f"{key} is {array.dtype}, not a floating-point type")
+    if not np.isfinite(array).all():
+        raise DataError(f"{key} has values that are not finite")
+    return array
+
+
+def _cast(path: str, x: np.ndarray, dtype) -> np.ndarray:
+    cast = np.ascontiguousarray(x, dtype=dtype).reshape(x.shape)
+    if not np.isfinite(cast).all():
+        raise DataError(f"{path} has values too large for {dtype}")
+    return cast
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...], path: str) -> bool:
+    """Whether a tensor will do: same shape, one number however it is wrapped, or positions that
+    differ in their number alone."""
+    if math.prod(shape) == math.prod(expected) == 1:
+        return True
+    if path.endswith("positional_embedding") and len(shape) >= 2:
+        return (shape[:-2], shape[-1]) == (expected[:-2], expected[-1])
+    return shape == expected
+
+
+def _load(row: Row, tensors: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
+    """The tensors of one block as our arrays."""
+    joined = np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
+    if shapes == [()]:
+        return [joined.reshape(())]
+    ours = row.layout.load(joined)
+    if len(shapes) == 1:
+        return [ours]
+    return np.split(ours, np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1)
+
+
+def _fresh(cfg: ModelConfig, leaves, seed: int, family: str) -> dict[str, np.ndarray]:
+    """What the checkpoint cannot hold: low-rank updates, and the temperature of a BERT."""
+    absent = {"logit_scale", "logit_bias"} if family == "bert" else set()
+
+    def draw(key):
+        model = CLIP(cfg, rngs=nnx.Rngs(key))
+        flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
+        return {path: x for path, x in flat.items() if path not in leaves or path in absent}
+
+    return jax.tree.map(np.asarray, jax.jit(draw)(jax.random.key(seed)))
+
+
+def _fit_positions(path: str, table: np.ndarray, rows: int, cfg: ModelConfig) -> np.ndarray:
+    have = len(table)
+    if have == rows:
+        return table
+    if path == "visual.positional_embedding":
+        class_tokens = int(cfg.vision is not None and cfg.vision.pool == "tok")
+        return resize_positions(table, rows, class_tokens)
+    if cfg.text.family == "bert":
+        raise DataError(
+            f"{path}: the checkpoint has {have} positions, the model text.max_positions={rows}"
+        )
+    if have < rows or cfg.text.pool != "argmax":
+        raise DataError(
+            f"{path}: the checkpoint has {have} positions, the model "
+            f"text.context_length={rows}; "
+            + ("longer texts" if have < rows else "texts of another length than it pools at")
+            + " need other weights"
+        )
+    return table[:rows]
+
+
+def resize_positions(
+    table: Float[np.ndarray, "n d"], rows: int, class_tokens: int
+) -> Float[np.ndarray, "m d"]:
+    """Position embeddings of a square grid, behind `class_tokens` rows that stay as they are,
+    resized to a square grid that makes `rows` in all: bicubic, antialiased.
+
+    Raises:
+        DataError: the grid is not square.
+    """
+    kept, grid = table[:class_tokens], table[class_tokens:].astype(np.float32)
+    old, new = math.isqrt(len(grid)), math.isqrt(rows - class_tokens)
+    if old * old != len(grid) or new * new != rows - class_tokens or not old:
+        raise DataError(
+            f"visual.positional_embedding: {len(table)} rows are no square grid to make "
+            f"{rows} rows of"
+        )
+    image = grid.reshape(old, old, -1)
+    resized = jax.image.resize(image, (new, new, image.shape[-1]), "cubic", antialias=True)
+    return np.concatenate([kept, np.asarray(resized).reshape(new * new, -1)])
+
+
+def merge_lora(params: Params, cfg: ModelConfig) -> Params:
+    """The parameters of the same model without low-rank updates (`lora_rank` = 0): each kernel plus
+    lora_a @ lora_b * `cfg.lora_alpha` / `cfg.lora_rank`, added in float32."""
+    flat = traverse_util.flatten_dict(params, sep=".")
+    merged = {path: x for path, x in flat.items() if not path.endswith(_LORA)}
+    for path in [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]:
+        kernel, a, b = (np.asarray(flat[path + name]) for name in ("kernel", *_LORA))
+        update = a.astype(np.float32) @ b.astype(np.float32) * (cfg.lora_alpha / cfg.lora_rank)
+        merged[path + "kernel"] = (kernel + update).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(merged, sep=".")
