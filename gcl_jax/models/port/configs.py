@@ -220,7 +220,7 @@ def _two_towers(kind: str, config: Mapping[str, Any]) -> ModelConfig:
 
 def _bert(kind: str, config: Mapping[str, Any]) -> ModelConfig:
     base, vocab_size, pad_id = _BERTS[kind]
-    filled = {
+    filled: dict[str, Any] = {
         "vocab_size": vocab_size,
         "hidden_size": 768,
         "num_hidden_layers": 12,
@@ -276,9 +276,9 @@ def _read_sentence_transformers(folder: Path, text: TextConfig) -> None:
         )
     prompts = folder / "config_sentence_transformers.json"
     if prompts.is_file():
-        named = _read(prompts).get("prompts") or {}
-        text.query_prefix = named.get("query") or ""
-        text.document_prefix = named.get("document") or named.get("passage") or ""
+        sides = _read(prompts).get("prompts") or {}
+        text.query_prefix = sides.get("query") or ""
+        text.document_prefix = sides.get("document") or sides.get("passage") or ""
 
 
 def _preprocess(values: Mapping[str, Any]) -> PreprocessConfig:

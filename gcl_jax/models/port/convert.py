@@ -14,7 +14,8 @@ from jaxtyping import Float
 from gcl_jax.config import ModelConfig
 from gcl_jax.errors import DataError
 from gcl_jax.models.clip import CLIP
-from gcl_jax.models.port.tables import LEFT_OUT, Row, table
+from gcl_jax.models.port.families import Row, recognise, table, without
+from gcl_jax.models.port.tables import LEFT_OUT
 
 Params = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -30,27 +31,6 @@ def abstract_params(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
 def base_params(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     """`abstract_params` without the low-rank updates, which no checkpoint of others holds."""
     return {k: x for k, x in abstract_params(cfg).items() if not k.endswith(_LORA)}
-
-
-def recognise(keys: Iterable[str]) -> str:
-    """The family of `tables.FAMILIES` whose names `keys` are.
-
-    Raises:
-        DataError: none of them.
-    """
-    keys = sorted(keys)
-    families = {
-        "gcl_jax": r"(visual|text)\..*\.kernel|text\.token_embedding",
-        "hugging_face": r"(text|vision)_model\..*",
-        "bert": r"((bert|roberta)\.)?(embeddings|encoder\.layer|pooler)\..*",
-        "open_clip_custom": r"text\..*",
-        "open_clip": r"(visual|transformer|token_embedding)\..*",
-    }
-    for family, pattern in families.items():
-        if any(re.fullmatch(pattern, key) for key in keys):
-            return family
-    some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-    raise DataError(f"no family of checkpoints that gcl_jax knows has such keys: {some or 'none'}")
 
 
 def expected_shapes(family: str, cfg: ModelConfig) -> Shapes:
@@ -154,8 +134,8 @@ def _plain_names(state_dict: Mapping[str, Any], source: str) -> dict[str, Any]:
         if kept and all(key.startswith(prefix) for key in kept):
             kept = {key.removeprefix(prefix): x for key, x in kept.items()}
     old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-    pattern = re.compile("|".join(map(re.escape, old)))
-    return {pattern.sub(lambda match: old[match[0]], key): x for key, x in kept.items()}
+    names = re.compile("|".join(map(re.escape, old)))
+    return {names.sub(lambda match: old[match[0]], key): x for key, x in kept.items()}
 
 
 def _require_same_names(found: Iterable[str], expected: Iterable[str]) -> None:
@@ -206,12 +186,11 @@ def _load(row: Row, tensors: list[np.ndarray], shapes: list[tuple[int, ...]]) ->
 
 def _fresh(cfg: ModelConfig, leaves, seed: int, family: str) -> dict[str, np.ndarray]:
     """What the checkpoint cannot hold: low-rank updates, and the temperature of a BERT."""
-    absent = {"logit_scale", "logit_bias"} if family == "bert" else set()
 
     def draw(key):
         model = CLIP(cfg, rngs=nnx.Rngs(key))
         flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
-        return {path: x for path, x in flat.items() if path not in leaves or path in absent}
+        return {path: x for path, x in flat.items() if path not in leaves or path in without(family)}
 
     return jax.tree.map(np.asarray, jax.jit(draw)(jax.random.key(seed)))
 

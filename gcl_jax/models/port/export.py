@@ -42,8 +42,8 @@ def export_pretrained(
     """Writes `params` of the model `cfg` as `folder`, whole or not at all.
 
     "open_clip": open_clip_config.json and open_clip_model.safetensors, for
-    `create_model("local-dir:FOLDER")`. "hugging_face": config.json, model.safetensors, tokenizer and
-    preprocessor, for transformers; a text tower alone also loads in sentence-transformers.
+    `create_model("local-dir:FOLDER")`. "hugging_face": config.json, model.safetensors, tokenizer
+    and preprocessor, for transformers; a text tower alone also loads in sentence-transformers.
     "safetensors": our own names. Each has a README.md, a model card with `metrics`
     ({split: {metric: value}}). Low-rank updates are merged; `cfg.dtype` and the like are not kept.
 

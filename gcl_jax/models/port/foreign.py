@@ -1,4 +1,4 @@
-"""A `ModelConfig` as the configuration files of other libraries; what they cannot say is refused."""
+"""A `ModelConfig` in the configuration files of other libraries; what those lack is refused."""
 
 import dataclasses
 from typing import Any
@@ -97,10 +97,10 @@ def _tokenizer(text: TextConfig) -> dict[str, Any]:
 
 
 def _bert_text(text: TextConfig) -> dict[str, Any]:
-    shape = ("vocab_size", "width", "heads", "layers", "mlp_ratio", "act", "norm_eps")
-    shape += ("max_positions", "first_position", "token_types", "pad_id")
+    keys = ["vocab_size", "width", "heads", "layers", "mlp_ratio", "act", "norm_eps"]
+    keys += ["max_positions", "first_position", "token_types", "pad_id"]
     for name, known in HF_TOWERS.items():
-        if all(getattr(known, key) == getattr(text, key) for key in shape):
+        if all(getattr(known, key) == getattr(text, key) for key in keys):
             poolers = {"mean": "mean_pooler", "first": "cls_last_hidden_state_pooler"}
             made = {"hf_model_name": name, "hf_pooler_type": poolers[text.pool]}
             if text.proj != "none":

@@ -10,14 +10,10 @@ nothing else ever is.
 """
 
 import itertools
-import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import numpy as np
-
-from gcl_jax.config import ModelConfig, TextConfig
-from gcl_jax.errors import DataError
 
 
 class Layout(NamedTuple):
@@ -45,18 +41,6 @@ ONE = Layout(lambda x: x.reshape(x.shape[1:]), lambda x: x[None])
 ONE_ONE = Layout(lambda x: x.reshape(x.shape[2:]), lambda x: x[None, None])
 
 
-class Row(NamedTuple):
-    """One correspondence, its braces expanded."""
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    layout: Layout
-
-    @property
-    def stacked(self) -> bool:
-        return "*" in self.theirs[0]
-
-
 Triples = Iterable[tuple[str, str, Layout]]
 
 
@@ -74,13 +58,13 @@ def _norm(ours: str, theirs: str) -> Triples:
     )
 
 
-def _under(ours: str, theirs: str, *parts: Triples) -> Triples:
+def under(ours: str, theirs: str, *parts: Triples) -> Triples:
     """`parts` with prefixes before both names."""
     return tuple((ours + a, theirs + b, layout) for a, b, layout in itertools.chain(*parts))
 
 
 def _blocks(theirs: str, *parts: Triples) -> Triples:
-    return _under("transformer.blocks.", f"{theirs}.*.", *parts)
+    return under("transformer.blocks.", f"{theirs}.*.", *parts)
 
 
 # open_clip's transformer: image and text towers of CLIP, text tower of SigLIP.
@@ -97,7 +81,7 @@ _RESBLOCKS = _blocks(
     _linear("mlp.c_proj", "mlp.c_proj"),
 )
 
-OPEN_CLIP_VISION = _under(
+OPEN_CLIP_VISION = under(
     "visual.",
     "visual.",
     (
@@ -112,7 +96,7 @@ OPEN_CLIP_VISION = _under(
 )
 
 # SigLIP's image tower in open_clip is timm's.
-TIMM_VISION = _under(
+TIMM_VISION = under(
     "visual.",
     "visual.trunk.",
     (
@@ -186,7 +170,7 @@ _LAYERS = _blocks(
     _linear("mlp.c_fc", "mlp.fc1"),
     _linear("mlp.c_proj", "mlp.fc2"),
 )
-_HF_TEXT = _under(
+_HF_TEXT = under(
     "text.",
     "text_model.",
     (
@@ -196,7 +180,7 @@ _HF_TEXT = _under(
     _LAYERS,
     _norm("ln_final", "final_layer_norm"),
 )
-_HF_VISION = _under(
+_HF_VISION = under(
     "visual.",
     "vision_model.",
     (
@@ -222,7 +206,7 @@ HF_SIGLIP = (
     *_linear("text.projection", "text_model.head"),
     *_HF_VISION,
     ("visual.patch_bias", "vision_model.embeddings.patch_embedding.bias", SAME),
-    *_under(
+    *under(
         "visual.pool.",
         "vision_model.head.",
         (
@@ -246,69 +230,3 @@ LEFT_OUT = {
     ),
     r"cls\.(predictions|seq_relationship)\..*|lm_head\..*": "the pretraining head of a masked LM",
 }
-
-# The two kinds of open_clip's keys: class CLIP, and class CustomTextCLIP with "text." before the
-# text tower's; then transformers' two-tower models, BERT and its kin, and our own names.
-FAMILIES = ("open_clip", "open_clip_custom", "hugging_face", "bert", "gcl_jax")
-
-
-def table(family: str, cfg: ModelConfig, ours: Sequence[str]) -> list[Row]:
-    """The rows of the model `cfg`, whose parameters have the paths `ours`, in `family`.
-
-    Raises:
-        DataError: that family has no such model.
-    """
-    if family == "gcl_jax":
-        return [Row((path,), (path,), SAME) for path in ours]
-    rows = [
-        Row(_expand(mine), _expand(theirs), layout)
-        for mine, theirs, layout in _triples(family, cfg)
-    ]
-    # BERT has no temperature: it stays as configured.
-    covered = {path for row in rows for path in row.ours} | (
-        {"logit_scale", "logit_bias"} if family == "bert" else set()
-    )
-    if homeless := sorted(set(ours) - covered):
-        raise DataError(f"{family} weights have no place for {', '.join(homeless)}")
-    if absent := sorted(covered - set(ours) - {"logit_scale", "logit_bias"}):
-        raise DataError(f"{family} weights of this model need {', '.join(absent)}")
-    return rows
-
-
-def _expand(name: str) -> tuple[str, ...]:
-    if match := re.fullmatch(r"(.*)\{(.*)\}(.*)", name):
-        before, choices, behind = match.groups()
-        return tuple(before + choice + behind for choice in choices.split(","))
-    return (name,)
-
-
-def _triples(family: str, cfg: ModelConfig) -> Triples:
-    text = cfg.text
-    if family == "bert":
-        if cfg.vision is not None or text.family != "bert" or text.proj != "none":
-            raise DataError("weights of a BERT are a text tower alone, without a projection")
-        return _under("text.", "", BERT)
-    if cfg.vision is None:
-        raise DataError(f"{family} weights have an image tower; this model is text-only")
-    siglip = cfg.vision.pool == "map"
-    if family == "hugging_face":
-        if text.family == "bert" or text.proj != ("linear_bias" if siglip else "linear"):
-            raise DataError("transformers has no class for this pair of towers")
-        return HF_SIGLIP if siglip else HF_CLIP
-    bias = (("logit_bias", "logit_bias", SAME),) if cfg.init_logit_bias is not None else ()
-    prefix = "text." if family == "open_clip_custom" else ""
-    return (
-        ("logit_scale", "logit_scale", SAME),
-        *bias,
-        *(TIMM_VISION if siglip else OPEN_CLIP_VISION),
-        *_under("text.", prefix, *_open_clip_text(text)),
-    )
-
-
-def _open_clip_text(text: TextConfig) -> Sequence[Triples]:
-    bert = text.family == "bert"
-    projections = OPEN_CLIP_BERT_PROJECTION if bert else OPEN_CLIP_PROJECTION
-    if text.proj not in projections:
-        raise DataError(f"open_clip has no text tower with proj={text.proj!r}")
-    tower = _under("", "transformer.", BERT) if bert else OPEN_CLIP_TEXT
-    return tower, projections[text.proj]
