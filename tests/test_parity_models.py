@@ -16,6 +16,7 @@ from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.losses.contrastive import PairRows, gcl_loss_reference
 from gcl_jax.models.port import from_state_dict, to_state_dict
 from gcl_jax.models.port.convert import expected_shapes
+from gcl_jax.models.port.foreign import to_hugging_face_config
 from gcl_jax.open_clip_config import BERT, LARGE, XLM_ROBERTA
 from gcl_jax.presets import OPEN_CLIP, PRESETS, preset
 from gcl_jax.state import abstract_model, merge
@@ -163,8 +164,8 @@ def reduced(name: str) -> ModelConfig:
     return dataclasses.replace(cfg, embed_dim=embed_dim, vision=vision, text=text)
 
 
-FULL_SIZE = {"ViT-B-32": 4, "ViT-B-32-quickgelu": 2, "ViT-B-16": 2, "ViT-L-14": 2}
-REDUCED = ["ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14", "ViT-H-14-quickgelu"]
+FULL_SIZE = {"ViT-B-32": 4, "ViT-B-16": 2, "ViT-L-14": 2}
+REDUCED = ["ViT-B-32-quickgelu", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bigG-14"]
 
 
 @pytest.mark.parametrize(
@@ -184,3 +185,206 @@ def test_clip_equals_open_clip(open_clip, name, pairs):
         theirs.encode_text(torch.tensor(tokens)),
     )
     assert_equal_models(theirs, embed, cfg, "open_clip", (pixels, tokens))
+
+
+def siglip_in_open_clip(open_clip, cfg: ModelConfig):
+    """CustomTextCLIP around timm's trunk of the shape of `cfg`, as open_clip builds it."""
+    import timm
+
+    vision, text = cfg.vision, cfg.text
+    act = {"gelu": "gelu", "gelu_tanh": "gelu_tanh"}[vision.act]
+    trunk = timm.models.VisionTransformer(
+        img_size=vision.image_size,
+        patch_size=vision.patch_size,
+        embed_dim=vision.width,
+        depth=vision.layers,
+        num_heads=vision.width // vision.head_width,
+        mlp_ratio=vision.mlp_ratio,
+        class_token=False,
+        global_pool="map",
+        num_classes=0,
+        act_layer=act,
+    )
+    keys = ("context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio")
+    small = open_clip.CLIPVisionCfg(image_size=16, patch_size=16, width=64, layers=1)
+    theirs = open_clip.CustomTextCLIP(
+        cfg.embed_dim,
+        small,
+        open_clip.CLIPTextCfg(
+            **{key: getattr(text, key) for key in keys},
+            no_causal_mask=True,
+            pool_type="last",
+            proj_bias=text.proj == "linear_bias",
+            proj_type="none" if text.proj == "none" else "linear",
+            norm_kwargs={"eps": 1e-6},
+            act_kwargs={"approximate": "tanh"} if text.act == "gelu_tanh" else None,
+        ),
+        init_logit_bias=-10,
+    )
+    theirs.visual = torch_module(trunk=trunk)
+    return theirs
+
+
+def torch_module(**children):
+    """A torch module that is nothing but a prefix to the names of `children`."""
+    import torch
+
+    return torch.nn.ModuleDict(children)
+
+
+SIGLIP = ["ViT-B-16-SigLIP", "ViT-B-32-SigLIP2-256", "ViT-SO400M-14-SigLIP-384"]
+SIGLIP += ["ViT-SO400M-16-SigLIP-i18n-256", "ViT-gopt-16-SigLIP2-256"]
+
+
+@pytest.mark.parametrize("name", SIGLIP)
+def test_siglip_equals_open_clips(open_clip, name):
+    """Patches of 14 do not tile the image: what no whole patch covers is left out."""
+    import torch
+
+    cfg = reduced(name)
+    assert cfg.vision.image_size % cfg.vision.patch_size
+    rng = np.random.default_rng(1)
+    pixels, tokens = random_images(rng, cfg, 5), random_tokens(rng, cfg.text, 5)
+    theirs = seeded(siglip_in_open_clip(open_clip, cfg))
+    embed = lambda: (
+        theirs.visual["trunk"](normalised_images(cfg, pixels)),
+        theirs.text(torch.tensor(tokens)),
+    )
+    assert_equal_models(theirs, embed, cfg, "open_clip_custom", (pixels, tokens))
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-bigG-14", "ViT-SO400M-16-SigLIP2-256"])
+def test_two_towers_equal_transformers(transformers, name):
+    import torch
+
+    cfg = reduced(name)
+    rng = np.random.default_rng(2)
+    pixels, tokens = random_images(rng, cfg, 5), random_tokens(rng, cfg.text, 5)
+    config = to_hugging_face_config(cfg, 1.0)
+    kind = transformers.SiglipModel if cfg.vision.pool == "map" else transformers.CLIPModel
+    theirs = seeded(kind(kind.config_class.from_dict(config)))
+    embed = lambda: (
+        theirs.get_image_features(normalised_images(cfg, pixels)).pooler_output,
+        theirs.get_text_features(torch.tensor(tokens)).pooler_output,
+    )
+    assert_equal_models(theirs, embed, cfg, "hugging_face", (pixels, tokens))
+
+
+def bert_embeddings(bert, tokens: np.ndarray, text: TextConfig):
+    """transformers' hidden states, pooled as `text` says."""
+    import torch
+
+    mask = torch.tensor(tokens != text.pad_id)
+    hidden = bert(torch.tensor(tokens), attention_mask=mask.long()).last_hidden_state
+    if text.pool == "first":
+        return hidden[:, 0]
+    return (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+
+
+SMALL_XLM_R = dataclasses.replace(
+    XLM_ROBERTA,
+    vocab_size=300,
+    width=96,
+    heads=2,
+    layers=3,
+    max_positions=40,
+    context_length=38,
+    pool="first",
+)
+BERTS = {
+    "BERT-base": dataclasses.replace(BERT, context_length=24),
+    "MiniLM": dataclasses.replace(preset("all-MiniLM-L6-v2").text, layers=2, vocab_size=500),
+    "XLM-R": SMALL_XLM_R,
+}
+
+
+@pytest.mark.parametrize("name", BERTS)
+def test_berts_equal_transformers(transformers, name):
+    """Padded batches of uneven lengths, queries and documents through one tower."""
+    text = BERTS[name]
+    cfg = ModelConfig(text.width, None, text)
+    rng = np.random.default_rng(3)
+    queries, documents = random_tokens(rng, text, 5), random_tokens(rng, text, 5)[::-1].copy()
+    config = to_hugging_face_config(cfg, 1.0)
+    kind = transformers.BertModel if text.first_position == 0 else transformers.XLMRobertaModel
+    theirs = seeded(kind(kind.config_class.from_dict(config), add_pooling_layer=False))
+    embed = lambda: [bert_embeddings(theirs, tokens, text) for tokens in (queries, documents)]
+    assert_equal_models(theirs, embed, cfg, "bert", (queries, documents))
+
+
+def test_xlm_roberta_vit_equals_open_clip(open_clip, transformers):
+    """`xlm-roberta-base-ViT-B-32`, small: mean pooling and open_clip's two-layer projection."""
+    import torch
+    from open_clip.hf_model import HFTextEncoder
+
+    cfg = reduced("xlm-roberta-base-ViT-B-32")
+    text = dataclasses.replace(SMALL_XLM_R, pool="mean", proj="mlp")
+    cfg = dataclasses.replace(cfg, text=text)
+    config = to_hugging_face_config(
+        ModelConfig(96, None, dataclasses.replace(text, proj="none")), 1.0
+    )
+    theirs = open_clip_model(
+        open_clip, dataclasses.replace(cfg, text=TextConfig(width=64, layers=1)), custom=True
+    )
+    theirs.text = HFTextEncoder(
+        "",
+        cfg.embed_dim,
+        config=transformers.XLMRobertaConfig(**config),
+        pooler_type="mean_pooler",
+        proj_type="mlp",
+    )
+    theirs.text.transformer.pooler = None
+    seeded(theirs)
+    rng = np.random.default_rng(4)
+    pixels, tokens = random_images(rng, cfg, 5), random_tokens(rng, text, 5)
+    embed = lambda: (
+        theirs.encode_image(normalised_images(cfg, pixels)),
+        theirs.encode_text(torch.tensor(tokens)),
+    )
+    assert_equal_models(theirs, embed, cfg, "open_clip_custom", (pixels, tokens))
+
+
+FROM_HUB = [name for name in OPEN_CLIP if "xlm-roberta" in name]
+BUILT = [name for name in OPEN_CLIP if name not in FROM_HUB]
+
+
+@pytest.mark.parametrize("name", BUILT)
+def test_presets_have_open_clips_parameters(open_clip, name):
+    import torch
+
+    with torch.device("meta"):
+        theirs = open_clip.create_model(name, device="meta")
+    cfg = preset(name)
+    family = "open_clip_custom" if hasattr(theirs, "text") else "open_clip"
+    ours = expected_shapes(family, cfg)
+    assert ours == {key: tuple(x.shape) for key, x in theirs.state_dict().items()}
+    assert (theirs.visual.image_size[0], theirs.context_length) == (
+        cfg.vision.image_size,
+        cfg.text.context_length,
+    )
+
+
+@pytest.mark.parametrize("name", FROM_HUB)
+def test_presets_with_a_tower_from_the_hub_have_transformers_parameters(transformers, name):
+    """open_clip would fetch these text towers' configurations from the hub."""
+    import torch
+
+    cfg = preset(name)
+    shape = LARGE if "large" in name else {}
+    text = dataclasses.replace(cfg.text, proj="none")
+    config = to_hugging_face_config(ModelConfig(text.width, None, text), 1.0)
+    assert config["hidden_size"] == shape.get("width", 768)
+    with torch.device("meta"):
+        bert = transformers.XLMRobertaModel(
+            transformers.XLMRobertaConfig(**config), add_pooling_layer=False
+        )
+    theirs = {f"text.transformer.{k}": tuple(x.shape) for k, x in bert.state_dict().items()}
+    ours = expected_shapes("open_clip_custom", cfg)
+    assert theirs.items() <= ours.items()
+    rest = [key for key in ours if key.startswith("text.") and key not in theirs]
+    assert rest == ["text.proj.0.weight", "text.proj.2.weight"]
+
+
+def test_every_preset_is_held_against_an_oracle():
+    assert {*BUILT, *FROM_HUB} == set(OPEN_CLIP)
+    assert set(PRESETS) >= set(OPEN_CLIP)
