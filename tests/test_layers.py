@@ -23,7 +23,7 @@ LAYERS = (
     {"data", "datasets", "sharding", "logs"},
     {"models", "losses", "optim"},
     {"state", "step", "checkpoint", "embedding", "retrieval", "evaluate"},
-    {"train", "search", "prepare", "report"},
+    {"train", "search", "prepare", "report", "port"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -79,13 +79,14 @@ def model_config(source: str) -> ModelConfig:
     folder = locate(source)
     if not folder.is_dir():
         raise DataError(f"{source} is a file: name its model (--model)")
-    tokenizer = source if is_hub_id(source) else str(folder.absolute())
     if (folder / OWN_CONFIG).is_file():
-        return _localised(from_dict(ModelConfig, _read(folder / OWN_CONFIG)), folder, tokenizer)
+        path = folder / OWN_CONFIG
+        made = _translated(path, lambda values: from_dict(ModelConfig, values), _read(path))
+        return with_tokenizer_of(source, made)
     if (folder / "open_clip_config.json").is_file():
         path = folder / "open_clip_config.json"
         made = _translated(path, from_open_clip, _read(path))
-        return _localised(made, folder, tokenizer)
+        return with_tokenizer_of(source, made)
     if not (folder / "config.json").is_file():
         raise DataError(f"folder {folder} holds no config.json and no open_clip_config.json")
     made = _translated(folder / "config.json", from_hugging_face, _read(folder / "config.json"))
@@ -95,14 +96,16 @@ def model_config(source: str) -> ModelConfig:
         path = folder / "preprocessor_config.json"
         made.preprocess = _translated(path, _preprocess, _read(path))
     if made.text.tokenizer != "clip":
-        made.text.tokenizer = tokenizer
+        made.text.tokenizer = source if is_hub_id(source) else str(folder.absolute())
     return made
 
 
-def _localised(cfg: ModelConfig, folder: Path, tokenizer: str) -> ModelConfig:
-    """With the tokenizer that lies in the folder, if one does."""
+def with_tokenizer_of(source: str, cfg: ModelConfig) -> ModelConfig:
+    """`cfg` with the tokenizer that lies in the folder `source`, if one does and CLIP's is not
+    asked for."""
+    folder = Path(source).expanduser()
     if cfg.text.tokenizer != "clip" and (folder / "tokenizer_config.json").is_file():
-        cfg.text.tokenizer = tokenizer
+        cfg.text.tokenizer = str(folder.absolute())
     return cfg
 
 

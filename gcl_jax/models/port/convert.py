@@ -190,7 +190,9 @@ def _fresh(cfg: ModelConfig, leaves, seed: int, family: str) -> dict[str, np.nda
     def draw(key):
         model = CLIP(cfg, rngs=nnx.Rngs(key))
         flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
-        return {path: x for path, x in flat.items() if path not in leaves or path in without(family)}
+        return {
+            path: x for path, x in flat.items() if path not in leaves or path in without(family)
+        }
 
     return jax.tree.map(np.asarray, jax.jit(draw)(jax.random.key(seed)))
 

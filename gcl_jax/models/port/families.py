@@ -9,7 +9,6 @@ from gcl_jax.errors import DataError
 from gcl_jax.models.port import tables
 from gcl_jax.models.port.tables import SAME, Layout, Triples, under
 
-
 # The two kinds of open_clip's keys: class CLIP, and class CustomTextCLIP with "text." before the
 # text tower's; then transformers' two-tower models, BERT and its kin, and our own names.
 FAMILIES = ("open_clip", "open_clip_custom", "hugging_face", "bert", "gcl_jax")
