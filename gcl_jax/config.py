@@ -114,6 +114,8 @@ class DataConfig:
     embedding (alpha and beta of the method); a field that is not named is not used. Left empty,
     they name all fields of the store with equal weights, and `train_split` its first split.
     `cached_records` documents (and queries) stay decoded in memory, at their stored size.
+    `pairs_per_query` above 1 brings that many pairs of a query together in a batch, which gives
+    `loss.targets="known"` more than chance meetings; every epoch still visits each pair once.
     """
 
     store: str = "emoji"
@@ -125,6 +127,7 @@ class DataConfig:
     max_score: float = 100.0
     num_workers: int = 0
     cached_records: int = 0
+    pairs_per_query: int = 1
 
 
 @dataclasses.dataclass(slots=True)

@@ -1,5 +1,6 @@
 """Records of a store through the towers, batch by batch."""
 
+import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -11,8 +12,9 @@ from jaxtyping import Bool, Float
 
 from gcl_jax import logs
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.pipeline import corpus_batches
+from gcl_jax.data.pipeline import Side, corpus_batches
 from gcl_jax.data.store import Records
+from gcl_jax.losses.matryoshka import truncated
 from gcl_jax.models.clip import merge_fields
 from gcl_jax.sharding import replicated, to_global
 from gcl_jax.state import Params, abstract_model, merge
@@ -40,20 +42,31 @@ class FieldEmbeddings:
 
 
 class Embedder:
-    """The model of `params`, compiled to embed batches on `mesh`."""
+    """The model of `params`, compiled to embed batches on `mesh`, in `eval.embed_dim` dimensions
+    if that is set."""
 
     def __init__(self, cfg: TrainConfig, params: Params, mesh: Mesh):
         graphdef, _ = abstract_model(cfg.model)
+        dim = cfg.eval.embed_dim or cfg.model.embed_dim
         self._cfg, self._params, self._mesh = cfg, params, mesh
         # Rounded up to what splits evenly over the devices.
         self._batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size
-        self._encode = jax.jit(
-            lambda params, inputs: merge(graphdef, params).encode_fields(inputs),
-            out_shardings=replicated(mesh),
-        )
+
+        def encode(params, inputs):
+            embeddings = merge(graphdef, params).encode_fields(inputs)
+            return truncated(embeddings, dim) if dim < cfg.model.embed_dim else embeddings
+
+        self._encode = jax.jit(encode, out_shardings=replicated(mesh))
+
+    def with_params(self, params: Params) -> "Embedder":
+        """The same model with other parameters of the same shapes; compiles nothing anew."""
+        other = copy.copy(self)
+        other._params = params
+        return other
 
     def embed(
         self,
+        side: Side,
         records: Records,
         fields: Sequence[str],
         indices: np.ndarray,
@@ -61,10 +74,11 @@ class Embedder:
         description: str = "embed",
         quiet: bool = False,
     ) -> FieldEmbeddings:
-        """Embeds the records `indices`, in that order, with a progress bar unless `quiet`."""
+        """Embeds the records `indices`, in that order and as what they are to the model (`side`),
+        with a progress bar unless `quiet`."""
         embeddings: dict[str, list] = {field: [] for field in fields}
         present: dict[str, list] = {field: [] for field in fields}
-        batches = corpus_batches(self._cfg, records, fields, indices, self._batch_size)
+        batches = corpus_batches(self._cfg, side, records, fields, indices, self._batch_size)
         bar = logs.progress(len(indices), unit="records", description=description, quiet=quiet)
         with bar:
             for batch, rows in batches:

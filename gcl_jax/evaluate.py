@@ -1,6 +1,7 @@
 """Ranked evaluation of a run: `python -m gcl_jax.evaluate --workdir=runs/demo`.
 
-Writes WORKDIR/eval/SPLIT.json under the authors' metric names and prints one table. Protocol
+Writes WORKDIR/eval/SPLIT.json (SPLIT@DIM.json with --embed_dim=DIM) under the authors' metric
+names and prints one table. Protocol
 (arXiv 2404.08535 and its evaluation code): grades are the split's scores rescaled to 1..100, up to
 `eval.max_queries` queries are sampled in proportion to their summed grades, every query searches
 the whole corpus of its split exactly, top 1000.
@@ -21,7 +22,7 @@ from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
-from gcl_jax.embedding import Embedder, FieldEmbeddings
+from gcl_jax.embedding import Embedder
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.retrieval import exact_top_k
 
@@ -92,22 +93,30 @@ def judged_metrics(
 
 
 def evaluate_splits(
-    cfg: TrainConfig, store: RankedStore, params, mesh: Mesh, max_queries: int, quiet: bool = False
+    cfg: TrainConfig, store: RankedStore, embedder: Embedder, max_queries: int, quiet: bool = False
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{split: {"merged" or a document field: {metric: mean over the test queries}}}."""
-    embedder = Embedder(cfg, params, mesh)
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     judgements = {s: sample_judgements(store, s, max_queries) for s in cfg.eval.splits}
 
-    def embed(kind: str, fields, rows) -> FieldEmbeddings:
-        return embedder.embed(
-            getattr(store, kind), list(fields), rows, description=kind, quiet=quiet
-        )
-
     document_rows = np.unique(np.concatenate(list(corpora.values())))
     query_rows = np.unique(np.concatenate([j.queries for j in judgements.values()]))
-    documents = embed("documents", cfg.data.document_fields, document_rows)
-    queries = embed("queries", cfg.data.query_fields, query_rows)
+    documents = embedder.embed(
+        "document",
+        store.documents,
+        list(cfg.data.document_fields),
+        document_rows,
+        description="documents",
+        quiet=quiet,
+    )
+    queries = embedder.embed(
+        "query",
+        store.queries,
+        list(cfg.data.query_fields),
+        query_rows,
+        description="queries",
+        quiet=quiet,
+    )
     document_rank = np.argsort(np.argsort(np.array(store.documents.ids)))
 
     variants = {"merged": cfg.data.document_fields}
@@ -128,12 +137,10 @@ def evaluate_splits(
 
 
 def evaluate_in_training(
-    cfg: TrainConfig, store: RankedStore, params, mesh: Mesh
+    cfg: TrainConfig, store: RankedStore, embedder: Embedder
 ) -> dict[str, float]:
     """{"SPLIT/METRIC": value} of the merged documents on a sample of the queries."""
-    results = evaluate_splits(
-        cfg, store, params, mesh, cfg.eval.max_queries_in_training, quiet=True
-    )
+    results = evaluate_splits(cfg, store, embedder, cfg.eval.max_queries_in_training, quiet=True)
     return {
         f"{split}/{name}": variants["merged"][key]
         for split, variants in results.items()
@@ -170,7 +177,8 @@ def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
 
 
 class Run(NamedTuple):
-    """A trained run, opened: its configuration, store, newest parameters, mesh and step."""
+    """A trained run, opened: its configuration, store, newest parameters (as their moving averages,
+    if it kept any), mesh and step."""
 
     cfg: TrainConfig
     store: RankedStore
@@ -179,20 +187,26 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: Path) -> Run:
-    """Opens the training run in `workdir` at its newest checkpoint.
+def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
+    """Opens the training run in `workdir` at its newest checkpoint; `embed_dim` replaces that of
+    its `config.eval`.
 
     Raises:
         ConfigError, DataError: `workdir` is no run, or its store is gone.
+        UserError: its embeddings are shorter than `embed_dim`.
     """
     logs.quiet_libraries()
     cfg = config.load(workdir / "config.json")
+    if embed_dim is not None:
+        if not 1 <= embed_dim <= cfg.model.embed_dim:
+            raise UserError(f"--embed_dim={embed_dim} is not from 1 to {cfg.model.embed_dim}")
+        cfg.eval.embed_dim = embed_dim
     # All devices of this machine, whatever the run was trained on.
     mesh = sharding.make_mesh(MeshConfig(), jax.device_count())
-    _, shapes = state.abstract_model(cfg.model)
-    abstract = state.with_shardings(shapes, sharding.param_shardings(shapes, mesh))
+    if jax.default_backend() != "gpu":
+        cfg.model.attention = "xla"
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
-        params = checkpointer.restore_params(abstract)
+        params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
         step = checkpointer.latest_step() or 0
     store = open_store(cfg.data.store)
     return Run(store.resolve(cfg), store, params, mesh, step)
@@ -202,18 +216,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gcl_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
     parser.add_argument("--max_queries", type=int, help="test queries per split (default: config)")
+    parser.add_argument(
+        "--embed_dim", type=int, help="leading dimensions of the embeddings (default: config)"
+    )
     args = parser.parse_args()
     with reported_in_one_line():
-        cfg, store, params, mesh, step = load_run(args.workdir)
+        cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim)
         max_queries = cfg.eval.max_queries if args.max_queries is None else args.max_queries
         if max_queries < 1:
             raise UserError(f"--max_queries={max_queries} must be 1 or more")
-        results = evaluate_splits(cfg, store, params, mesh, max_queries)
+        results = evaluate_splits(cfg, store, Embedder(cfg, params, mesh), max_queries)
         folder = args.workdir / "eval"
         folder.mkdir(exist_ok=True)
         for split, variants in results.items():
             report = as_report(split, step, variants)
-            (folder / f"{split}.json").write_text(json.dumps(report, indent=2) + "\n")
+            name = split if args.embed_dim is None else f"{split}@{args.embed_dim}"
+            (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
         print(format_table(results))
 
 

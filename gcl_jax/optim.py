@@ -1,9 +1,32 @@
-"""The optimizer: AdamW with warm-up and cosine decay, as CLIP models are trained."""
+"""The optimizer: AdamW with warm-up and cosine decay, as CLIP models are trained; which parameters
+a run trains, and each layer's share of the learning rate.
+"""
+
+import re
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import traverse_util
 
 from gcl_jax.config import OptimConfig
+from gcl_jax.errors import ConfigError
+
+Params = dict[str, Any]
+
+# What a tower computes before its blocks.
+EMBEDDINGS = {
+    "patch_embedding",
+    "patch_bias",
+    "class_embedding",
+    "token_embedding",
+    "token_type_embedding",
+    "positional_embedding",
+    "ln_pre",
+    "ln_embedding",
+}
 
 
 def total_steps(cfg: OptimConfig, num_pairs: int) -> int:
@@ -34,11 +57,127 @@ def decayed(params):
     return jax.tree_util.tree_map_with_path(is_matrix, params)
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
-    """Clipping by global norm (off when `clip_norm` is 0), then AdamW."""
+def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
+    """{dotted path: float32 factor of its learning rate} of the parameters that are trained: a
+    scalar, or for stacked blocks (layers, 1, ...), with 0 for a frozen layer.
+
+    Frozen are the matches of `cfg.freeze` and, in a model with LoRA, all but `lora_a`, `lora_b`,
+    `logit_scale` and `logit_bias`. In a tower of n blocks the embeddings count as layer 0, the
+    blocks as 1 to n, all that follows as n + 1; the factor is layer_decay^(n + 1 - layer), as in
+    BEiT (arXiv 2106.08254). Temperature and bias belong to no tower: 1.
+
+    Args:
+        params: the whole model's, arrays or ShapeDtypeStructs.
+
+    Raises:
+        ConfigError: a pattern that matches no parameter, or nothing left to train.
+    """
+    if isinstance(cfg.freeze, str):
+        raise ConfigError(f"config.optim.freeze={cfg.freeze!r} must be a tuple of patterns")
+    flat = traverse_util.flatten_dict(params, sep=".")
+    depths = {_tower(name): x.shape[0] for name, x in flat.items() if ".blocks." in name}
+    lora = any(map(_is_lora, flat))
+    matched, multipliers = set(), {}
+    for name, x in flat.items():
+        depth = depths.get(_tower(name), 0)
+        factors = []
+        for layer, layer_name in _layers(name, depth):
+            patterns = {pattern for pattern in cfg.freeze if re.match(pattern, layer_name)}
+            matched |= patterns
+            frozen = patterns or (lora and not _is_lora(name) and not name.startswith("logit_"))
+            factors.append(0.0 if frozen else cfg.layer_decay ** (depth + 1 - layer))
+        if any(factors):
+            shape = (-1, *[1] * (x.ndim - 1)) if ".blocks." in name else ()
+            multipliers[name] = np.array(factors, np.float32).reshape(shape)
+    if unmatched := [pattern for pattern in cfg.freeze if pattern not in matched]:
+        examples = [next(_layers(name, depth=1))[1] for name in (min(flat), max(flat))]
+        raise ConfigError(
+            f"config.optim.freeze: {unmatched[0]!r} matches no parameter; their names are like "
+            f"{' and '.join(examples)}"
+        )
+    if not multipliers:
+        raise ConfigError(f"config.optim.freeze={cfg.freeze!r} leaves nothing to train")
+    return multipliers
+
+
+def _tower(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _is_lora(name: str) -> bool:
+    return name.endswith((".lora_a", ".lora_b"))
+
+
+def _layers(name: str, depth: int):
+    """(layer, name within it) of all layers that the parameter `name` of a tower of `depth` blocks
+    belongs to."""
+    if ".blocks." in name:
+        for block in range(depth):
+            yield block + 1, name.replace(".blocks.", f".blocks.{block}.")
+    else:
+        yield (0 if EMBEDDINGS & set(name.split(".")[1:2]) else depth + 1), name
+
+
+def trained_part(cfg: OptimConfig, params: Params) -> Params:
+    """`params` without those that are frozen as a whole. Gradients, moments and moving averages
+    are made of these alone. Raises as `lr_multipliers` does."""
+    flat = traverse_util.flatten_dict(params, sep=".")
+    return traverse_util.unflatten_dict({n: flat[n] for n in lr_multipliers(cfg, params)}, sep=".")
+
+
+def with_part(params: Params, part: Params) -> Params:
+    """`params` with the leaves that `part` has taken from there."""
+    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(part)
+    return traverse_util.unflatten_dict(flat)
+
+
+def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.GradientTransformation:
+    """AdamW for the trained part of `params` (arrays or ShapeDtypeStructs of the whole model):
+    clipping by global norm (off when `clip_norm` is 0), then the update times `lr_multipliers`.
+
+    It computes and keeps its moments in float32, whatever the parameters' dtype. A frozen layer
+    takes no part in the norm. Raises as `lr_multipliers` does.
+    """
+    multipliers = traverse_util.unflatten_dict(lr_multipliers(cfg, params), sep=".")
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
     b1, b2 = cfg.betas
     adamw = optax.adamw(
         lr_schedule(cfg, steps), b1, b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
     )
-    return optax.chain(*clip, adamw)
+    inner = optax.chain(*clip, adamw)
+
+    def init(params):
+        return inner.init(in_float32(params))
+
+    def update(gradients, state, params):
+        gradients = jax.tree.map(
+            lambda g, m: jnp.where(m > 0, g, 0.0), in_float32(gradients), multipliers
+        )
+        updates, state = inner.update(gradients, state, in_float32(params))
+        return jax.tree.map(jnp.multiply, updates, multipliers), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def in_float32(tree):
+    return optax.tree.cast(tree, jnp.float32)
+
+
+def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
+    """params + updates in the dtype of the parameters. bfloat16 is rounded stochastically, drawing
+    from `key`: most updates are below half its precision, and rounding to nearest loses them."""
+    leaves, structure = jax.tree.flatten(optax.apply_updates(in_float32(params), updates))
+    targets = jax.tree.leaves(params)
+    rounded = [
+        _round_stochastically(x, jax.random.fold_in(key, i)) if p.dtype == jnp.bfloat16 else x
+        for i, (x, p) in enumerate(zip(leaves, targets, strict=True))
+    ]
+    return jax.tree.unflatten(structure, rounded)
+
+
+def _round_stochastically(x: jax.Array, key: jax.Array) -> jax.Array:
+    """float32 to one of its two bfloat16 neighbours, the nearer the likelier: the mean is x."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    bits += jax.random.bits(key, x.shape, jnp.uint16).astype(jnp.uint32)
+    cut = jax.lax.bitcast_convert_type(bits & np.uint32(0xFFFF0000), jnp.float32)
+    return cut.astype(jnp.bfloat16)

@@ -141,7 +141,9 @@ def _text_only() -> dict[str, ModelConfig]:
         towers[f"multilingual-e5-{size}"] = (XLM_ROBERTA, "intfloat", shape | e5)
     models = {}
     for name, (base, owner, changes) in towers.items():
-        text = dataclasses.replace(base, tokenizer=f"{owner}/{name}", **changes)
+        # Trained on texts as they are: open_clip's cleaning would straighten quotes, say.
+        changes = {"tokenizer": f"{owner}/{name}", "clean": "none"} | changes
+        text = dataclasses.replace(base, **changes)
         models[name] = ModelConfig(text.width, None, text)
     return models
 

@@ -39,9 +39,10 @@ class SearchIndex:
         self._query_kinds = store.queries.fields
         self._embedder = Embedder(cfg, params, mesh)
         self._rows = rows
+        fields = cfg.data.document_fields
         self._documents = self._embedder.embed(
-            store.documents, list(cfg.data.document_fields), rows, description="documents"
-        ).merged(cfg.data.document_fields)
+            "document", store.documents, list(fields), rows, description="documents"
+        ).merged(fields)
 
     def search(
         self, queries: Sequence[Query], top_k: int, within: np.ndarray | None = None
@@ -63,7 +64,7 @@ class SearchIndex:
             rows, documents = within, documents[np.searchsorted(rows, within)]
         records = _QueryRecords(self._query_kinds, queries)
         embeddings = self._embedder.embed(
-            records, list(self._query_weights), np.arange(len(records)), quiet=True
+            "query", records, list(self._query_weights), np.arange(len(records)), quiet=True
         ).merged(self._query_weights)
         scores, found = exact_top_k(embeddings, documents, top_k)
         return scores, rows[found]
@@ -204,7 +205,7 @@ def search_run(args: argparse.Namespace) -> None:
 
     from gcl_jax.evaluate import load_run
 
-    cfg, store, params, mesh, _ = load_run(args.workdir)
+    cfg, store, params, mesh, _ = load_run(args.workdir, args.embed_dim)
     index = SearchIndex(cfg, store, params, mesh, rows)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     answers = zip(queries, *index.search(queries, args.top_k), strict=True)
@@ -247,6 +248,9 @@ def main() -> None:
         default=[],
         metavar="FIELD=VALUE",
         help="a query field by name, an image by its path; repeat it for a query of several fields",
+    )
+    parser.add_argument(
+        "--embed_dim", type=_count, help="leading dimensions of the embeddings (default: config)"
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per query, one per line"

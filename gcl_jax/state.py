@@ -9,17 +9,17 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from gcl_jax.config import ModelConfig
+from gcl_jax.config import ModelConfig, TrainConfig
 from gcl_jax.models.clip import CLIP
+from gcl_jax.optim import Params, in_float32, trained_part, with_part
 from gcl_jax.sharding import param_shardings, replicated
-
-Params = dict[str, Any]
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainState:
-    """step: int32 scalar, steps done. params: nested dicts of arrays. opt_state: optax's.
+    """step: int32 scalar, steps done. params: nested dicts of arrays. opt_state: optax's. ema:
+    float32 moving averages of the trained parameters, or None.
 
     A leaf may also be a ShapeDtypeStruct or a sharding, where a function says so.
     """
@@ -27,6 +27,7 @@ class TrainState:
     step: Any
     params: Params
     opt_state: optax.OptState
+    ema: Params | None = None
 
 
 def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params]:
@@ -46,41 +47,65 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> CLIP:
     return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
 
 
-def state_shardings(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A `TrainState` of shardings. Moments are placed like their parameter: left to itself, jit
-    replicates them."""
-    _, params = abstract_model(cfg)
+def fresh_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Params) -> TrainState:
+    """The state before the first step; the moving averages start at the parameters."""
+    trained = trained_part(cfg.optim, params)
+    ema = in_float32(trained) if cfg.optim.ema_decay else None
+    return TrainState(jnp.int32(0), params, tx.init(trained), ema)
+
+
+def state_shardings(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A `TrainState` of shardings. Moments and averages are placed like their parameter: left to
+    itself, jit replicates them."""
+    _, params = abstract_model(cfg.model)
     shardings = param_shardings(params, mesh)
     everywhere = replicated(mesh)
+    state = jax.eval_shape(lambda params: fresh_state(cfg, tx, params), params)
+    trained = param_shardings(trained_part(cfg.optim, params), mesh)
     opt_state = optax.tree.map_params(
         tx,
         lambda _, sharding: sharding,
-        jax.eval_shape(tx.init, params),
-        shardings,
+        state.opt_state,
+        trained,
         transform_non_params=lambda _: everywhere,
     )
-    return TrainState(everywhere, shardings, opt_state)
+    return TrainState(everywhere, shardings, opt_state, state.ema and trained)
 
 
 def init_state(
-    cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh, seed: int
+    cfg: TrainConfig,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    start: Params | None = None,
 ) -> TrainState:
-    """A fresh state, created in place on the devices that hold it."""
+    """A state before its first step, created in place on the devices that hold it: the parameters
+    of `start`, placed already, and freshly drawn ones where it has none. Uses up `start`."""
 
-    def create(key):
-        params = init_params(cfg, key)
-        return TrainState(jnp.int32(0), params, tx.init(params))
+    def create(key, start):
+        return fresh_state(cfg, tx, with_part(init_params(cfg.model, key), start))
 
-    return jax.jit(create, out_shardings=state_shardings(cfg, tx, mesh))(jax.random.key(seed))
+    shardings = state_shardings(cfg, tx, mesh)
+    made = jax.jit(create, donate_argnums=1, out_shardings=shardings)
+    return made(jax.random.key(cfg.seed), start or {})
 
 
-def abstract_state(cfg: ModelConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A `TrainState` of ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
-    _, params = abstract_model(cfg)
-    shapes = TrainState(
-        jax.ShapeDtypeStruct((), jnp.int32), params, jax.eval_shape(tx.init, params)
-    )
+    _, params = abstract_model(cfg.model)
+    shapes = jax.eval_shape(lambda params: fresh_state(cfg, tx, params), params)
     return with_shardings(shapes, state_shardings(cfg, tx, mesh))
+
+
+def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Params:
+    """The parameters as ShapeDtypeStructs with shardings."""
+    _, params = abstract_model(cfg)
+    return with_shardings(params, param_shardings(params, mesh))
+
+
+def averaged_params(state: TrainState) -> Params:
+    """The parameters to evaluate: the moving averages where there are any, in their dtype."""
+    averaged = with_part(state.params, state.ema or {})
+    return jax.tree.map(lambda x, p: x.astype(p.dtype), averaged, state.params)
 
 
 def with_shardings(shapes, shardings):

@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import pair_weights
 from gcl_jax.data.store import RankedStore
+from gcl_jax.losses.matryoshka import over_dims
 from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.optim import apply_updates, in_float32, trained_part, with_part
 from gcl_jax.sharding import replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
@@ -30,36 +32,51 @@ def make_train_step(
     """The compiled step (state, global batch) -> (state, metrics); the old state's memory is
     reused."""
     graphdef, _ = abstract_model(cfg.model)
+    vision = cfg.model.vision
+    drops_patches = vision is not None and vision.patch_dropout > 0
+    objective = over_dims(multi_field_loss, cfg.loss.matryoshka_dims)
 
-    def loss_fn(params, batch):
+    def loss_fn(trained, params, batch, key):
+        params = with_part(params, trained)
         model = merge(graphdef, params)
-        logit_scale = jnp.exp(params["logit_scale"])
-        loss, terms = multi_field_loss(
-            model.encode_fields(batch["query"]),
-            model.encode_fields(batch["document"]),
+        query_key, document_key = jax.random.split(key) if drops_patches else (None, None)
+        return objective(
+            model.encode_fields(batch["query"], query_key),
+            model.encode_fields(batch["document"], document_key),
             batch,
-            logit_scale,
+            jnp.exp(params["logit_scale"]),
             loss=cfg.loss,
             data=cfg.data,
             mesh=mesh,
         )
-        return loss, terms
 
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
-        (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(state.params, batch)
-        updates, opt_state = tx.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params["logit_scale"] = jnp.minimum(params["logit_scale"], cfg.model.max_logit_scale)
+        # Of the step alone, so that a resumed run draws what an uninterrupted one does.
+        dropping, rounding = jax.random.split(
+            jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+        )
+        trained = trained_part(cfg.optim, state.params)
+        (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
+            trained, state.params, batch, dropping
+        )
+        updates, opt_state = tx.update(gradients, state.opt_state, trained)
+        trained = apply_updates(trained, updates, rounding)
+        if "logit_scale" in trained:
+            trained["logit_scale"] = jnp.minimum(trained["logit_scale"], cfg.model.max_logit_scale)
+        ema = state.ema
+        if ema is not None:
+            ema = optax.incremental_update(in_float32(trained), ema, 1 - cfg.optim.ema_decay)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(gradients),
+            "gradient_norm": optax.tree.norm(in_float32(gradients)),
             "logit_scale": jnp.exp(state.params["logit_scale"]),
         }
         metrics |= {f"loss/{name}": value for name, value in terms.items()}
-        return TrainState(state.step + 1, params, opt_state), metrics
+        params = with_part(state.params, trained)
+        return TrainState(state.step + 1, params, opt_state, ema), metrics
 
     return jax.jit(
         train_step,
         donate_argnums=0,
-        out_shardings=(state_shardings(cfg.model, tx, mesh), replicated(mesh)),
+        out_shardings=(state_shardings(cfg, tx, mesh), replicated(mesh)),
     )

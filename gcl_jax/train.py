@@ -5,6 +5,8 @@ The same command continues a run that was interrupted. Every leaf of the config 
 """
 
 import contextlib
+import dataclasses
+import json
 import signal
 import sys
 import time
@@ -44,14 +46,20 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     from gcl_jax.checkpoint import Checkpointer
     from gcl_jax.data.pipeline import train_batches
     from gcl_jax.datasets import open_store
+    from gcl_jax.embedding import Embedder
     from gcl_jax.step import known_weights, make_train_step
+    from gcl_jax.warm_start import warm_start
 
     logs.quiet_libraries()
+    if cfg.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ConfigError(
+            "config.model.attention='cudnn' needs an NVIDIA GPU, and jax finds none here; use 'xla'"
+        )
     store = open_store(cfg.data.store)
     cfg = store.resolve(cfg)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count())
     steps = optim.total_steps(cfg.optim, len(store.pairs(cfg.data.train_split)))
-    tx = optim.make_optimizer(cfg.optim, steps)
+    tx = optim.make_optimizer(cfg.optim, steps, states.abstract_model(cfg.model)[1])
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     train_step = make_train_step(cfg, tx, mesh)
     schedule = optim.lr_schedule(cfg.optim, steps)
@@ -69,12 +77,16 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     ):
         start = checkpointer.latest_step() or 0
         if start:
-            check_same_run(cfg, config.load(workdir / "config.json"), workdir)
-            state, position = checkpointer.restore(states.abstract_state(cfg.model, tx, mesh))
+            started = config.load(workdir / "config.json")
+            check_same_run(cfg, started, workdir)
+            cfg.init_from = started.init_from
+            state, position = checkpointer.restore(states.abstract_state(cfg, tx, mesh))
             batches.set_state(position)
             print(f"continuing {workdir} from step {start} of {steps}", file=sys.stderr)
         else:
-            state = states.init_state(cfg.model, tx, mesh, cfg.seed)
+            state = states.init_state(cfg, tx, mesh, warm_start(cfg, mesh) if cfg.init_from else {})
+            print(f"starting from {cfg.init_from or 'random parameters'}", file=sys.stderr)
+        embedder = Embedder(cfg, state.params, mesh)
         config.save(cfg, workdir / "config.json")
         logs.truncate_metrics(workdir, start)
 
@@ -100,7 +112,8 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                         f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
                     )
                 if cfg.eval.every and step % cfg.eval.every == 0 and step < steps:
-                    summaries = evaluate.evaluate_in_training(cfg, store, state.params, mesh)
+                    averaged = embedder.with_params(states.averaged_params(state))
+                    summaries = evaluate.evaluate_in_training(cfg, store, averaged)
                     writer.write(step, summaries)
                     clock, logged = time.perf_counter(), step
                 checkpointer.check_for_errors()
@@ -115,8 +128,10 @@ def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> Non
     # How examples are read may change; what they are may not.
     started.data.num_workers = cfg.data.num_workers
     started.data.cached_records = cfg.data.cached_records
+    # As JSON, where a list and a tuple are the same.
+    ours, theirs = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, started))
     for part in ("model", "data", "loss", "optim", "seed"):
-        if getattr(cfg, part) != getattr(started, part):
+        if ours[part] != theirs[part]:
             raise ConfigError(
                 f"config.{part} is not that of the run in {workdir} (see its config.json); "
                 "choose another --workdir"

@@ -29,6 +29,7 @@ AT_LEAST_ONE = {
     "model": ("embed_dim",),
     "model.vision": ("image_size", "patch_size", "width", "layers", "head_width"),
     "model.text": ("vocab_size", "width", "heads", "layers"),
+    "data": ("pairs_per_query",),
     "mesh": ("fsdp",),
     "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
     "checkpoint": ("every", "keep"),
@@ -107,6 +108,8 @@ def _validate_model(cfg: TrainConfig) -> None:
         text.proj != "none" or text.width == model.embed_dim,
         f"model.text.proj='none' needs width={text.width} to be embed_dim={model.embed_dim}",
     )
+    fill = model.preprocess.fill_color
+    require(0 <= fill <= 255, f"model.preprocess.fill_color={fill} must lie in 0..255")
     require(text.context_length >= 3, "model.text.context_length must be 3 or more")
     if text.family == "bert":
         require(

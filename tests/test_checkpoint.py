@@ -9,7 +9,7 @@ from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import CheckpointConfig, MeshConfig
 from gcl_jax.errors import DataError
 from gcl_jax.optim import make_optimizer
-from gcl_jax.state import abstract_state
+from gcl_jax.state import abstract_model, abstract_state, averaged_params
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def cfg(tiny_config, monkeypatch):
 
 
 def abstract(cfg, mesh=None):
-    tx = make_optimizer(cfg.optim, 10)
-    return abstract_state(cfg.model, tx, sharding.make_mesh(mesh or MeshConfig(), 8))
+    tx = make_optimizer(cfg.optim, 10, abstract_model(cfg.model)[1])
+    return abstract_state(cfg, tx, sharding.make_mesh(mesh or MeshConfig(), 8))
 
 
 def random_state(cfg, seed):
@@ -85,11 +85,49 @@ def test_a_changed_model_is_a_data_error(cfg, workdir, part, key):
     assert_refused(workdir, cfg, r"checkpoints/9 does not fit this configuration.*shape")
 
 
-def test_a_parameter_that_the_checkpoint_lacks_is_a_data_error(cfg, workdir):
-    target = abstract(cfg)
-    extra = {"logit_bias": target.params["logit_scale"]}
+def test_missing_and_surplus_parameters_are_all_named(cfg, workdir):
+    target = abstract(cfg).params
+    target["logit_bias"] = target.pop("logit_scale")
+    target["text"]["extra"] = target["text"].pop("token_embedding")
     with (
         Checkpointer(workdir, cfg.checkpoint) as checkpointer,
-        pytest.raises(DataError, match="no logit_bias"),
+        pytest.raises(DataError, match="fit this configuration") as refusal,
     ):
-        checkpointer.restore_params(target.params | extra)
+        checkpointer.restore_params(target)
+    for problem in (
+        "no logit_bias",
+        "surplus logit_scale",
+        "no text.extra",
+        "surplus text.token_embedding",
+    ):
+        assert problem in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("mesh", [MeshConfig(8, 1), MeshConfig(4, 2)], ids=["8x1", "4x2"])
+def test_moving_averages_come_back_and_replace_the_parameters(cfg, tmp_path, mesh):
+    """Of the text tower alone: the image tower is frozen and has none."""
+    cfg.optim.ema_decay, cfg.optim.freeze = 0.9, ("visual",)
+    saved, target = random_state(cfg, 1), abstract(cfg, mesh)
+    with Checkpointer(tmp_path, cfg.checkpoint) as checkpointer:
+        checkpointer.save(1, saved, {})
+        checkpointer._manager.wait_until_finished()
+        state, _ = checkpointer.restore(target)
+        params = checkpointer.restore_params(target.params)
+    jax.tree.map(np.testing.assert_array_equal, state, saved)
+    placement = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
+    assert placement(state) == placement(target)
+    assert placement(params) == placement(target.params)
+    jax.tree.map(np.testing.assert_array_equal, params["visual"], saved.params["visual"])
+    jax.tree.map(np.testing.assert_array_equal, params["text"], saved.ema["text"])
+    jax.tree.map(np.testing.assert_array_equal, params, averaged_params(saved))
+
+
+def test_a_checkpoint_without_moving_averages_is_refused_by_a_run_that_keeps_them(cfg, workdir):
+    cfg.optim.ema_decay = 0.9
+    with (
+        Checkpointer(workdir, cfg.checkpoint) as checkpointer,
+        pytest.raises(DataError, match="does not fit this configuration") as refusal,
+    ):
+        checkpointer.restore(abstract(cfg))
+    assert "\n" not in str(refusal.value)

@@ -48,6 +48,9 @@ def test_unknown_preset_and_key_and_missing_file(tmp_path):
         ("model.dtype", "float16", "must be one of"),
         ("data.document_fields", {"image": float("nan")}, "weight of 0 or more"),
         ("data.document_fields", {"image": 0.0}, "all weights are 0"),
+        ("model.preprocess.interpolation", "nearest", "must be one of"),
+        ("model.preprocess.resize_mode", "crop", "must be one of"),
+        ("model.preprocess.fill_color", 256, "in 0..255"),
         ("data.augmentation", "mixup", "must be one of"),
         ("loss.score_to_weight", "cubic", "choose one of constant"),
         ("optim.batch_size", 1, "no negatives"),
@@ -66,6 +69,13 @@ def test_what_cannot_work_is_refused_by_name(key, value, message):
         validate(cfg)
     assert f"config.{key}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_presets_clean_texts_as_their_models_were_trained():
+    """open_clip's cleaning for its own models, none for those of sentence-transformers."""
+    kinds = ("ViT-B-32", "ViT-B-16-SigLIP", "xlm-roberta-base-ViT-B-32", "all-MiniLM-L6-v2")
+    cleaning = [presets.preset(name).text.clean for name in kinds]
+    assert cleaning == ["", "canonicalize", "", "none"]
 
 
 def test_dataclasses_are_slotted():

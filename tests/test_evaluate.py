@@ -7,7 +7,10 @@ import pytest
 import pytrec_eval
 
 from gcl_jax import evaluate, metrics
+from gcl_jax.data.pipeline import corpus_batches
+from gcl_jax.embedding import FieldEmbeddings
 from gcl_jax.retrieval import exact_top_k
+from gcl_jax.text import load_tokenizer
 
 
 def test_judgements_are_the_rescaled_pairs(tiny_store):
@@ -85,3 +88,26 @@ def test_report_has_the_authors_keys():
     assert {"mAP", "recall", "precision", "mrr"} <= set(report)
     assert report["fields"]["title"] == report["summary"]
     assert report["summary"]["NDCG@10"] == pytest.approx(report["ndcg"]["NDCG@10"])
+
+
+def test_queries_and_documents_are_embedded_with_their_prefixes(
+    tiny_config, tiny_store, monkeypatch
+):
+    tiny_config = tiny_store.resolve(tiny_config)
+    tiny_config.model.text.query_prefix = "query: "
+    tiny_config.model.text.document_prefix = "passage: "
+    seen = []
+
+    def embed(self, side, records, fields, indices, **_):
+        ((batch, _),) = corpus_batches(tiny_config, side, records, fields, indices, len(indices))
+        seen.append(batch["inputs"])
+        ones = {field: np.ones((len(indices), 4), np.float32) for field in fields}
+        return FieldEmbeddings(ones, batch["present"])
+
+    monkeypatch.setattr(evaluate.Embedder, "embed", embed)
+    monkeypatch.setattr(evaluate.Embedder, "__init__", lambda *_: None)
+    evaluate.evaluate_splits(tiny_config, tiny_store, None, None, 100, quiet=True)
+    documents, queries = seen
+    tokenizer = load_tokenizer("clip", 8)
+    np.testing.assert_array_equal(documents["title"][7], tokenizer(["passage: thing 7"])[0])
+    np.testing.assert_array_equal(queries["query"][7], tokenizer(["query: find 7"])[0])

@@ -22,7 +22,7 @@ LAYERS = (
     },
     {"data", "datasets", "sharding", "logs"},
     {"models", "losses", "optim"},
-    {"state", "step", "checkpoint", "embedding", "retrieval", "evaluate"},
+    {"state", "step", "checkpoint", "warm_start", "embedding", "retrieval", "evaluate"},
     {"train", "search", "prepare", "report", "port"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

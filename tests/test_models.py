@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
-from gcl_jax.data.transforms import decode_image, resize_and_center_crop
+from gcl_jax.data.transforms import ImageTransform, decode_image
 from gcl_jax.errors import DataError
 from gcl_jax.losses.contrastive import PairRows, gcl_loss_reference
 from gcl_jax.models.clip import normalize
@@ -111,7 +111,8 @@ def test_embeddings_and_gradients_equal_open_clips(open_clip, act):
     cfg, rng = small_model(act), np.random.default_rng(0)
     tokens = random_tokens(rng)
     files = [random_png(rng, 40, 60), *(random_png(rng, 50, 32) for _ in range(PAIRS - 1))]
-    pixels = np.stack([resize_and_center_crop(decode_image(file), 32) for file in files])
+    transform = ImageTransform(32, cfg.preprocess)
+    pixels = np.stack([transform(decode_image(file)) for file in files])
     preprocess = open_clip.image_transform(32, is_train=False)
     images = torch.stack([preprocess(Image.open(io.BytesIO(file))) for file in files])
 

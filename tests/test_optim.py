@@ -7,8 +7,9 @@ import optax
 import pytest
 from flax import traverse_util
 
-from gcl_jax.config import OptimConfig
-from gcl_jax.optim import decayed, lr_schedule, make_optimizer, total_steps
+from gcl_jax.config import ModelConfig, OptimConfig, TextConfig, VisionConfig
+from gcl_jax.errors import ConfigError
+from gcl_jax.optim import decayed, lr_multipliers, lr_schedule, make_optimizer, total_steps
 from gcl_jax.presets import preset
 from gcl_jax.state import abstract_model
 
@@ -69,8 +70,8 @@ def test_three_steps_follow_adamws_formula(clip_norm):
 
     expected = draw()
     first, second = (dict.fromkeys(shapes, 0.0) for _ in range(2))
-    tx, schedule = make_optimizer(cfg, 5), lr_schedule(cfg, 5)
     params = nest(expected)
+    tx, schedule = make_optimizer(cfg, 5, params), lr_schedule(cfg, 5)
     state = tx.init(params)
     for t in range(1, 4):
         gradients = draw()
@@ -87,3 +88,131 @@ def test_three_steps_follow_adamws_formula(clip_norm):
             expected[name] = expected[name] - float(schedule(t - 1)) * step
     for name, x in traverse_util.flatten_dict(params, sep=".").items():
         np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def shapes_of(**model):
+    """A model of three vision layers and one text layer, without arrays."""
+    vision = VisionConfig(image_size=16, patch_size=8, width=16, layers=3, head_width=8)
+    text = TextConfig(context_length=8, vocab_size=8, width=16, heads=2, layers=1)
+    return abstract_model(ModelConfig(**{"embed_dim": 16, "vision": vision, "text": text} | model))[
+        1
+    ]
+
+
+def test_learning_rates_fall_with_the_distance_from_the_output():
+    multipliers = lr_multipliers(OptimConfig(layer_decay=0.5), shapes_of())
+    blocks = {name: x for name, x in multipliers.items() if ".blocks." in name}
+    assert len(blocks) == 2 * 12
+    for name, x in blocks.items():
+        expected = [0.125, 0.25, 0.5] if name.startswith("visual") else [0.5]
+        np.testing.assert_array_equal(x.ravel(), expected, err_msg=name)
+    rest = {name: float(x) for name, x in multipliers.items() if name not in blocks}
+    assert rest == {
+        **dict.fromkeys(
+            [
+                "visual.patch_embedding",
+                "visual.class_embedding",
+                "visual.positional_embedding",
+                "visual.ln_pre.scale",
+                "visual.ln_pre.bias",
+            ],
+            0.5**4,
+        ),
+        **dict.fromkeys(["text.token_embedding", "text.positional_embedding"], 0.5**2),
+        **dict.fromkeys(["visual.ln_post.scale", "visual.ln_post.bias", "visual.proj"], 1.0),
+        **dict.fromkeys(["text.ln_final.scale", "text.ln_final.bias"], 1.0),
+        **dict.fromkeys(["text.projection.kernel", "logit_scale"], 1.0),
+    }
+
+
+def test_every_parameter_of_every_tower_has_its_place():
+    """By hand: what BERT's and SigLIP's towers hold besides their blocks."""
+    bert = {"family": "bert", "pool": "mean", "proj": "mlp", "tokenizer": "folder"}
+    text = TextConfig(context_length=8, vocab_size=8, width=16, heads=2, layers=1, **bert)
+    vision = VisionConfig(image_size=16, patch_size=8, width=16, layers=3, head_width=8, pool="map")
+    shapes = shapes_of(text=text, vision=vision, init_logit_bias=-10.0)
+    multipliers = lr_multipliers(OptimConfig(layer_decay=0.5), shapes)
+    low = {name for name, x in multipliers.items() if x.ndim == 0 and x < 1}
+    assert low == {
+        "visual.patch_embedding",
+        "visual.patch_bias",
+        "visual.positional_embedding",
+        "text.token_embedding",
+        "text.token_type_embedding",
+        "text.positional_embedding",
+        "text.ln_embedding.scale",
+        "text.ln_embedding.bias",
+    }
+    assert {n.rpartition(".")[0] for n, x in multipliers.items() if x.ndim == 0 and x == 1} == {
+        "",
+        "text.projection",
+        "visual.ln_post",
+        "visual.pool",
+        *(f"visual.pool.{part}" for part in ("q_proj", "kv_proj", "out_proj", "ln")),
+        *(f"visual.pool.mlp.{part}" for part in ("c_fc", "c_proj")),
+    }
+
+
+@pytest.mark.parametrize(
+    ("freeze", "left"),
+    [
+        (("visual",), {"text", "logit_scale"}),
+        (("text", "logit_scale"), {"visual"}),
+        ((r".*\.(bias|scale|kernel)$", ".*embedding", "logit"), {"visual"}),
+    ],
+)
+def test_frozen_parameters_have_no_multiplier(freeze, left):
+    multipliers = lr_multipliers(OptimConfig(freeze=freeze), shapes_of())
+    assert {name.partition(".")[0] for name in multipliers} == left
+
+
+def test_lora_may_be_frozen_in_part():
+    cfg = OptimConfig(freeze=("visual", "logit_scale"))
+    multipliers = lr_multipliers(cfg, shapes_of(lora_rank=2))
+    assert len(multipliers) == 2 * 4
+    assert all(name.startswith("text.transformer.blocks.") for name in multipliers)
+
+
+@pytest.mark.parametrize(
+    ("freeze", "message"),
+    [
+        (("visual", "txet"), "'txet' matches no parameter"),
+        (("transformer",), "matches no parameter; their names are like .*blocks"),
+        (("visual.transformer.blocks.3",), "blocks.3' matches no parameter"),
+        ((".*",), "leaves nothing to train"),
+        ("visual", "must be a tuple"),
+    ],
+)
+def test_freezing_nothing_or_everything_is_refused(freeze, message):
+    with pytest.raises(ConfigError, match=message) as refusal:
+        lr_multipliers(OptimConfig(freeze=freeze), shapes_of())
+    assert str(refusal.value).startswith("config.optim.freeze")
+
+
+def test_updates_follow_the_multipliers_and_frozen_layers_do_not_clip():
+    """Against an optimizer that has no layers: Adam's first step is the same for all."""
+    rng = np.random.default_rng(0)
+    blocks = {"kernel": rng.normal(size=(3, 4, 5))}
+    params = jax.tree.map(jnp.float32, {"tower": {"transformer": {"blocks": blocks}, "head": 1.5}})
+    gradients = jax.tree.map(lambda x: jnp.float32(rng.normal(size=x.shape)), params)
+    kernel = lambda tree: np.asarray(tree["tower"]["transformer"]["blocks"]["kernel"])
+
+    def updates(cfg, gradients):
+        tx = make_optimizer(cfg, 10, params)
+        return tx.update(gradients, tx.init(params), params)[0]
+
+    plain = updates(OptimConfig(clip_norm=0.5, weight_decay=0.3), gradients)
+    decayed_rates = updates(
+        OptimConfig(clip_norm=0.5, weight_decay=0.3, layer_decay=0.5), gradients
+    )
+    shares = np.array([0.125, 0.25, 0.5]).reshape(3, 1, 1)
+    np.testing.assert_allclose(kernel(decayed_rates), kernel(plain) * shares, rtol=1e-6)
+    assert decayed_rates["tower"]["head"] == plain["tower"]["head"]
+
+    freezing = OptimConfig(clip_norm=0.5, weight_decay=0.3, eps=1.0, freeze=("tower.*blocks.1.",))
+    loud = jax.tree.map(jnp.copy, gradients)
+    loud["tower"]["transformer"]["blocks"]["kernel"] = jnp.array(kernel(gradients)).at[1].set(1e9)
+    frozen = updates(freezing, gradients)
+    jax.tree.map(np.testing.assert_array_equal, updates(freezing, loud), frozen)
+    assert (kernel(frozen)[1] == 0).all()
+    assert (kernel(frozen)[[0, 2]] != 0).all()

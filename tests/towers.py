@@ -7,7 +7,7 @@ import numpy as np
 
 from gcl_jax.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from gcl_jax.open_clip_config import BERT, XLM_ROBERTA
-from gcl_jax.state import init_params
+from gcl_jax.state import abstract_model
 
 _VISION = VisionConfig(image_size=32, patch_size=8, width=64, layers=2, head_width=16)
 _TEXT = TextConfig(context_length=12, vocab_size=100, width=48, heads=3, layers=3)
@@ -20,13 +20,21 @@ _SIGLIP_TEXT = dataclasses.replace(
     pool="last",
     proj="linear_bias",
     clean="canonicalize",
-    tokenizer="none/none",
+    tokenizer="a/missing/folder",
 )
 _BERT = dataclasses.replace(
-    BERT, context_length=12, vocab_size=90, width=32, heads=2, layers=2, max_positions=20
+    BERT,
+    clean="none",
+    context_length=12,
+    vocab_size=90,
+    width=32,
+    heads=2,
+    layers=2,
+    max_positions=20,
 )
 _XLM_R = dataclasses.replace(
     XLM_ROBERTA,
+    clean="none",
     context_length=12,
     vocab_size=90,
     width=32,
@@ -52,7 +60,7 @@ SMALL = {
     ),
     "bert": ModelConfig(32, None, _BERT),
     "xlm-roberta": ModelConfig(32, None, _XLM_R),
-    "xlm-roberta-ViT": ModelConfig(48, _VISION, dataclasses.replace(_XLM_R, proj="mlp")),
+    "xlm-roberta-ViT": ModelConfig(48, _VISION, dataclasses.replace(_XLM_R, proj="mlp", clean="")),
 }
 # The families of keys in which each of them can be written.
 WRITTEN = {
@@ -66,11 +74,16 @@ WRITTEN = {
 
 
 def random_params(cfg: ModelConfig) -> dict:
-    """No parameter at a telling value such as 0 or 1."""
-    params = jax.jit(lambda key: init_params(cfg, key))(jax.random.key(0))
+    """No parameter at a telling value such as 0 or 1, each of a size that keeps signals alive."""
     rng = np.random.default_rng(0)
-    noisy = lambda x: (np.asarray(x, np.float32) + 0.05 * rng.normal(size=x.shape)).astype(x.dtype)
-    return jax.tree.map(noisy, params)
+
+    def draw(path, x):
+        name = path[-1].key
+        middle = cfg.init_logit_scale if name == "logit_scale" else float(name == "scale")
+        spread = 0.3 * x.shape[-2] ** -0.5 if name in ("kernel", "proj") else 0.1
+        return (middle + spread * rng.normal(size=x.shape)).astype(x.dtype)
+
+    return jax.tree.map_with_path(draw, abstract_model(cfg)[1])
 
 
 def assert_same_params(actual, expected) -> None:

@@ -10,32 +10,53 @@ A training batch of b pairs:
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import grain
 import grain.experimental
 import numpy as np
 
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import TextConfig, TrainConfig
+from gcl_jax.data.sampling import PairShuffle
 from gcl_jax.data.store import Pairs, RankedStore, Records
-from gcl_jax.data.transforms import decode_image, random_resized_crop, resize_and_center_crop
-from gcl_jax.errors import DataError
+from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
+from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.score_weights import score_to_weight
-from gcl_jax.text import load_tokenizer
+from gcl_jax.text import Tokenizer, load_tokenizer
 
 Batch = dict[str, dict[str, np.ndarray]]
+Side = Literal["query", "document"]
 
 
 class FieldEncoder:
-    """Turns records of one side into model inputs, image_size and context_length as configured."""
+    """Turns records of one side into model inputs, as `cfg.model` expects images and texts."""
 
     def __init__(
-        self, cfg: TrainConfig, records: Records, fields: Sequence[str], cached_records: int = 0
+        self,
+        cfg: TrainConfig,
+        side: Side,
+        records: Records,
+        fields: Sequence[str],
+        cached_records: int = 0,
     ):
+        """Raises `ConfigError` for an image field of a model without image tower, and for a
+        tokenizer that is not the model's."""
         self._cfg = cfg
+        self._prefix: str = getattr(cfg.model.text, f"{side}_prefix")
         self._records = records
         self._kinds = {field: records.fields[field] for field in fields}
         self._cached_records = cached_records
+        images = [field for field, kind in self._kinds.items() if kind == "image"]
+        if images:
+            if cfg.model.vision is None:
+                raise ConfigError(
+                    f"config.data.{side}_fields: {images[0]!r} is an image, and the model has no "
+                    "image tower (config.model.vision is None); name text fields only"
+                )
+            self._image_size = cfg.model.vision.image_size
+            self._transform = ImageTransform(self._image_size, cfg.model.preprocess)
+        if len(images) < len(fields):
+            _check_tokenizer(cfg.model.text, self._tokenizer)
 
     @functools.cached_property
     def _load(self) -> Callable[[int], dict]:
@@ -49,7 +70,7 @@ class FieldEncoder:
     @functools.cached_property
     def _tokenizer(self):
         text = self._cfg.model.text
-        return load_tokenizer(text.tokenizer, text.context_length)
+        return load_tokenizer(text.tokenizer, text.context_length, text.clean)
 
     def _load_record(self, index: int) -> dict:
         """Decoded images and token ids of record `index`; None for a missing field."""
@@ -60,7 +81,7 @@ class FieldEncoder:
             if not value:
                 loaded[field] = None
             elif isinstance(value, str):
-                loaded[field] = self._tokenizer([value])[0]
+                loaded[field] = self._tokenizer([self._prefix + value])[0]
             else:
                 try:
                     loaded[field] = decode_image(value)
@@ -76,26 +97,40 @@ class FieldEncoder:
         Raises:
             DataError: an unreadable image, or a record without any field.
         """
-        size = self._cfg.model.vision.image_size
         inputs, present = {}, {}
         for field, value in self._load(int(index)).items():
             present[field] = np.bool_(value is not None)
             if self._kinds[field] == "text":
-                length = self._cfg.model.text.context_length
-                inputs[field] = np.zeros(length, np.int32) if value is None else value
+                # An empty text, not padding alone: a tower that attends to nothing returns NaN.
+                inputs[field] = self._tokenizer([""])[0] if value is None else value
             elif value is None:
-                inputs[field] = np.zeros((size, size, 3), np.uint8)
+                inputs[field] = np.zeros((self._image_size, self._image_size, 3), np.uint8)
             else:
                 inputs[field] = self._pixels(value, rng)
         return inputs, present
 
     def _pixels(self, image, rng: np.random.Generator | None) -> np.ndarray:
-        size, data = self._cfg.model.vision.image_size, self._cfg.data
+        data = self._cfg.data
         if rng is None or data.augmentation == "none":
-            return resize_and_center_crop(image, size)
-        pixels = random_resized_crop(image, size, rng, data.min_crop_area)
+            return self._transform(image)
+        pixels = random_resized_crop(image, self._image_size, rng, data.min_crop_area)
         flip = data.augmentation == "crop_flip" and rng.random() < 0.5
         return pixels[:, ::-1] if flip else pixels
+
+
+def _check_tokenizer(text: TextConfig, tokenizer: Tokenizer) -> None:
+    """Raises `ConfigError` for what would go wrong in silence: ids beyond the end of the table of
+    embeddings all read its last row, and with another padding id the mask is wrong."""
+    if tokenizer.vocab_size > text.vocab_size:
+        raise ConfigError(
+            f"config.model.text.vocab_size={text.vocab_size} is too small for the "
+            f"{tokenizer.vocab_size} ids of tokenizer {text.tokenizer!r}"
+        )
+    if text.family == "bert" and tokenizer.pad_id != text.pad_id:
+        raise ConfigError(
+            f"config.model.text.pad_id={text.pad_id} is not the padding of tokenizer "
+            f"{text.tokenizer!r}, {tokenizer.pad_id}"
+        )
 
 
 def pair_weights(cfg: TrainConfig, pairs: Pairs) -> np.ndarray:
@@ -114,9 +149,11 @@ class _PairExamples:
         self._pairs = store.pairs(cfg.data.train_split)
         self._weights = pair_weights(cfg, self._pairs)
         fields, cached = cfg.data, cfg.data.cached_records
-        self._encode_query = FieldEncoder(cfg, store.queries, list(fields.query_fields), cached)
+        self._encode_query = FieldEncoder(
+            cfg, "query", store.queries, list(fields.query_fields), cached
+        )
         self._encode_document = FieldEncoder(
-            cfg, store.documents, list(fields.document_fields), cached
+            cfg, "document", store.documents, list(fields.document_fields), cached
         )
 
     def __len__(self) -> int:
@@ -147,8 +184,13 @@ def train_batches(cfg: TrainConfig, store: RankedStore, shard: int = 0, num_shar
     and restore the position, exactly and on any number of shards.
     """
     source = _PairExamples(cfg, store)
-    examples = grain.MapDataset.source(source).seed(cfg.seed).shuffle().repeat()
-    examples = examples.random_map(source.example)
+    examples = grain.MapDataset.source(source).seed(cfg.seed)
+    if cfg.data.pairs_per_query > 1:
+        query = store.pairs(cfg.data.train_split).query
+        examples = PairShuffle(examples, query, cfg.data.pairs_per_query, cfg.seed)
+    else:
+        examples = examples.shuffle()
+    examples = examples.repeat().random_map(source.example)
     workers = grain.multiprocessing.MultiprocessingOptions(num_workers=cfg.data.num_workers)
     iterator = grain.experimental.ElasticIterator(
         examples,
@@ -162,11 +204,16 @@ def train_batches(cfg: TrainConfig, store: RankedStore, shard: int = 0, num_shar
 
 
 def corpus_batches(
-    cfg: TrainConfig, records: Records, fields: Sequence[str], indices: np.ndarray, batch_size: int
+    cfg: TrainConfig,
+    side: Side,
+    records: Records,
+    fields: Sequence[str],
+    indices: np.ndarray,
+    batch_size: int,
 ) -> Iterator[tuple[Batch, int]]:
     """Yields ({"inputs", "present"}, rows) for the records `indices` in order, without
     augmentation; the last batch repeats its last record up to `batch_size`, `rows` are real."""
-    encode = FieldEncoder(cfg, records, fields)
+    encode = FieldEncoder(cfg, side, records, fields)
     for start in range(0, len(indices), batch_size):
         chunk = indices[start : start + batch_size]
         padded = np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")

@@ -1,18 +1,28 @@
-"""Encoded images to uint8 pixels; the model normalises them on the device."""
+"""Encoded images to uint8 pixels, those of open_clip; the model normalises them on the device.
+
+open_clip resizes and crops an image in the mode of its file and converts the result to RGB, which
+matters: transparent pixels, palettes and CMYK would be resized to other colours after conversion.
+"""
 
 import io
 import math
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from jaxtyping import UInt8
+from PIL import Image, ImageOps, UnidentifiedImageError
 
+from gcl_jax.config import PreprocessConfig
 from gcl_jax.errors import DataError
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
+MAX_RESIZED = 2**24
+_PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
+INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
 def decode_image(data: bytes) -> Image.Image:
-    """Decodes to RGB as open_clip does (no EXIF rotation, alpha dropped).
+    """Decodes in the mode of the file, without what else the file holds (EXIF rotation is ignored,
+    as in open_clip).
 
     Raises:
         DataError: not an image, truncated, or so large that it may be a decompression bomb.
@@ -20,7 +30,10 @@ def decode_image(data: bytes) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(data))
         if image.width * image.height <= MAX_PIXELS:
-            return image.convert("RGB")
+            image.load()
+            image.info.clear()
+            # A copy lets go of the file, which may hold further frames.
+            return image.copy()
         reason = f"{image.width} x {image.height} pixels may be a decompression bomb"
     except UnidentifiedImageError:
         reason = "not an image"
@@ -30,20 +43,63 @@ def decode_image(data: bytes) -> Image.Image:
     raise DataError(f"unreadable image: {reason}")
 
 
-def resize_and_center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """uint8 (size, size, 3): bicubic resize of the shorter side, then the central square
-    (open_clip's `preprocess_val`)."""
-    width, height = image.size
-    scale = size / min(width, height)
-    width, height = (
-        (size, int(size * height / width))
-        if width <= height
-        else (int(size * width / height), size)
-    )
-    if scale != 1:
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
+class ImageTransform:
+    """Callable: decoded image -> uint8 (size, size, 3), open_clip's `preprocess_val` up to its
+    normalisation.
+
+    "shortest" resizes the shorter side to `size` and cuts out the centre, "squash" resizes both
+    sides, "longest" resizes the longer one and fills up with `fill_color`. Palette and 1-bit images
+    are resized to the nearest pixel, as Pillow does; `fill_color` is in the image's own mode
+    (for a palette its index).
+    """
+
+    def __init__(self, size: int, cfg: PreprocessConfig):
+        self._size, self._cfg = size, cfg
+
+    def __call__(self, image: Image.Image) -> UInt8[np.ndarray, "size size 3"]:
+        size, resample = self._size, INTERPOLATIONS[self._cfg.interpolation]
+        match self._cfg.resize_mode:
+            case "squash":
+                image = image.resize((size, size), resample)
+            case "longest":
+                scale = max(image.size) / size
+                # A side that would vanish, where open_clip fails, keeps one pixel.
+                width, height = (max(1, round(side / scale)) for side in image.size)
+                x, y = size - width, size - height
+                border = (x // 2, y // 2, (x + 1) // 2, (y + 1) // 2)
+                fill = (self._cfg.fill_color,) * len(image.getbands())
+                image = image.resize((width, height), resample)
+                image = ImageOps.expand(image, border, fill if len(fill) > 1 else fill[0])
+            case _:
+                image = _resize_and_center_crop(image, size, resample)
+        return np.asarray(image.convert("RGB"))
+
+
+def _resize_and_center_crop(
+    image: Image.Image, size: int, resample: Image.Resampling
+) -> Image.Image:
+    """The central square of `image` resized to `size` on its shorter side."""
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
     left, top = round((width - size) / 2), round((height - size) / 2)
-    return np.asarray(image.crop((left, top, left + size, top + size)))
+    if width * height <= MAX_RESIZED or (width, height) == image.size:
+        resized = image.resize((width, height), resample)
+        return resized.crop((left, top, left + size, top + size))
+    # Of a very long image only the square is made. Pillow's box is float32: cut out what the
+    # square and the filter's support see, and the coordinates are small, so exact enough.
+    x, y = left * image.width / width, top * image.height / height
+    w, h = size * image.width / width, size * image.height / height
+    margin = 2 * math.ceil(max(1, shorter / size)) + 1
+    x0, y0 = max(0, int(x) - margin), max(0, int(y) - margin)
+    x1 = min(image.width, math.ceil(x + w) + margin)
+    y1 = min(image.height, math.ceil(y + h) + margin)
+    part, x, y = image.crop((x0, y0, x1, y1)), x - x0, y - y0
+    # Columns first, as for the whole; for one square Pillow may choose rows first, and each pass
+    # rounds. Transparency is multiplied in and out once, as Pillow does in one call.
+    part = part.convert(_PREMULTIPLIED.get(image.mode, image.mode))
+    part = part.resize((size, part.height), resample, box=(x, 0, x + w, part.height))
+    part = part.resize((size, size), resample, box=(0, y, size, y + h))
+    return part.convert(image.mode)
 
 
 def random_resized_crop(
@@ -52,16 +108,29 @@ def random_resized_crop(
     rng: np.random.Generator,
     min_area: float,
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
-) -> np.ndarray:
-    """uint8 (size, size, 3): a box of random area (from `min_area` to 1 of the image) and aspect
-    ratio, resized bicubically: the augmentation that open_clip trains with."""
-    width, height = image.size
+) -> UInt8[np.ndarray, "size size 3"]:
+    """A box of random area (from `min_area` to 1 of the image) and aspect ratio, resized
+    bicubically: the augmentation that open_clip trains with, in every resize mode."""
+    left, top, width, height = _random_box(image.size, rng, min_area, ratio)
+    image = image.crop((left, top, left + width, top + height))
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
+
+
+def _random_box(
+    image_size: tuple[int, int],
+    rng: np.random.Generator,
+    min_area: float,
+    ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
+    """(left, top, width, height); the largest central box of an allowed ratio when ten draws do
+    not fit into the image."""
+    width, height = image_size
     for _ in range(10):
         area = width * height * rng.uniform(min_area, 1.0)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
-            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            box = (left, top, left + w, top + h)
-            return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
-    return resize_and_center_crop(image, size)
+            return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h
+    w = min(width, round(height * ratio[1]))
+    h = min(height, round(width / ratio[0]))
+    return (width - w) // 2, (height - h) // 2, w, h

@@ -251,6 +251,7 @@ def _bert(kind: str, config: Mapping[str, Any]) -> ModelConfig:
         first_position=first,
         token_types=filled["type_vocab_size"],
         pad_id=filled["pad_token_id"],
+        clean="none",
     )
     made = ModelConfig(text.width, None, text)
     made.init_logit_scale = filled.get("logit_scale_init_value", made.init_logit_scale)

@@ -28,14 +28,14 @@ def abstract_params(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
     return traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
 
 
-def base_params(cfg: ModelConfig) -> dict[str, jax.ShapeDtypeStruct]:
-    """`abstract_params` without the low-rank updates, which no checkpoint of others holds."""
-    return {k: x for k, x in abstract_params(cfg).items() if not k.endswith(_LORA)}
-
-
 def expected_shapes(family: str, cfg: ModelConfig) -> Shapes:
     """{their key: shape} of all tensors that `family` has for the model `cfg`."""
-    leaves = base_params(cfg)
+    never = without(family, cfg) if family == "bert" else set()
+    leaves = {k: x for k, x in abstract_params(cfg).items() if not k.endswith(_LORA)}
+    return _expected({k: x for k, x in leaves.items() if k not in never}, family, cfg)
+
+
+def _expected(leaves: Mapping[str, Any], family: str, cfg: ModelConfig) -> Shapes:
     shapes: Shapes = {}
     for row in table(family, cfg, list(leaves)):
         whole = [np.broadcast_to(np.float32(0), leaves[path].shape) for path in row.ours]
@@ -51,10 +51,13 @@ def to_state_dict(params: Params, cfg: ModelConfig, family: str) -> dict[str, np
         DataError: a parameter that the family has no place for.
     """
     flat = traverse_util.flatten_dict(params, sep=".")
+    if family == "bert":
+        flat = {path: x for path, x in flat.items() if path not in without(family, cfg)}
     exported: dict[str, np.ndarray] = {}
     for row in table(family, cfg, list(flat)):
         exported |= dict(_dump(row, [np.asarray(flat[path]) for path in row.ours]))
-    return exported
+    # safetensors would write a transposed view in the order of its memory.
+    return {key: np.ascontiguousarray(x).reshape(x.shape) for key, x in exported.items()}
 
 
 def _dump(row: Row, ours: list[np.ndarray]) -> Iterable[tuple[str, np.ndarray]]:
@@ -88,14 +91,19 @@ def from_state_dict(
 
 
 def _from_state_dict(state_dict: dict[str, Any], cfg: ModelConfig, seed: int) -> Params:
-    family, leaves = recognise(state_dict), base_params(cfg)
-    rows = table(family, cfg, list(leaves))
-    expected = expected_shapes(family, cfg)
+    family, everything = recognise(state_dict), abstract_params(cfg)
+    configured = without(family, cfg) - state_dict.keys()
+    leaves = {
+        path: x
+        for path, x in everything.items()
+        if not path.endswith(_LORA) and path not in configured
+    }
+    expected = _expected(leaves, family, cfg)
     _require_same_names(state_dict, expected)
     arrays = {key: _as_float(key, state_dict[key]) for key in expected}
-    flat: dict[str, Any] = dict(_fresh(cfg, leaves, seed, family))
+    flat: dict[str, Any] = _fresh_lora(cfg, seed) if cfg.lora_rank else {}
     wrong: list[str] = []
-    for row in rows:
+    for row in table(family, cfg, list(leaves)):
         depth = leaves[row.ours[0]].shape[0] if row.stacked else 1
         shapes = [leaves[path].shape[row.stacked :] for path in row.ours]
         blocks: list[list[np.ndarray]] = []
@@ -113,10 +121,12 @@ def _from_state_dict(state_dict: dict[str, Any], cfg: ModelConfig, seed: int) ->
             flat[path] = np.stack(parts) if row.stacked else parts[0]
     if wrong:
         raise DataError(f"do not fit the model: {'; '.join(wrong)}")
+    initial = {"logit_scale": cfg.init_logit_scale, "logit_bias": cfg.init_logit_bias}
+    flat |= {path: np.float32(initial[path]) for path in configured & everything.keys()}
     for path, leaf in leaves.items():
         if path.endswith("positional_embedding"):
             flat[path] = _fit_positions(path, flat[path], leaf.shape[0], cfg)
-        flat[path] = _cast(path, flat[path], leaf.dtype)
+    flat = {path: _cast(path, flat[path], leaf.dtype) for path, leaf in everything.items()}
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
@@ -157,7 +167,8 @@ def _as_float(key: str, x: Any) -> np.ndarray:
 
 
 def _cast(path: str, x: np.ndarray, dtype) -> np.ndarray:
-    cast = np.ascontiguousarray(x, dtype=dtype).reshape(x.shape)
+    with np.errstate(over="ignore"):
+        cast = np.ascontiguousarray(x, dtype=dtype).reshape(np.shape(x))
     if not np.isfinite(cast).all():
         raise DataError(f"{path} has values too large for {dtype}")
     return cast
@@ -184,17 +195,13 @@ def _load(row: Row, tensors: list[np.ndarray], shapes: list[tuple[int, ...]]) ->
     return np.split(ours, np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1)
 
 
-def _fresh(cfg: ModelConfig, leaves, seed: int, family: str) -> dict[str, np.ndarray]:
-    """What the checkpoint cannot hold: low-rank updates, and the temperature of a BERT."""
-
+def _fresh_lora(cfg: ModelConfig, seed: int) -> dict[str, Any]:
     def draw(key):
         model = CLIP(cfg, rngs=nnx.Rngs(key))
         flat = traverse_util.flatten_dict(nnx.to_pure_dict(nnx.state(model, nnx.Param)), sep=".")
-        return {
-            path: x for path, x in flat.items() if path not in leaves or path in without(family)
-        }
+        return {path: x for path, x in flat.items() if path.endswith(_LORA)}
 
-    return jax.tree.map(np.asarray, jax.jit(draw)(jax.random.key(seed)))
+    return jax.jit(draw)(jax.random.key(seed))
 
 
 def _fit_positions(path: str, table: np.ndarray, rows: int, cfg: ModelConfig) -> np.ndarray:

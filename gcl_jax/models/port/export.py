@@ -140,8 +140,7 @@ def _save(weights: Mapping[str, np.ndarray], path: Path) -> None:
     from safetensors.numpy import save_file
 
     # transformers asks for the format that the layouts are of.
-    contiguous = {key: np.ascontiguousarray(x).reshape(x.shape) for key, x in weights.items()}
-    save_file(contiguous, path, metadata={"format": "pt"})
+    save_file(dict(weights), path, metadata={"format": "pt"})
 
 
 def _save_torch(weights: Mapping[str, np.ndarray], path: Path) -> None:

@@ -57,20 +57,23 @@ def table(family: str, cfg: ModelConfig, ours: Sequence[str]) -> list[Row]:
         return [Row((path,), (path,), SAME) for path in ours]
     rows = [
         Row(_expand(mine), _expand(theirs), layout)
-        for mine, theirs, layout in _triples(family, cfg)
+        for mine, theirs, layout in _triples(family, cfg, "logit_bias" in ours)
     ]
     covered = {path for row in rows for path in row.ours}
-    if homeless := sorted(set(ours) - covered - without(family)):
+    if homeless := sorted(set(ours) - covered):
         raise DataError(f"{family} weights have no place for {', '.join(homeless)}")
     if absent := sorted(covered - set(ours)):
         raise DataError(f"{family} weights have {', '.join(absent)}; this model has not")
     return rows
 
 
-def without(family: str) -> set[str]:
-    """Parameters that the checkpoints of `family` never hold, which stay as configured: a BERT has
-    no temperature."""
-    return {"logit_scale", "logit_bias"} if family == "bert" else set()
+def without(family: str, cfg: ModelConfig) -> set[str]:
+    """Parameters that a checkpoint of `family` need not hold, and which then stay as configured: a
+    BERT has no temperature, and CLIP, unlike SigLIP, no bias to its logits."""
+    if family == "bert":
+        return {"logit_scale", "logit_bias"}
+    is_clip = cfg.vision is not None and cfg.vision.pool == "tok" and family != "gcl_jax"
+    return {"logit_bias"} if is_clip else set()
 
 
 def _expand(name: str) -> tuple[str, ...]:
@@ -80,20 +83,23 @@ def _expand(name: str) -> tuple[str, ...]:
     return (name,)
 
 
-def _triples(family: str, cfg: ModelConfig) -> Triples:
+def _triples(family: str, cfg: ModelConfig, has_bias: bool) -> Triples:
     text = cfg.text
     if family == "bert":
         if cfg.vision is not None or text.family != "bert" or text.proj != "none":
-            raise DataError("weights of a BERT are a text tower alone, without a projection")
+            raise DataError(
+                "these are weights of a BERT, a text tower alone without a projection, and not of "
+                "the model asked for"
+            )
         return under("text.", "", tables.BERT)
     if cfg.vision is None:
-        raise DataError(f"{family} weights have an image tower; this model is text-only")
+        raise DataError(f"{family} weights have an image tower; the model asked for has none")
     siglip = cfg.vision.pool == "map"
     if family == "hugging_face":
         if text.family == "bert" or text.proj != ("linear_bias" if siglip else "linear"):
             raise DataError("transformers has no class for this pair of towers")
         return tables.HF_SIGLIP if siglip else tables.HF_CLIP
-    bias = (("logit_bias", "logit_bias", SAME),) if cfg.init_logit_bias is not None else ()
+    bias = (("logit_bias", "logit_bias", SAME),) if has_bias else ()
     prefix = "text." if family == "open_clip_custom" else ""
     return (
         ("logit_scale", "logit_scale", SAME),

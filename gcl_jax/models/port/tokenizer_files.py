@@ -6,8 +6,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from gcl_jax.config import TextConfig
-from gcl_jax.errors import DataError
-from gcl_jax.text import _clip_bpe
+from gcl_jax.text import clip_bpe, load_hugging_face
 
 _CLIP_WORDS = 49406
 _START, _END = "<|startoftext|>", "<|endoftext|>"
@@ -23,28 +22,17 @@ def write_tokenizer(text: TextConfig, folder: Path) -> None:
     and open_clip's do, and pads with its end token, behind which CLIP does not look.
 
     Raises:
-        DataError: transformers does not find the tokenizer.
+        ConfigError: the tokenizer is not to be had.
     """
     if text.tokenizer == "clip":
         _write_clip(folder, text.context_length)
         return
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise DataError(
-            f"tokenizer {text.tokenizer!r} needs transformers: `pip install gcl_jax[text]`"
-        ) from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(text.tokenizer)
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"tokenizer {text.tokenizer!r} is not to be had: {reason}") from None
-    tokenizer.save_pretrained(folder)
+    load_hugging_face(text.tokenizer).save_pretrained(folder)
 
 
 def _clip_vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """(ids, merges) under OpenAI's names, without what our encoder adds for its special tokens."""
-    model = json.loads(_clip_bpe().to_str())["model"]
+    model = json.loads(clip_bpe().to_str())["model"]
     words = sorted(model["vocab"], key=model["vocab"].get)[:_CLIP_WORDS]
     merges = [tuple(pair) for pair in model["merges"][: _CLIP_WORDS - 2 * 256]]
     return {token: i for i, token in enumerate([*words, _START, _END])}, merges

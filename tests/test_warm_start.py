@@ -1,0 +1,119 @@
+"""A run starts from another run, or from what `load_pretrained` reads; else it says why not."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import traverse_util
+from test_finetune import draw_params
+
+from gcl_jax import config, sharding
+from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.config import MeshConfig
+from gcl_jax.errors import DataError
+from gcl_jax.models import port
+from gcl_jax.optim import make_optimizer, with_part
+from gcl_jax.state import TrainState, abstract_model, abstract_params, init_state
+from gcl_jax.warm_start import warm_start
+
+
+@pytest.fixture
+def cfg(tiny_config, tmp_path, monkeypatch):
+    """Starts from a run at tmp_path that does not exist yet; all parameters are sharded."""
+    monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2)
+    tiny_config.model.text.vocab_size = 64
+    tiny_config.init_from = str(tmp_path)
+    return tiny_config
+
+
+MESH = sharding.make_mesh(MeshConfig(4, 2), 8)
+
+
+def save_run(cfg, params, ema=None):
+    folder = Path(cfg.init_from)
+    config.save(cfg, folder / "config.json")
+    with Checkpointer(folder, cfg.checkpoint) as checkpointer:
+        checkpointer.save(3, TrainState(np.int32(3), params, (), ema), {})
+
+
+def give(monkeypatch, params):
+    """Has `load_pretrained` return `params`; it notes what it was asked for."""
+    asked = []
+    read = lambda source, cfg: asked.append((source, cfg)) or params
+    monkeypatch.setattr(port, "load_pretrained", read, raising=False)
+    return asked
+
+
+def test_from_the_averages_of_a_run(cfg):
+    params = draw_params(cfg)
+    ema = {"text": jax.tree.map(lambda x: x + 1, params["text"])}
+    save_run(cfg, params, ema)
+    started = warm_start(cfg, MESH)
+    jax.tree.map(np.testing.assert_array_equal, started, with_part(params, ema))
+    expected = abstract_params(cfg.model, MESH)
+    assert jax.tree.map(lambda x: x.sharding, started) == jax.tree.map(
+        lambda x: x.sharding, expected
+    )
+
+
+@pytest.mark.parametrize("pretrained", [False, True], ids=["run", "pretrained"])
+def test_lora_begins_where_its_base_ended(cfg, monkeypatch, pretrained):
+    params = draw_params(cfg)
+    base = dataclasses.replace(cfg.model)
+    if pretrained:
+        cfg.init_from = "weights.safetensors"
+        asked = give(monkeypatch, params)
+    else:
+        save_run(cfg, params)
+    cfg.model = dataclasses.replace(cfg.model, lora_rank=2)
+    tx = make_optimizer(cfg.optim, 1, abstract_model(cfg.model)[1])
+    state = init_state(cfg, tx, MESH, warm_start(cfg, MESH))
+    flat = traverse_util.flatten_dict(jax.device_get(state.params), sep=".")
+    for name, x in traverse_util.flatten_dict(params, sep=".").items():
+        np.testing.assert_array_equal(flat.pop(name), x, err_msg=name)
+    assert {name.rpartition(".")[2] for name in flat} == {"lora_a", "lora_b"}
+    assert all((x == 0).all() == name.endswith("lora_b") for name, x in flat.items())
+    if pretrained:
+        assert asked == [("weights.safetensors", base)]
+
+
+def test_pretrained_weights_take_the_models_dtype_and_lack_no_more_than_a_temperature(
+    cfg, monkeypatch
+):
+    params = draw_params(cfg)
+    del params["logit_scale"]
+    give(monkeypatch, params)
+    cfg.model.param_dtype = "bfloat16"
+    started = warm_start(cfg, MESH)
+    to_bfloat16 = lambda x: x.astype(ml_dtypes.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, started, jax.tree.map(to_bfloat16, params))
+    kernel = started["text"]["transformer"]["blocks"]["attn"]["in_proj"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (1, 16, 48 // 2)
+
+    del params["text"]["token_embedding"]
+    params["visual"]["proj"] = np.zeros((16, 4), np.float32)
+    params["head"] = np.zeros(3, np.float32)
+    message = (
+        r"no text.token_embedding; surplus head; visual.proj has shape \(16, 4\), not \(16, 16\)"
+    )
+    with pytest.raises(DataError, match=message):
+        warm_start(cfg, MESH)
+
+
+def test_a_run_of_another_shape_is_refused(cfg):
+    save_run(cfg, draw_params(cfg))
+    cfg.model.text.layers = 3
+    with pytest.raises(DataError, match="kernel has shape") as refusal:
+        warm_start(cfg, MESH)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_run_without_a_checkpoint_is_refused(cfg):
+    save_run(cfg, draw_params(cfg))
+    for folder in Path(cfg.init_from, "checkpoints").iterdir():
+        folder.rename(Path(cfg.init_from) / "elsewhere")
+    with pytest.raises(DataError, match="holds no complete checkpoint"):
+        warm_start(cfg, MESH)
