@@ -358,6 +358,16 @@ def test_presets_have_open_clips_parameters(open_clip, name):
     family = "open_clip_custom" if hasattr(theirs, "text") else "open_clip"
     ours = expected_shapes(family, cfg)
     assert ours == {key: tuple(x.shape) for key, x in theirs.state_dict().items()}
+    trunk = getattr(theirs.visual, "trunk", None)
+    if trunk is not None:
+        block, act = trunk.blocks[0], str(trunk.blocks[0].mlp.act)
+        assert ("tanh" in act.lower()) == (cfg.vision.act == "gelu_tanh")
+        assert block.norm1.eps == trunk.norm.eps == cfg.vision.norm_eps
+        assert block.attn.num_heads == cfg.vision.width // cfg.vision.head_width
+        assert ("tanh" in str(theirs.text.transformer.resblocks[0].mlp.gelu)) == (
+            cfg.text.act == "gelu_tanh"
+        )
+        assert theirs.text.ln_final.eps == cfg.text.norm_eps
     assert (theirs.visual.image_size[0], theirs.context_length) == (
         cfg.vision.image_size,
         cfg.text.context_length,
