@@ -85,12 +85,15 @@ def from_state_dict(
             not finite, all of them named; or weights of a model that `cfg` is not.
     """
     try:
-        return _from_state_dict(_plain_names(state_dict, source), cfg, seed)
+        return _from_state_dict(*_plain_names(state_dict, source), cfg, seed)
     except DataError as error:
         raise DataError(f"{source}: {error}") from None
 
 
-def _from_state_dict(state_dict: dict[str, Any], cfg: ModelConfig, seed: int) -> Params:
+def _from_state_dict(
+    state_dict: dict[str, Any], prefix: str, cfg: ModelConfig, seed: int
+) -> Params:
+    """`prefix` is what stood before every key; errors name it too."""
     family, everything = recognise(state_dict), abstract_params(cfg)
     configured = without(family, cfg) - state_dict.keys()
     leaves = {
@@ -98,59 +101,51 @@ def _from_state_dict(state_dict: dict[str, Any], cfg: ModelConfig, seed: int) ->
         for path, x in everything.items()
         if not path.endswith(_LORA) and path not in configured
     }
-    expected = _expected(leaves, family, cfg)
-    _require_same_names(state_dict, expected)
-    arrays = {key: _as_float(key, state_dict[key]) for key in expected}
-    flat: dict[str, Any] = _fresh_lora(cfg, seed) if cfg.lora_rank else {}
-    wrong: list[str] = []
-    for row in table(family, cfg, list(leaves)):
-        depth = leaves[row.ours[0]].shape[0] if row.stacked else 1
-        shapes = [leaves[path].shape[row.stacked :] for path in row.ours]
-        blocks: list[list[np.ndarray]] = []
-        for i in range(depth):
-            keys = [key.replace("*", str(i)) for key in row.theirs]
-            misfits = [
-                f"{key} is {arrays[key].shape}, not {expected[key]}"
-                for key in keys
-                if not _fits(arrays[key].shape, expected[key], row.ours[0])
-            ]
-            wrong += misfits
-            if not misfits:
-                blocks.append(_load(row, [arrays[key] for key in keys], shapes))
-        for path, parts in zip(row.ours, zip(*blocks, strict=True), strict=False):
-            flat[path] = np.stack(parts) if row.stacked else parts[0]
-    if wrong:
-        raise DataError(f"do not fit the model: {'; '.join(wrong)}")
+    rows, expected = table(family, cfg, list(leaves)), _expected(leaves, family, cfg)
+    _require_same_names(state_dict, expected, prefix)
+    arrays = {key: _as_float(prefix + key, state_dict[key]) for key in expected}
+    positions = {row.theirs[0] for row in rows if row.ours[0].endswith("positional_embedding")}
+    if misfits := [
+        f"{prefix}{key} is {arrays[key].shape}, not {shape}"
+        for key, shape in expected.items()
+        if not _fits(arrays[key].shape, shape, key in positions)
+    ]:
+        raise DataError(f"do not fit the model: {'; '.join(misfits)}")
     initial = {"logit_scale": cfg.init_logit_scale, "logit_bias": cfg.init_logit_bias}
-    flat |= {path: np.float32(initial[path]) for path in configured & everything.keys()}
-    for path, leaf in leaves.items():
+    flat: dict[str, Any] = {
+        path: np.float32(initial[path]) for path in configured & set(everything)
+    }
+    flat |= _fresh_lora(cfg, seed) if cfg.lora_rank else {}
+    for row in rows:
+        flat |= _load(row, arrays, leaves)
+    for path in flat:
         if path.endswith("positional_embedding"):
-            flat[path] = _fit_positions(path, flat[path], leaf.shape[0], cfg)
+            flat[path] = _fit_positions(path, flat[path], leaves[path].shape[0], cfg)
     flat = {path: _cast(path, flat[path], leaf.dtype) for path, leaf in everything.items()}
     return traverse_util.unflatten_dict(flat, sep=".")
 
 
-def _plain_names(state_dict: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Without what wrapped models put before every key, and without what `LEFT_OUT` lists, which is
-    reported; old names of layer norms made new."""
-    kept = dict(state_dict)
-    if kept and all(key.startswith("module.") for key in kept):
-        kept = {key.removeprefix("module."): x for key, x in kept.items()}
+def _plain_names(state_dict: Mapping[str, Any], source: str) -> tuple[dict[str, Any], str]:
+    """Without what wrapped models put before every key, which is returned as well, and without what
+    `LEFT_OUT` lists, which is reported; old names of layer norms made new."""
+    kept, cut = dict(state_dict), ""
     for pattern, reason in LEFT_OUT.items():
-        if matched := [key for key in kept if re.fullmatch(pattern, key)]:
+        if matched := [key for key in kept if re.fullmatch(rf"(module\.)?({pattern})", key)]:
             print(f"{source}: left out {', '.join(matched)} ({reason})", file=sys.stderr)
             kept = {key: x for key, x in kept.items() if key not in matched}
-    for prefix in ("bert.", "roberta."):
+    for prefix in ("module.", "bert.", "roberta."):
         if kept and all(key.startswith(prefix) for key in kept):
             kept = {key.removeprefix(prefix): x for key, x in kept.items()}
+            cut += prefix
     old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     names = re.compile("|".join(map(re.escape, old)))
-    return {names.sub(lambda match: old[match[0]], key): x for key, x in kept.items()}
+    return {names.sub(lambda match: old[match[0]], key): x for key, x in kept.items()}, cut
 
 
-def _require_same_names(found: Iterable[str], expected: Iterable[str]) -> None:
+def _require_same_names(found: Iterable[str], expected: Iterable[str], prefix: str) -> None:
     missing, unused = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or unused:
+        missing, unused = ([prefix + key for key in keys] for keys in (missing, unused))
         raise DataError(
             f"do not fit the model: missing: {', '.join(missing) or 'none'}; "
             f"unused: {', '.join(unused) or 'none'}"
@@ -174,25 +169,30 @@ def _cast(path: str, x: np.ndarray, dtype) -> np.ndarray:
     return cast
 
 
-def _fits(shape: tuple[int, ...], expected: tuple[int, ...], path: str) -> bool:
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...], positions: bool) -> bool:
     """Whether a tensor will do: same shape, one number however it is wrapped, or positions that
     differ in their number alone."""
     if math.prod(shape) == math.prod(expected) == 1:
         return True
-    if path.endswith("positional_embedding") and len(shape) >= 2:
+    if positions and len(shape) >= 2:
         return (shape[:-2], shape[-1]) == (expected[:-2], expected[-1])
     return shape == expected
 
 
-def _load(row: Row, tensors: list[np.ndarray], shapes: list[tuple[int, ...]]) -> list[np.ndarray]:
-    """The tensors of one block as our arrays."""
-    joined = np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
-    if shapes == [()]:
-        return [joined.reshape(())]
-    ours = row.layout.load(joined)
-    if len(shapes) == 1:
-        return [ours]
-    return np.split(ours, np.cumsum([shape[-1] for shape in shapes])[:-1], axis=-1)
+def _load(row: Row, arrays: Mapping[str, np.ndarray], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """{our path: array} of one row, blocks stacked."""
+    shapes = [leaves[path].shape for path in row.ours]
+    blocks = []
+    for i in range(shapes[0][0] if row.stacked else 1):
+        tensors = [arrays[key.replace("*", str(i))] for key in row.theirs]
+        joined = np.concatenate(tensors) if len(tensors) > 1 else tensors[0]
+        ours = joined.reshape(()) if shapes == [()] else row.layout.load(joined)
+        ends = np.cumsum([shape[-1] for shape in shapes[:-1]], dtype=int)
+        blocks.append(np.split(ours, ends, axis=-1) if len(ends) else [ours])
+    merge = np.stack if row.stacked else lambda parts: parts[0]
+    return {
+        path: merge(parts) for path, parts in zip(row.ours, zip(*blocks, strict=True), strict=True)
+    }
 
 
 def _fresh_lora(cfg: ModelConfig, seed: int) -> dict[str, Any]:
