@@ -1,5 +1,6 @@
 """Checkpoints of a run: state and data position together, written in the background by orbax."""
 
+import functools
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ from flax import traverse_util
 
 from gcl_jax.config import CheckpointConfig
 from gcl_jax.errors import DataError
-from gcl_jax.optim import with_part
 from gcl_jax.state import Params, TrainState
 
 
@@ -88,29 +88,26 @@ class Checkpointer:
         )
         with manager:
             saved = manager.item_metadata(step)["state"].tree
-            wanted = traverse_util.flatten_dict(abstract, sep=".")
-            has = traverse_util.flatten_dict(saved["params"], sep=".")
+            wanted, has = _flat(abstract), _flat(saved["params"])
             wanted = {name: x for name, x in wanted.items() if name in has or name not in optional}
             require_fit(f"{self.directory}/{step}", wanted, has)
-            averages = traverse_util.flatten_dict(saved.get("ema") or {}, sep=".")
-            item = {
-                part: {name: x for name, x in wanted.items() if (name in averages) == averaged}
-                for part, averaged in (("params", False), ("ema", True))
-            }
-            item = {
-                part: traverse_util.unflatten_dict(flat, sep=".") for part, flat in item.items()
-            }
-            item = {part: params for part, params in item.items() if params}
+            averages = _flat(saved.get("ema", {}))
+            parts = {name: "ema" if name in averages else "params" for name in wanted}
+            item = _nested({f"{parts[name]}.{name}": x for name, x in wanted.items()})
             restore_args = ocp.checkpoint_utils.construct_restore_args(item)
             args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-            restored = _restore(manager, step, state=args)["state"]
-        return with_part(restored.get("params", {}), restored.get("ema", {}))
+            restored = _flat(_restore(manager, step, state=args)["state"])
+        return _nested({name: restored[f"{part}.{name}"] for name, part in parts.items()})
 
     def _latest(self) -> int:
         step = self.latest_step()
         if step is None:
             raise DataError(f"{self.directory} holds no complete checkpoint; train first")
         return step
+
+
+_flat = functools.partial(traverse_util.flatten_dict, sep=".")
+_nested = functools.partial(traverse_util.unflatten_dict, sep=".")
 
 
 def require_fit(source: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:

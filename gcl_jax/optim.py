@@ -126,8 +126,10 @@ def trained_part(cfg: OptimConfig, params: Params) -> Params:
 
 
 def with_part(params: Params, part: Params) -> Params:
-    """`params` with the leaves that `part` has taken from there."""
-    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(part)
+    """`params` with the leaves of `part` in their place, cast to their dtype."""
+    flat = traverse_util.flatten_dict(params)
+    for name, x in traverse_util.flatten_dict(part).items():
+        flat[name] = x.astype(flat[name].dtype)
     return traverse_util.unflatten_dict(flat)
 
 

@@ -104,8 +104,7 @@ def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Params:
 
 def averaged_params(state: TrainState) -> Params:
     """The parameters to evaluate: the moving averages where there are any, in their dtype."""
-    averaged = with_part(state.params, state.ema or {})
-    return jax.tree.map(lambda x, p: x.astype(p.dtype), averaged, state.params)
+    return with_part(state.params, state.ema or {})
 
 
 def with_shardings(shapes, shardings):

@@ -57,7 +57,7 @@ def make_train_step(
         )
         trained = trained_part(cfg.optim, state.params)
         (loss, terms), gradients = jax.value_and_grad(loss_fn, has_aux=True)(
-            trained, state.params, batch, dropping
+            in_float32(trained), state.params, batch, dropping
         )
         updates, opt_state = tx.update(gradients, state.opt_state, trained)
         trained = apply_updates(trained, updates, rounding)
@@ -68,7 +68,7 @@ def make_train_step(
             ema = optax.incremental_update(in_float32(trained), ema, 1 - cfg.optim.ema_decay)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(in_float32(gradients)),
+            "gradient_norm": optax.tree.norm(gradients),
             "logit_scale": jnp.exp(state.params["logit_scale"]),
         }
         metrics |= {f"loss/{name}": value for name, value in terms.items()}
