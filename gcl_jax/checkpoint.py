@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
@@ -50,6 +51,11 @@ class Checkpointer:
                 state=ocp.args.StandardSave(_as_tree(state)), data=ocp.args.JsonSave(data_state)
             ),
         )
+
+    def save_params(self, params: Params) -> None:
+        """Saves parameters alone as step 0: a model to evaluate or start from, not to continue."""
+        state = {"step": np.int32(0), "params": params}
+        self._manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
 
     def check_for_errors(self) -> None:
         """Raises what a save in the background ran into, such as a full disk."""

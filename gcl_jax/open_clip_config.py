@@ -49,7 +49,7 @@ ROBERTA = dataclasses.replace(
 XLM_ROBERTA = dataclasses.replace(ROBERTA, vocab_size=250002, tokenizer="xlm-roberta-base")
 LARGE: dict[str, Any] = {"width": 1024, "heads": 16, "layers": 24}
 # The towers that open_clip builds from `hf_model_name`.
-_HF_TOWERS = {
+HF_TOWERS = {
     "bert-base-uncased": BERT,
     "roberta-base": ROBERTA,
     "xlm-roberta-base": XLM_ROBERTA,
@@ -166,16 +166,16 @@ def _text(text: dict, act: str) -> TextConfig:
 
 def _hf_text(text: dict, embed_dim: int) -> TextConfig:
     name = text.pop("hf_model_name")
-    if name not in _HF_TOWERS:
+    if name not in HF_TOWERS:
         raise ConfigError(
             f"open_clip's text_cfg.hf_model_name={name!r} is not supported; choose one of "
-            f"{', '.join(_HF_TOWERS)}"
+            f"{', '.join(HF_TOWERS)}"
         )
     pools = {"mean_pooler": "mean", "cls_last_hidden_state_pooler": "first"}
     pooler = text.pop("hf_pooler_type", "mean_pooler")
     if pooler not in pools:
         raise ConfigError(f"open_clip's text_cfg.hf_pooler_type={pooler!r} is not supported")
-    made = copy.copy(_HF_TOWERS[name])
+    made = copy.copy(HF_TOWERS[name])
     made.pool = pools[pooler]
     made.proj = text.pop("hf_proj_type", "mlp") or ("none" if made.width == embed_dim else "mlp")
     made.context_length = text.pop("context_length", 77)

@@ -127,7 +127,7 @@ CLEANERS: dict[str, Callable[[str], str]] = {
 
 
 def _clip(name: str, context_length: int, clean: str) -> Tokenizer:
-    bpe, pad_id, cleaner = _clip_bpe(), 0, CLEANERS[clean or "lower"]
+    bpe, pad_id, cleaner = clip_bpe(), 0, CLEANERS[clean or "lower"]
     bpe.enable_truncation(context_length)
     bpe.enable_padding(length=context_length, pad_id=pad_id)
 
@@ -137,7 +137,7 @@ def _clip(name: str, context_length: int, clean: str) -> Tokenizer:
     return Tokenizer(name, context_length, clean, 49408, pad_id, encode)
 
 
-def _clip_bpe() -> tokenizers.Tokenizer:
+def clip_bpe() -> tokenizers.Tokenizer:
     """The encoder of cleaned text; vocabulary order as in CLIP: bytes, word-final bytes, merges."""
     packed = resources.files("gcl_jax") / "assets/clip_bpe/bpe_simple_vocab_16e6.txt.gz"
     lines = gzip.decompress(packed.read_bytes()).decode("utf-8").split("\n")
@@ -172,7 +172,7 @@ def _clip_bpe() -> tokenizers.Tokenizer:
 
 
 def _hugging_face(name: str, context_length: int, clean: str) -> Tokenizer:
-    hf, cleaner = _load_hugging_face(name), CLEANERS[clean or "whitespace"]
+    hf, cleaner = load_hugging_face(name), CLEANERS[clean or "whitespace"]
     if hf.pad_token_id is None:
         raise ConfigError(f"tokenizer {name!r} has no padding token")
 
@@ -185,7 +185,7 @@ def _hugging_face(name: str, context_length: int, clean: str) -> Tokenizer:
     return Tokenizer(name, context_length, clean, vocab_size, hf.pad_token_id, encode)
 
 
-def _load_hugging_face(name: str) -> Any:
+def load_hugging_face(name: str) -> Any:
     """The transformers tokenizer of a folder, or of a hub id. Raises `ConfigError`."""
     # Torch is not needed here, whatever transformers has to say about it.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

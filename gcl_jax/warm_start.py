@@ -33,7 +33,7 @@ def warm_start(cfg: TrainConfig, mesh: Mesh) -> Params:
         with Checkpointer(source, cfg.checkpoint, read_only=True) as checkpointer:
             return checkpointer.restore_params(abstract, optional)
 
-    from gcl_jax.models.port import load_pretrained  # type: ignore[attr-defined]
+    from gcl_jax.models.port import load_pretrained
 
     base = dataclasses.replace(cfg.model, lora_rank=0)
     found = traverse_util.flatten_dict(load_pretrained(cfg.init_from, base), sep=".")

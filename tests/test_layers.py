@@ -32,7 +32,7 @@ LAYERS = (
         "retrieval",
         "evaluate",
     },
-    {"train", "search", "prepare", "report"},
+    {"train", "search", "prepare", "report", "port"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

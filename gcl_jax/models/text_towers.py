@@ -51,10 +51,11 @@ class BertTower(nnx.Module):
         self.projection = Projection(cfg, embed_dim, how, rngs)
 
     def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
-        """Token ids, padded at the end with `pad_id`, to unnormalised embeddings. A row of nothing
-        but padding counts as one token, so that it stays finite."""
+        """Token ids, padded at the end with `pad_id`, to unnormalised embeddings. Padding starts
+        behind the last other token; a row of nothing else counts as one, so that it stays finite.
+        """
         t = tokens.shape[1]
-        lengths = jnp.maximum(jnp.sum(tokens != self.pad_id, axis=1), 1)
+        lengths = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(1, t + 1), 1), axis=1)
         positions = self.positional_embedding[...][self.first_position : self.first_position + t]
         x = self.token_embedding[...][tokens] + positions + self.token_type_embedding[...][0]
         x = self.ln_embedding(x.astype(self.dtype))
