@@ -201,27 +201,34 @@ def main() -> None:
         has_torch = True
     except ImportError:
         has_torch = False
-    results = {}
+    summary: dict = {
+        "about": {
+            "device": jax.devices()[0].device_kind,
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "jax": jax.__version__,
+            "dim": args.dim,
+            "dtype": args.dtype,
+            "repeats": args.repeats,
+        },
+        "batches": {},
+    }
+
+    def save() -> None:
+        args.output.write_text(json.dumps(summary, indent=2) + "\n")
+
     for batch in map(int, args.batches.split(",")):
         repeats = max(1, min(args.repeats, round(args.repeats * (8192 / batch) ** 2)))
         methods = available(batch, args.limit_mib, has_torch)
-        results[batch] = compare(batch, args.dim, args.dtype, methods, repeats)
-        print(table({batch: results[batch]}), flush=True)
+        rows = summary["batches"][batch] = compare(batch, args.dim, args.dtype, methods, repeats)
+        print(table({batch: rows}), flush=True)
+        save()
     largest = {
         name: largest_batch(name, args.dim, args.dtype, args.gib)
         for name in ("naive", "gather", "ring")
     }
     print(f"largest batch in {args.gib:g} GiB:", largest)
-    about = {
-        "device": jax.devices()[0].device_kind,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "jax": jax.__version__,
-        "dim": args.dim,
-        "dtype": args.dtype,
-        "repeats": args.repeats,
-    }
-    summary = {"about": about, "batches": results, "largest_batch": {f"{args.gib:g} GiB": largest}}
-    args.output.write_text(json.dumps(summary, indent=2) + "\n")
+    summary["largest_batch"] = {f"{args.gib:g} GiB": largest}
+    save()
 
 
 if __name__ == "__main__":

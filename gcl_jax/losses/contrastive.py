@@ -26,7 +26,7 @@ from gcl_jax.sharding import BATCH_AXES
 from gcl_jax.validation import CHOICES
 
 # Form "auto" gathers the documents while their copies, with their gradients in float32, take no
-# more bytes of each device than this.
+# more bytes of each device than this; never on one device, which needs no copy.
 GATHER_LIMIT = 2 * 2**30
 
 
@@ -138,7 +138,7 @@ def gcl_losses(
     documents = {name: documents[name] for name in {term.document for term in terms}}
     if form == "auto":
         copies = sum(x.size * (x.dtype.itemsize + 4) for x in documents.values())
-        form = "gather" if mesh.size == 1 or copies <= GATHER_LIMIT else "ring"
+        form = "gather" if mesh.size > 1 and copies <= GATHER_LIMIT else "ring"
     fields = tuple((term.query, term.document) for term in terms)
     split, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
     sharded = jax.shard_map(
