@@ -2,10 +2,13 @@
 
     STORE/
       store.json                          fields and their kinds, splits, counts, provenance
-      documents/1.0.0/*.array_record-*    a TFDS data set: every document once, `id` and its fields
-      queries/1.0.0/*.array_record-*      likewise
+      documents/1.1.0/*.array_record-*    a TFDS data set: every document once, `id` and its fields
+      documents/ids.arrow                 the ids alone, in the same order
+      queries/...                         likewise
       pairs/SPLIT/{query,document,score}.npy   int32, int32, float32 columns, one row per pair
       corpora/NAME.npy                    int32, ascending: what the queries of a split search
+      skipped.jsonl                       what was left out and why, if anything was
+      checksums.sha256                    of all the other files
 
 Documents and queries are records of any size, so they live in ArrayRecord files. A pair is 12
 bytes: memory-mapped columns give a random read without parsing, are shared by all worker processes
@@ -24,7 +27,7 @@ import numpy as np
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import DataError
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +76,10 @@ class Records:
     @functools.cached_property
     def ids(self) -> list[str]:
         """The id of every record, in order."""
-        return [str(record["id"]) for record in self]
+        import pyarrow as pa
+
+        with pa.memory_map(str(self._directory.parent / "ids.arrow")) as file:
+            return pa.ipc.open_file(file).read_all()["id"].to_pylist()
 
     def __getstate__(self) -> dict:
         return {"fields": self.fields, "_directory": self._directory}
@@ -107,7 +113,7 @@ class RankedStore:
 
     @property
     def name(self) -> str:
-        return self.info["name"]
+        return self.directory.name
 
     @property
     def splits(self) -> list[str]:
