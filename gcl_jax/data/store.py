@@ -100,10 +100,14 @@ class RankedStore:
                 f"{self.directory} holds no store (no store.json); make one with "
                 "`python -m gcl_jax.prepare`"
             )
-        self.info = json.loads(manifest.read_text())
-        if self.info["version"] != VERSION:
+        try:
+            self.info = json.loads(manifest.read_text("utf-8"))
+            version = self.info["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{manifest} is damaged: {error!r}; prepare the store again") from None
+        if version != VERSION:
             raise DataError(
-                f"{manifest} has version {self.info['version']}, this program reads {VERSION}; "
+                f"{manifest} has version {version}, this program reads {VERSION}; "
                 "prepare the store again"
             )
         self.documents = Records(
