@@ -30,8 +30,8 @@ def write_manifest(directory: Path, progress: Callable[[int], object]) -> None:
     (directory / MANIFEST).write_text("".join(lines), encoding="utf-8")
 
 
-def damaged_files(directory: Path, progress: Callable[[int], object]) -> list[str]:
-    """One line "PATH: what is wrong" for every file that is not as the manifest says.
+def read_manifest(directory: Path) -> dict[str, str]:
+    """{path below `directory`: checksum}.
 
     Raises:
         DataError: there is no manifest, or it is damaged itself.
@@ -39,9 +39,18 @@ def damaged_files(directory: Path, progress: Callable[[int], object]) -> list[st
     manifest = directory / MANIFEST
     try:
         lines = [line.split("  ", 1) for line in manifest.read_text("utf-8").splitlines()]
-        expected = {name: digest for digest, name in lines}
+        return {name: digest for digest, name in lines}
     except (OSError, ValueError) as error:
         raise DataError(f"{manifest} cannot be read ({error}); prepare the store again") from None
+
+
+def damaged_files(directory: Path, progress: Callable[[int], object]) -> list[str]:
+    """One line "PATH: what is wrong" for every file that is not as the manifest says.
+
+    Raises:
+        DataError: there is no manifest, or it is damaged itself.
+    """
+    expected = read_manifest(directory)
     present = {path.relative_to(directory).as_posix(): path for path in files(directory)}
     wrong = []
     for name, digest in expected.items():

@@ -19,8 +19,8 @@ EMBEDDING = (".parquet", ".tar")  # files that may hold the bytes of images
 
 class Records:
     """Of every record its id, its place and a hash of its cells; `numbers` maps ids to 0, 1, ... in
-    the order of appearance. Iterating yields {"id", **fields}, where there are images behind a
-    call that loads them, images as bytes that decode."""
+    the order of appearance. Iterating yields {"id", **fields}, or where an image has to be loaded
+    the call that does it; images are bytes that decode, then."""
 
     def __init__(
         self,
@@ -89,11 +89,14 @@ class Records:
         return len(self.numbers)
 
     def __iter__(self) -> Iterator[Record | Callable[[], Loaded]]:
-        images = "image" in self._fields.values()
+        images = [field for field, kind in self._fields.items() if kind == "image"]
         ids = list(self.numbers)
         for number, (place, cells) in zip(self.order, self._rows(), strict=True):
             record = {"id": ids[number], **dict(zip(self._fields, cells, strict=True))}
-            yield functools.partial(self._load, place, record) if images else record
+            if any(record[field] for field in images):
+                yield functools.partial(self._load, place, record)
+            else:
+                yield record | dict.fromkeys(images, b"")
 
     def _rows(self) -> Iterator[tuple[Place, tuple]]:
         """The cells of the records, in their order."""
