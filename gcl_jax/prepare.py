@@ -1,20 +1,43 @@
-"""Makes a store, which training reads, from your own tables of scored pairs.
+"""Makes a store, which training reads, from scored pairs of queries and documents.
 
+--source=tables (default): your own CSV or TSV files with a header line, JSONL or parquet, in UTF-8.
 A pair is a query, a document and a score from 1 to 100, 100 best. Its documents' fields (title,
-image, ...) stand in the same rows, or in a file of their own given with --documents. Files are
-CSV or TSV with a header line, JSONL, or parquet, in UTF-8. An image is a path, or in parquet bytes.
+image, ...) stand in the same rows, or in files of their own given with --documents. An image is a
+path, or in parquet bytes.
 
   python -m gcl_jax.prepare --out=stores/shop --pairs=pairs.csv --query_fields=query \\
       --document_fields=image:image,title --id_column=product_id --score_column=score
+
+--source=marqo_gs: the folder --data of Marqo-GS-10M or a variant, as the authors' archive or as
+parquet shards. --source=webdataset: tar files --data with images and captions. --source=folder: the
+images below --data with captions. Captions have no scores: every pair has the best one.
+
+  python -m gcl_jax.prepare --out=stores/gs --source=marqo_gs --data=DIR --image_root=DIR/images
+  python -m gcl_jax.prepare --out=stores/web --source=webdataset --data shards/*.tar
+  python -m gcl_jax.prepare --out=stores/art --source=folder --data=DIR --captions=captions.csv
+
+A store is complete or absent. The same command again continues a run that was killed.
 """
 
 import argparse
+import hashlib
+import json
+import os
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
-from gcl_jax.errors import reported_in_one_line
+from gcl_jax.errors import DataError, reported_in_one_line
 
 FIELD_KINDS = ("text", "image")
+NEEDED: dict[str, tuple[str, ...]] = {  # per source
+    "tables": ("pairs", "query_fields", "document_fields", "id_column", "score_column"),
+    "marqo_gs": ("data",),
+    "webdataset": ("data",),
+    "folder": ("data",),
+    "emoji": (),
+}
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".tar", ".txt")
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -41,11 +64,39 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="the store to make; must not exist")
     add(
         "--source",
-        choices=("tables", "emoji"),
+        choices=tuple(NEEDED),
         default="tables",
-        help="your tables (default), or the bundled emoji benchmark, which takes only --out",
+        help="what to read (default: tables); emoji is the bundled benchmark and takes only --out",
     )
-    add = parser.add_argument_group("your tables").add_argument
+    add(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="PATH",
+        help="of marqo_gs and folder the folder, of webdataset tar files or folders of them",
+    )
+    add(
+        "--image_root",
+        type=Path,
+        metavar="DIR",
+        help="where relative image paths begin, and which no path may leave (default: the folder "
+        "of the file that names them)",
+    )
+    add(
+        "--on_error",
+        choices=("strict", "skip"),
+        default="strict",
+        help="stop at the first bad row (default), or leave bad rows out and list them in "
+        "OUT/skipped.jsonl; an unreadable image then counts as missing",
+    )
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count() or 1,
+        metavar="N",
+        help="threads that read and check images (default: one per core)",
+    )
+    add = parser.add_argument_group("tables").add_argument
     add("--pairs", type=Path, nargs="+", metavar="FILE", help="files with one scored pair a row")
     add(
         "--documents",
@@ -68,22 +119,23 @@ def make_parser() -> argparse.ArgumentParser:
         help="the document's columns, e.g. image:image,title: an image and a text",
     )
     add("--id_column", metavar="COLUMN", help="the document's id")
-    add("--score_column", metavar="COLUMN", help="the score, from 1 to 100, 100 best")
+    add(
+        "--score_column",
+        metavar="COLUMN",
+        help="the score, from 1 to 100, 100 best; marqo_gs has score_linear (default), "
+        "score_reciprocal and no_score",
+    )
     add("--query_id_column", metavar="COLUMN", help="the query's id (default: its texts)")
+    add = parser.add_argument_group("folder").add_argument
     add(
-        "--image_root",
+        "--captions",
         type=Path,
-        metavar="DIR",
-        help="where relative image paths begin (default: the folder of the file that names them)",
+        metavar="FILE",
+        help="a table of captions (default: a.txt of a.jpg)",
     )
-    add(
-        "--on_error",
-        choices=("strict", "skip"),
-        default="strict",
-        help="stop at the first bad row (default), or leave bad rows out and list them in "
-        "OUT/skipped.jsonl; an unreadable image then counts as missing",
-    )
-    splits = parser.add_argument_group("splits")
+    add("--image_column", default="image", metavar="COLUMN", help="its paths (default: image)")
+    add("--caption_column", default="caption", metavar="COLUMN", help="(default: caption)")
+    splits = parser.add_argument_group("splits of tables")
     one = splits.add_mutually_exclusive_group()
     one.add_argument(
         "--split",
@@ -104,17 +156,46 @@ def prepare(args: argparse.Namespace):
         DataError: bad input; nothing is left at `args.out` then.
     """
     from gcl_jax.datasets.bad_rows import BadRows
-    from gcl_jax.datasets.builder import check_absent, write_store
+    from gcl_jax.datasets.builder import finished_store, write_store
 
+    plan = fingerprint(args)
+    if existing := finished_store(args.out, plan):
+        return existing
+    bad_rows = BadRows(args.on_error)
+    source = make_source(args, bad_rows)
+    return write_store(source, args.out, bad_rows, plan=plan, workers=max(1, args.workers))
+
+
+def make_source(args: argparse.Namespace, bad_rows):
+    """The `Source` that the arguments describe."""
     if args.source == "emoji":
         from gcl_jax.datasets.emoji import EmojiSource
 
-        return write_store(EmojiSource(), args.out)
+        return EmojiSource()
+    if args.source in ("marqo_gs", "folder") and len(args.data) > 1:
+        raise DataError(f"--source={args.source} takes one folder --data, not {len(args.data)}")
+    if args.source == "marqo_gs":
+        from gcl_jax.datasets.marqo_gs import SCORE, marqo_gs_source
 
-    from gcl_jax.datasets.tables import Columns, TablesSource
+        return marqo_gs_source(
+            args.data[0],
+            bad_rows,
+            image_root=args.image_root,
+            score=args.score_column or SCORE,
+            document_fields=args.document_fields,
+        )
+    if args.source == "webdataset":
+        from gcl_jax.datasets.captions import webdataset_source
 
-    check_absent(args.out)
-    bad_rows = BadRows(args.on_error)
+        return webdataset_source(args.data, bad_rows)
+    if args.source == "folder":
+        from gcl_jax.datasets.captions import folder_source
+
+        named = (args.image_column, args.caption_column)
+        return folder_source(args.data[0], bad_rows, args.captions, named)
+
+    from gcl_jax.datasets.tables import Columns, Table, TablesSource
+
     columns = Columns(
         args.query_fields,
         args.document_fields,
@@ -123,17 +204,42 @@ def prepare(args: argparse.Namespace):
         args.query_id_column,
         args.split_column,
     )
-    source = TablesSource(
+    return TablesSource(
         args.out.name,
-        args.pairs,
+        [Table(path) for path in args.pairs],
         columns,
         bad_rows,
-        documents=args.documents,
+        documents=[Table(path) for path in args.documents],
         image_root=args.image_root,
         split=args.split,
         seed=args.seed,
     )
-    return write_store(source, args.out, bad_rows)
+
+
+def fingerprint(args: argparse.Namespace) -> str:
+    """Changes with whatever decides what the store holds: arguments, and size and time of the
+    tables. Image files are taken as unchanging."""
+    from gcl_jax.data.store import VERSION
+
+    options = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
+    given = (*(args.pairs or ()), *args.documents, *(args.data or ()))
+    paths = given if args.captions is None else (*given, args.captions)
+    files = [(str(file), *_size_and_time(file)) for path in paths for file in _tables(path)]
+    content = json.dumps([VERSION, options, files], default=str, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _tables(path: Path) -> Iterator[Path]:
+    """`path`, or in a folder all files that may be tables."""
+    if path.is_dir():
+        yield from sorted(file for file in path.rglob("*") if file.suffix in TABLE_SUFFIXES)
+    elif path.exists():
+        yield path
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def summary(store) -> str:
@@ -161,8 +267,7 @@ def summary(store) -> str:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
-    needed = ("pairs", "query_fields", "document_fields", "id_column", "score_column")
-    if args.source == "tables" and (absent := [name for name in needed if not getattr(args, name)]):
+    if absent := [name for name in NEEDED[args.source] if not getattr(args, name)]:
         parser.error(f"missing --{absent[0]}; see --help for an example")
     with reported_in_one_line():
         print(summary(prepare(args)))

@@ -17,7 +17,7 @@ from PIL import Image
 
 from gcl_jax import prepare
 from gcl_jax.data.store import RankedStore
-from gcl_jax.datasets import builder
+from gcl_jax.datasets import parts, records
 from gcl_jax.errors import DataError, UserError
 
 FIELDS = "--query_fields=query --document_fields=image:image,title --id_column=id"
@@ -285,14 +285,37 @@ def animation() -> bytes:
     return png(save_all=True, append_images=[Image.new("RGB", (8, 8), "green")])
 
 
+def deep_image(mode, kind="PNG") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (8, 8)).save(file, kind)
+    return file.getvalue()
+
+
+def deep_colours() -> bytes:
+    """An RGB PNG with 16 bits a channel, which Pillow reads but does not write."""
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", 8, 8, 16, 2, 0, 0, 0)
+    pixels = zlib.compress((b"\0" + bytes(8 * 6)) * 8)
+    chunks = chunk(b"IHDR", header), chunk(b"IDAT", pixels), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
+
+
 BAD_IMAGES = {
     "missing": ("img/none.png", None, "missing image file"),
     "below a file": ("img/a.png/x.png", None, "missing image file"),
     "no image": ("img/x.png", b"<html>not found</html>", "unreadable image"),
     "empty": ("img/x.png", b"", "unreadable image"),
     "truncated": ("img/x.png", png()[:50], "unreadable image"),
-    "bomb": ("img/x.png", bomb(), "unreadable image"),
+    "bomb": ("img/x.png", bomb(), "decompression bomb"),
     "animated": ("img/x.png", animation(), "animated image"),
+    "16 bits": ("img/x.png", deep_image("I;16"), "16-bit image"),
+    "16-bit colours": ("img/x.png", deep_colours(), "16-bit image"),
+    "floats": ("img/x.tiff", deep_image("F", "TIFF"), "16-bit image"),
     "outside": ("img/../../x.png", None, "image path leaves the image root"),
     "a folder": ("img", None, "unreadable image"),
 }
@@ -400,7 +423,11 @@ def test_byte_order_mark(folder):
 
 def test_existing_store_is_left_alone(folder):
     pairs = write_table(folder / "pairs.csv", PAIRS)
-    run(folder, pairs)
+    before = run(folder, pairs).info
+    assert run(folder, pairs).info == before  # the same command again finds its work done
+    with pytest.raises(DataError, match="exists already"):
+        run(folder, pairs, "--split=paper")
+    write_table(folder / "pairs.csv", PAIRS[:2])
     with pytest.raises(DataError, match="exists already"):
         run(folder, pairs)
     assert content(RankedStore(folder / "store")) == expected(folder)
@@ -409,7 +436,7 @@ def test_existing_store_is_left_alone(folder):
 @pytest.mark.parametrize("left_out", [0, 20])
 def test_order_over_shards(folder, monkeypatch, left_out):
     """Records keep their order over several shards, of which the last may stay empty."""
-    monkeypatch.setattr(builder, "RECORDS_PER_SHARD", 10)
+    monkeypatch.setattr(parts, "RECORDS_PER_PART", 10)
     rows = [{"query": "q", "id": str(i), "score": 1, "image": "img/a.png"} for i in range(35)]
     for row in rows[:left_out]:
         row["image"] = "none.png"
@@ -445,11 +472,59 @@ def test_help_is_quick():
     assert not any(f"'{name}'" in done.stdout for name in ("jax", "pyarrow", "tensorflow_datasets"))
 
 
-def test_interrupted_writing_leaves_nothing(folder, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+def tree(directory) -> dict:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
-    monkeypatch.setattr(builder, "_write_pairs", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run(folder, write_table(folder / "pairs.csv", PAIRS))
-    assert sorted(path.name for path in folder.iterdir()) == ["img", "pairs.csv"]
+
+def test_goes_on_after_an_interrupt(folder, monkeypatch):
+    """At any record, and with bad ones among them: the parts that were done are not done again."""
+    monkeypatch.setattr(parts, "RECORDS_PER_PART", 3)
+    rows = [
+        {"query": f"q{i % 4}", "id": str(i), "score": 5, "image": f"img/{'abc'[i % 3]}.png"}
+        for i in range(10)
+    ]
+    pairs = write_table(folder / "pairs.csv", rows)
+    fields = "--query_fields=query --document_fields=image:image --id_column=id"
+    store = run(folder, pairs, "--on_error=skip", "--workers=2", fields=fields)
+    assert (len(store.documents), len(store.queries)) == (7, 4)
+    wanted = tree(folder / "store")
+    loads = []
+    load = records.load_image
+
+    def interrupted_load(cell, *more):
+        loads.append(cell)
+        if len(loads) == stop:
+            raise KeyboardInterrupt
+        return load(cell, *more)
+
+    monkeypatch.setattr(records, "load_image", interrupted_load)
+    for stop in (2, 5, 10):
+        shutil.rmtree(folder / "store")
+        loads.clear()
+        with pytest.raises(KeyboardInterrupt):
+            run(folder, pairs, "--on_error=skip", fields=fields)
+        assert not (folder / "store").exists()
+        done, stop = len(loads), 0
+        run(folder, pairs, "--on_error=skip", fields=fields)
+        assert len(loads) - done <= 10 - (done - 1) // 3 * 3
+        assert tree(folder / "store") == wanted
+        assert sorted(path.name for path in folder.iterdir()) == ["img", "pairs.csv", "store"]
+
+
+def test_killed_at_random_moments(folder):
+    """`kill -9`, then the same command again: the store is that of a run left alone."""
+    rows = [
+        {"query": f"q{i % 40}", "id": f"d{i % 120}", "score": 1 + i % 100, "split": f"s{i % 2}"}
+        | {"image": f"img/{'abc'[i % 120 % 3]}.png"}
+        for i in range(240)
+    ]
+    pairs = write_table(folder / "pairs.csv", rows)
+    command = [sys.executable, "-m", "tests.killed_prepare", "5"]
+    command += [f"--out={folder / 'store'}", f"--pairs={pairs}", "--score_column=score"]
+    command += ["--query_fields=query", "--document_fields=image:image", "--id_column=id"]
+    command += ["--split_column=split", "--on_error=skip"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "5 kills, all stores identical" in done.stdout
+    assert sorted(path.name for path in folder.iterdir()) == ["img", "pairs.csv", "store"]

@@ -2,10 +2,13 @@
 
     STORE/
       store.json                          fields and their kinds, splits, counts, provenance
-      documents/1.0.0/*.array_record-*    a TFDS data set: every document once, `id` and its fields
-      queries/1.0.0/*.array_record-*      likewise
+      documents/1.1.0/*.array_record-*    a TFDS data set: every document once, `id` and its fields
+      documents/ids.arrow                 the ids alone, in the same order
+      queries/...                         likewise
       pairs/SPLIT/{query,document,score}.npy   int32, int32, float32 columns, one row per pair
       corpora/NAME.npy                    int32, ascending: what the queries of a split search
+      skipped.jsonl                       what was left out and why, if anything was
+      checksums.sha256                    of all the other files
 
 Documents and queries are records of any size, so they live in ArrayRecord files. A pair is 12
 bytes: memory-mapped columns give a random read without parsing, are shared by all worker processes
@@ -24,7 +27,7 @@ import numpy as np
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import DataError
 
-VERSION = "1.0.0"
+VERSION = "1.1.0"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,7 +76,10 @@ class Records:
     @functools.cached_property
     def ids(self) -> list[str]:
         """The id of every record, in order."""
-        return [str(record["id"]) for record in self]
+        import pyarrow as pa
+
+        with pa.memory_map(str(self._directory.parent / "ids.arrow")) as file:
+            return pa.ipc.open_file(file).read_all()["id"].to_pylist()
 
     def __getstate__(self) -> dict:
         return {"fields": self.fields, "_directory": self._directory}
@@ -94,10 +100,14 @@ class RankedStore:
                 f"{self.directory} holds no store (no store.json); make one with "
                 "`python -m gcl_jax.prepare`"
             )
-        self.info = json.loads(manifest.read_text())
-        if self.info["version"] != VERSION:
+        try:
+            self.info = json.loads(manifest.read_text("utf-8"))
+            version = self.info["version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{manifest} is damaged: {error!r}; prepare the store again") from None
+        if version != VERSION:
             raise DataError(
-                f"{manifest} has version {self.info['version']}, this program reads {VERSION}; "
+                f"{manifest} has version {version}, this program reads {VERSION}; "
                 "prepare the store again"
             )
         self.documents = Records(
@@ -107,7 +117,7 @@ class RankedStore:
 
     @property
     def name(self) -> str:
-        return self.info["name"]
+        return self.directory.name
 
     @property
     def splits(self) -> list[str]:

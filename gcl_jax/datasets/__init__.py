@@ -5,7 +5,6 @@ import zlib
 from pathlib import Path
 
 from gcl_jax.data.store import VERSION, RankedStore
-from gcl_jax.errors import DataError
 
 EMOJI_TABLES = Path(__file__).with_name("emoji")
 
@@ -20,16 +19,13 @@ def open_store(name: str) -> RankedStore:
     if name != "emoji" or Path(name).is_dir():
         return RankedStore(name)
     cache = Path(os.environ.get("GCL_JAX_CACHE", "~/.cache/gcl_jax")).expanduser()
-    directory = cache / f"emoji-{VERSION}-{_fingerprint(EMOJI_TABLES):08x}"
+    plan = f"emoji-{VERSION}-{_fingerprint(EMOJI_TABLES):08x}"
+    directory = cache / plan / "emoji"
     if not directory.exists():
         from gcl_jax.datasets.builder import write_store
         from gcl_jax.datasets.emoji import EmojiSource
 
-        try:
-            write_store(EmojiSource(), directory)
-        except (OSError, DataError):
-            if not directory.exists():  # else another process was quicker, with the same result
-                raise
+        return write_store(EmojiSource(), directory, plan=plan)
     return RankedStore(directory)
 
 

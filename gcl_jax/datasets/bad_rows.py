@@ -41,12 +41,18 @@ class Reason(enum.Enum):
         "set --image_root to a folder above the images",
     )
     UNREADABLE_IMAGE = "unreadable image", "save it again, as JPEG, PNG or WebP"
+    HUGE_IMAGE = "decompression bomb", "save the image with fewer pixels"
     ANIMATED_IMAGE = "animated image", "save one frame of it as a still image"
+    DEEP_IMAGE = "16-bit image", "save it with 8 bits a channel"
+    BROKEN_ARCHIVE = "broken archive", "fetch or pack the tar file again"
     NOTHING_LEFT = "no readable field", "mend at least one of its images"
     LEFT_OUT = "pair of a record that was left out", "mend the record"
 
     def __init__(self, label: str, fix: str):
         self.label, self.fix = label, fix
+
+
+_UNITS = {".parquet": "row", ".json": "entry", ".tar": "sample", "": "sample"}
 
 
 class RowError(DataError):
@@ -59,21 +65,23 @@ class RowError(DataError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Place:
-    """A row of a file: the line that an editor shows, for parquet the row, both from 1."""
+    """A row of a file, from 1: the line that an editor shows, in a binary file the row, in a JSON
+    object the entry, in an archive or a folder the sample."""
 
     file: Path
     row: int
 
     def __str__(self) -> str:
-        return f"{self.file}, {'row' if self.file.suffix == '.parquet' else 'line'} {self.row}"
+        return f"{self.file}, {_UNITS.get(self.file.suffix, 'line')} {self.row}"
 
 
 class BadRows:
-    """The policy `on_error` ("strict" or "skip"), and all that was skipped so far."""
+    """The policy `on_error` ("strict" or "skip"), and all that was skipped so far, in `skipped`:
+    {"file", "row", "reason", "detail"} each."""
 
     def __init__(self, on_error: str = "strict"):
         self._strict = on_error == "strict"
-        self._skipped: list[tuple[Place, RowError]] = []
+        self.skipped: list[dict[str, str | int]] = []
 
     def report(self, place: Place, error: RowError) -> None:
         """Notes a bad row.
@@ -83,7 +91,8 @@ class BadRows:
         """
         if self._strict:
             raise DataError(f"{place}: {error} (--on_error=skip leaves such rows out)") from None
-        self._skipped.append((place, error))
+        entry: dict[str, str | int] = {"file": str(place.file), "row": place.row}
+        self.skipped.append(entry | {"reason": error.reason.label, "detail": error.detail})
 
     @contextlib.contextmanager
     def at(self, place: Place) -> Iterator[None]:
@@ -95,15 +104,10 @@ class BadRows:
 
     def counts(self) -> dict[str, int]:
         """{reason: skips}, the most frequent first."""
-        labels = collections.Counter(error.reason.label for _, error in self._skipped)
-        return dict(labels.most_common())
+        return dict(collections.Counter(str(skip["reason"]) for skip in self.skipped).most_common())
 
     def write(self, path: Path) -> None:
-        """Writes every skip as a JSON line {"file", "row", "reason", "detail"}; no file if none."""
-        if not self._skipped:
-            return
-        with path.open("w", encoding="utf-8") as file:
-            for place, error in self._skipped:
-                entry = {"file": str(place.file), "row": place.row}
-                entry |= {"reason": error.reason.label, "detail": error.detail}
-                file.write(json.dumps(entry) + "\n")
+        """Writes every skip as a JSON line; no file if there are none."""
+        if self.skipped:
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(skip) + "\n" for skip in self.skipped)

@@ -1,28 +1,23 @@
-"""From a source to a store: TFDS builders for the records, memory-mapped columns for the pairs."""
+"""From a source to a store: TFDS data sets of the records, memory-mapped columns for the pairs."""
 
 import contextlib
 import dataclasses
-import functools
+import fcntl
 import importlib.metadata
-import io
-import itertools
 import json
 import operator
+import os
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TextIO
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 from gcl_jax import logs
-from gcl_jax.data import store
+from gcl_jax.data import checksums, store
 from gcl_jax.datasets.bad_rows import BadRows
-from gcl_jax.errors import DataError
-
-RECORDS_PER_SHARD = 50_000
+from gcl_jax.datasets.parts import Part, PartsWriter, Records
+from gcl_jax.errors import DataError, UserError
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,9 +37,14 @@ class Source(Protocol):
     query_fields: dict[str, str]
     document_fields: dict[str, str]
 
-    def documents(self) -> Iterable[dict[str, str | bytes]]: ...
+    def documents(self) -> Records: ...
 
-    def queries(self) -> Iterable[dict[str, str | bytes]]: ...
+    def queries(self) -> Records: ...
+
+    def leave_out(self, kind: str, positions: list[int]) -> None:
+        """These "documents" or "queries" could not be loaded and were not written; only a source
+        whose records have yet to be loaded is told so, and then drops their pairs."""
+        raise DataError(f"source {self.name} cannot do without its {kind} {positions}")
 
     def splits(self) -> dict[str, Split]: ...
 
@@ -53,116 +53,121 @@ class Source(Protocol):
     def provenance(self) -> dict[str, object]: ...
 
 
-class RecordsBuilder(tfds.core.ShardBasedBuilder):
-    """Documents or queries as a TFDS data set of one split, `corpus`, in the order given.
+def finished_store(out: Path, plan: str) -> store.RankedStore | None:
+    """The store at `out` if it was made by this very `plan`, None if there is nothing.
 
-    Shard-based, as the usual `GeneratorBasedBuilder` collects all records, in memory up to 1 GB and
-    beyond it with the help of TensorFlow.
+    Raises:
+        DataError: there is something else.
     """
-
-    VERSION = tfds.core.Version(store.VERSION)
-    pkg_dir_path = None
-
-    def __init__(self, name: str, fields: dict[str, str], records: Iterable, data_dir: Path, bar):
-        self.name = name
-        self._fields = fields
-        self._records = records
-        self._bar = bar
-        super().__init__(data_dir=data_dir, file_format="array_record")
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        kinds = {"text": tfds.features.Text, "image": tfds.features.Image}
-        features = {"id": tfds.features.Text()}
-        features |= {field: kinds[kind]() for field, kind in self._fields.items()}
-        features = tfds.features.FeaturesDict(features)
-        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-    def _shard_iterators_per_split(self, dl_manager) -> dict[str, list[Callable]]:
-        records = iter(self._records)
-        full_shards = operator.length_hint(self._records) // RECORDS_PER_SHARD
-        sizes = [*[RECORDS_PER_SHARD] * full_shards, None]
-        return {"corpus": [functools.partial(self._examples, records, size) for size in sizes]}
-
-    def _examples(self, records: Iterator[dict], size: int | None) -> Iterator[tuple[int, dict]]:
-        for i, record in enumerate(itertools.islice(records, size)):
-            self._bar.update()
-            example = dict(record)
-            yield i, example
-            example.clear()  # TFDS holds a shard's examples until it counts them at the end
+    if not out.exists():
+        return None
+    with contextlib.suppress(DataError):
+        existing = store.RankedStore(out)
+        if plan and existing.info["plan"] == plan:
+            return existing
+    raise DataError(f"{out} exists already; remove it or choose another --out")
 
 
-def check_absent(out: Path) -> None:
-    """Raises `DataError` when there is something at `out` already."""
-    if out.exists():
-        raise DataError(f"{out} exists already; remove it or choose another --out")
-
-
-def write_store(source: Source, out: Path, bad_rows: BadRows | None = None) -> store.RankedStore:
+def write_store(
+    source: Source,
+    out: Path,
+    bad_rows: BadRows | None = None,
+    *,
+    plan: str = "",
+    workers: int = 1,
+) -> store.RankedStore:
     """Writes `source` to the directory `out`, which is complete or absent: it is built beside its
-    place and renamed at the end. What `bad_rows` skipped is listed in OUT/skipped.jsonl.
+    place, in OUT.incomplete, and renamed at the end. What `bad_rows` skipped is listed in
+    OUT/skipped.jsonl. `workers` threads read and decode images.
+
+    A run that was cut short is continued by the next one of the same `plan`, a fingerprint of all
+    that the store depends on; without a plan, and after a `UserError`, work starts afresh.
 
     Raises:
         DataError: `out` exists already, the source has bad rows, or no pairs.
     """
-    check_absent(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=out.parent, prefix=f"{out.name}.incomplete-"))
-    building.chmod(0o755)
-    try:
-        _write_records(source, building)
-        _write_pairs(source, building)
-        if bad_rows:
-            bad_rows.write(building / "skipped.jsonl")
-        building.rename(out)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    building = out.with_name(f"{out.name}.incomplete")
+    with _lock(building):
+        try:
+            if existing := finished_store(out, plan):
+                shutil.rmtree(building)
+                return existing
+            _keep_if_same_plan(building, plan)
+            bad_rows = bad_rows or BadRows()
+            read = _write_records(source, building, bad_rows, workers)
+            _write_rest(source, building / "store", bad_rows, read, plan)
+        except UserError:
+            shutil.rmtree(building)
+            raise
+        shutil.rmtree(building / "parts")
+        (building / "store").rename(out)
+        shutil.rmtree(building)
     return store.RankedStore(out)
 
 
-def _write_records(source: Source, out: Path) -> None:
+def _lock(building: Path) -> TextIO:
+    """Makes the folder `building`, for this process alone until the result is closed; waits for
+    another process that works there."""
+    path = building / "lock"
+    while True:
+        building.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # whoever held it has finished and removed it
+            lock = path.open("w")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
+                return lock
+            lock.close()
+
+
+def _keep_if_same_plan(building: Path, plan: str) -> None:
+    """Empties `building` but for its lock, unless it holds unfinished work of this `plan`."""
+    note = building / "plan"
+    if not (plan and note.exists() and note.read_text() == plan):
+        for name in ("parts", "store"):
+            shutil.rmtree(building / name, ignore_errors=True)
+        note.write_text(plan)
+    for name in ("parts", "store"):
+        (building / name).mkdir(exist_ok=True)
+
+
+def _write_records(
+    source: Source, building: Path, bad_rows: BadRows, workers: int
+) -> dict[str, Part]:
     sides = {
         "documents": (source.document_fields, source.documents()),
         "queries": (source.query_fields, source.queries()),
     }
+    read = {}
     total = sum(operator.length_hint(records) for _, records in sides.values())
-    with logs.progress(total, unit="records", description="write") as bar, _silent_tfds():
+    with logs.progress(total, unit="records", description="write") as bar:
         for kind, (fields, records) in sides.items():
-            builder = RecordsBuilder(kind, fields, records, out, bar)
-            builder.download_and_prepare()
-            if not builder.info.splits["corpus"].num_examples:
+            writer = PartsWriter(kind, fields, building / "parts", bad_rows)
+            read[kind] = writer.write(records, building / "store", bar, workers)
+            if not read[kind].ids:
                 raise DataError(f"source {source.name} has no {kind} left to write")
-    shutil.rmtree(out / "downloads", ignore_errors=True)  # an empty folder that TFDS makes
+            if left_out := read[kind].left_out:
+                source.leave_out(kind, left_out)
+    return read
 
 
-@contextlib.contextmanager
-def _silent_tfds() -> Iterator[None]:
-    """Without the messages of TFDS on stdout and its own progress bars."""
-    logs.quiet_libraries()
-    tfds.disable_progress_bar()
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        tfds.enable_progress_bar()
-
-
-def _write_pairs(source: Source, out: Path) -> None:
-    """The pairs, the corpora and store.json, which describes it all."""
+def _write_rest(
+    source: Source, out: Path, bad_rows: BadRows, read: dict[str, Part], plan: str
+) -> None:
+    """The pairs, the corpora, store.json, which describes it all, and the checksums."""
     splits = source.splits()
     if not any(len(split.pairs) for split in splits.values()):
         raise DataError(f"source {source.name} has no pair left to train on")
     for name, split in splits.items():
         folder = out / "pairs" / name
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for column in store.Pairs.__slots__:
             np.save(folder / f"{column}.npy", getattr(split.pairs, column))
     corpora = source.corpora()
-    (out / "corpora").mkdir()
+    (out / "corpora").mkdir(exist_ok=True)
     for name, documents in corpora.items():
         np.save(out / "corpora" / f"{name}.npy", np.unique(documents).astype(np.int32))
     info = {
-        "name": source.name,
         "version": store.VERSION,
         "gcl_jax": importlib.metadata.version("gcl_jax"),
         "query_fields": source.query_fields,
@@ -176,6 +181,15 @@ def _write_pairs(source: Source, out: Path) -> None:
             }
             for name, split in splits.items()
         },
-        "provenance": source.provenance(),
+        "plan": plan,
+        "provenance": source.provenance()
+        | {
+            "missing": {"query": read["queries"].missing, "document": read["documents"].missing},
+            "skipped": bad_rows.counts(),
+        },
     }
+    bad_rows.write(out / "skipped.jsonl")
     (out / "store.json").write_text(json.dumps(info, indent=2) + "\n")
+    size = sum(path.stat().st_size for path in checksums.files(out))
+    with logs.progress(size, unit="B", description="checksums") as bar:
+        checksums.write_manifest(out, bar.update)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
-from gcl_jax.data.transforms import decode_image
+from gcl_jax.data.transforms import MAX_PIXELS, decode_image
 from gcl_jax.datasets.bad_rows import Reason, RowError
 
 
@@ -57,29 +57,40 @@ def split_cell(value: object) -> str:
     return name
 
 
-def load_image(cell: str | bytes, root: Path) -> bytes:
+def load_image(cell: str | bytes, root: Path, confined: bool = False) -> bytes:
     """The encoded bytes of a still image that decodes, as they are; `root` is where a relative path
-    begins. Raises `RowError`."""
-    data = cell if isinstance(cell, bytes) else _read_file(cell, root)
+    begins, and where an absolute one must lead too if `confined`. Raises `RowError`."""
+    data = cell if isinstance(cell, bytes) else _read_file(cell, root, confined)
     name = cell if isinstance(cell, str) else f"{len(cell)} bytes"
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             # A phone's MPO is a JPEG with extras behind the photo, no animation.
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
+            # Pillow cuts the channels of some 16-bit modes at 255, others it divides.
+            stored = [str(tile[3]) for tile in image.tile]
+            deep = image.mode[0] in "IF" or any(";16" in arguments for arguments in stored)
         decode_image(data)
     except UnidentifiedImageError:
         raise RowError(Reason.UNREADABLE_IMAGE, f"{name} is no image") from None
+    except Image.DecompressionBombError as error:
+        raise RowError(Reason.HUGE_IMAGE, f"{name}: {error}") from None
     except Exception as error:  # a broken file can make Pillow's parsers raise anything
         detail = str(error).removeprefix("unreadable image: ")
         raise RowError(Reason.UNREADABLE_IMAGE, f"{name}: {detail}") from None
     if animated:
         raise RowError(Reason.ANIMATED_IMAGE, name)
+    if deep:
+        raise RowError(Reason.DEEP_IMAGE, name)
     return data
 
 
-def _read_file(path: str, root: Path) -> bytes:
+def _read_file(path: str, root: Path, confined: bool) -> bytes:
     # Lexically, so that a root full of symbolic links serves.
-    if not os.path.isabs(path) and os.path.normpath(path).split(os.sep)[0] == os.pardir:
+    within = os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path)
+    may_leave = os.path.isabs(path) and not confined
+    if within.split(os.sep)[0] == os.pardir and not may_leave:
         raise RowError(Reason.OUTSIDE_ROOT, path)
     file = Path(os.path.normpath(root / path))
     try:

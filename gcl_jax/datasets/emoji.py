@@ -10,12 +10,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gcl_jax.data.store import Pairs
-from gcl_jax.datasets.builder import Split
+from gcl_jax.datasets.builder import Source, Split
 
 TABLES = Path(__file__).with_name("emoji")
 
 
-class EmojiSource:
+class EmojiSource(Source):
     """Documents {image, title}, queries {query}, and the four splits of the paper."""
 
     def __init__(self, tables: Path = TABLES):

@@ -1,91 +1,152 @@
-"""The queries or the documents of tables: noted in a first pass, read again in a second."""
+"""The queries or the documents of tables: noted in a first pass, loaded in a second."""
 
 import array
-from collections.abc import Iterator, Sequence
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gcl_jax.datasets.bad_rows import BadRows, Place, Reason, RowError
+from gcl_jax.datasets.bad_rows import Place, Reason, RowError
 from gcl_jax.datasets.cells import image_cell, load_image, text_cell
-from gcl_jax.datasets.rows import Row, read_rows
+from gcl_jax.datasets.parts import Loaded, Record
+from gcl_jax.datasets.rows import ReadRows, Row
+
+EMBEDDING = (".parquet", ".tar")  # files that may hold the bytes of images
 
 
 class Records:
     """Of every record its id, its place and a hash of its cells; `numbers` maps ids to 0, 1, ... in
-    the order of appearance. Iterating yields {"id", **fields}, images as bytes that decode."""
-
-    kept: np.ndarray  # bool, per number; False had no readable field. Set by iterating,
-    missing: dict[str, int]  # as is this: {field: how many kept records lack it}
+    the order of appearance. Iterating yields {"id", **fields}, or where an image has to be loaded
+    the call that does it; images are bytes that decode, then."""
 
     def __init__(
         self,
         files: Sequence[Path],
         fields: dict[str, str],
-        bad_rows: BadRows,
         image_root: Path | None,
+        read: ReadRows,
     ):
-        self._files, self._fields = files, fields
-        self._bad_rows, self._image_root = bad_rows, image_root
+        self._files, self._fields, self._read = files, fields, read
+        self._image_root = image_root
         self.numbers: dict[str, int] = {}
         self._file, self._row, self._hash = array.array("i"), array.array("q"), array.array("q")
+        self._corpora = array.array("B")
+        # Images that stand in the files are read again from there.
+        embedded = "image" in fields.values() and any(path.suffix in EMBEDDING for path in files)
+        self._cells = None if embedded else _Cells()
 
     def check(self, key: str, values: tuple) -> None:
         """Raises `RowError` when the record is known with other values."""
         number = self.numbers.get(key)
         if number is not None and self._hash[number] != hash(values):
-            first = Place(self._files[self._file[number]], self._row[number])
             fields = ", ".join(self._fields)
-            raise RowError(Reason.CONFLICT, f"{fields} of {key!r} differ from {first}")
+            detail = f"{fields} of {key!r} differ from {self._place(number)}"
+            raise RowError(Reason.CONFLICT, detail)
 
-    def add(self, file: int, row: int, key: str, values: tuple) -> int:
-        """The number of record `key`, which is noted if it is new."""
+    def add(self, file: int, row: int, key: str, values: tuple, corpus: int = 0) -> int:
+        """The number of record `key`, which is noted if it is new, and put in `corpus` (0 to 7)."""
         number = self.numbers.setdefault(key, len(self._row))
         if number == len(self._row):
             self._file.append(file)
             self._row.append(row)
             self._hash.append(hash(values))
+            self._corpora.append(0)
+            if self._cells is not None:
+                self._cells.append(values)
+        self._corpora[number] |= 1 << corpus
         return number
+
+    def is_in(self, key: str, corpus: int) -> bool:
+        """Whether record `key` is known and in `corpus`."""
+        number = self.numbers.get(key)
+        return number is not None and bool(self._corpora[number] & 1 << corpus)
+
+    def members(self, corpus: int) -> np.ndarray:
+        """bool, per number: which records are in `corpus`."""
+        return np.array(self._corpora) & 1 << corpus > 0
+
+    @functools.cached_property
+    def kept(self) -> np.ndarray:
+        """bool, per number: False for records that were not written."""
+        return np.ones(len(self.numbers), bool)
+
+    @functools.cached_property
+    def order(self) -> np.ndarray:
+        """The numbers in the order in which the records are written."""
+        return np.arange(len(self.numbers))
+
+    def positions(self) -> np.ndarray:
+        """int64, per number: where among the written records it stands; -1 if it does not."""
+        positions = np.full(len(self.numbers), -1)
+        written = self.order[self.kept[self.order]]
+        positions[written] = np.arange(len(written))
+        return positions
 
     def __length_hint__(self) -> int:
         return len(self.numbers)
 
-    def __iter__(self) -> Iterator[dict[str, str | bytes]]:
-        self.kept = np.zeros(len(self.numbers), bool)
-        self.missing = dict.fromkeys(self._fields, 0)
-        rows = self._rows()
-        for number, key in enumerate(self.numbers):
-            place, row = next(rows)
-            record = self._load(place, key, row)
-            if any(record[field] for field in self._fields):
-                self.kept[number] = True
-                for field in self._fields:
-                    self.missing[field] += not record[field]
-                yield record
+    def __iter__(self) -> Iterator[Record | Callable[[], Loaded]]:
+        images = [field for field, kind in self._fields.items() if kind == "image"]
+        ids = list(self.numbers)
+        for number, (place, cells) in zip(self.order, self._rows(), strict=True):
+            record = {"id": ids[number], **dict(zip(self._fields, cells, strict=True))}
+            if any(record[field] for field in images):
+                yield functools.partial(self._load, place, record)
             else:
-                error = RowError(Reason.NOTHING_LEFT, repr(key))
-                self._bad_rows.report(place, error)
+                yield record | dict.fromkeys(images, b"")
 
-    def _rows(self) -> Iterator[tuple[Place, Row]]:
-        """The rows at which the records were first seen."""
-        wanted = zip(self._file, self._row, strict=True)
+    def _rows(self) -> Iterator[tuple[Place, tuple]]:
+        """The cells of the records, in their order."""
+        if self._cells is not None:
+            for number in self.order:
+                yield self._place(number), self._cells[number]
+            return
+        wanted = ((self._file[number], self._row[number]) for number in self.order)
         following = next(wanted, None)
         for file, path in enumerate(self._files):
-            for number, row in read_rows(path, list(self._fields)):
+            for number, row in self._read(path, list(self._fields)):
                 if (file, number) == following and isinstance(row, dict):
-                    yield Place(path, number), row
+                    yield Place(path, number), cells_of(row, self._fields)
                     following = next(wanted, None)
 
-    def _load(self, place: Place, key: str, row: Row) -> dict[str, str | bytes]:
-        record: dict[str, str | bytes] = {"id": key}
-        values = cells_of(row, self._fields)
-        for (field, kind), value in zip(self._fields.items(), values, strict=True):
-            record[field] = "" if kind == "text" else b""
-            with self._bad_rows.at(place):
-                if value:
-                    root = self._image_root or place.file.parent
-                    record[field] = load_image(value, root) if kind == "image" else value
-        return record
+    def _place(self, number: int) -> Place:
+        return Place(self._files[self._file[number]], self._row[number])
+
+    def _load(self, place: Place, record: Record) -> Loaded:
+        """`record` with its images in place of their paths; runs in any thread."""
+        errors = []
+        root, confined = self._image_root or place.file.parent, self._image_root is not None
+        for field, kind in self._fields.items():
+            if kind == "image":
+                cell, record[field] = record[field], b""
+                try:
+                    if cell:
+                        record[field] = load_image(cell, root, confined)
+                except RowError as error:
+                    errors.append((place, error))
+        if any(record[field] for field in self._fields):
+            return Loaded(record, errors)
+        errors.append((place, RowError(Reason.NOTHING_LEFT, repr(record["id"]))))
+        return Loaded(None, errors)
+
+
+class _Cells:
+    """Tuples of texts in a temporary file, with random access."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.TemporaryFile()  # noqa: SIM115
+        self._ends = array.array("q", [0])
+
+    def append(self, cells: tuple) -> None:
+        self._ends.append(self._ends[-1] + self._file.write(json.dumps(cells).encode()))
+
+    def __getitem__(self, number: int) -> tuple:
+        start, end = self._ends[number], self._ends[number + 1]
+        self._file.seek(start)
+        return tuple(json.loads(self._file.read(end - start)))
 
 
 def cells_of(row: Row, fields: dict[str, str]) -> tuple:

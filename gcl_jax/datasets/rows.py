@@ -4,18 +4,20 @@ import collections
 import csv
 import io
 import itertools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from gcl_jax.datasets.bad_rows import Reason, RowError
+from gcl_jax.datasets.json_rows import Row, json_object
 from gcl_jax.errors import DataError
 
-Row = dict[str, object]
 Rows = Iterator[tuple[int, Row | RowError]]
+ReadRows = Callable[[Path, Sequence[str]], Rows]
 
 SAMPLED_LINES = 1000
-PARQUET_BATCH = 1024
+PARQUET_BATCH = 256
+READ_BUFFER = 1 << 20  # bytes of a column at a time, however large the row group is
 
 
 def read_rows(path: Path, columns: Sequence[str]) -> Rows:
@@ -38,8 +40,23 @@ def count_rows(path: Path) -> int:
     if path.suffix == ".parquet":
         return _open_parquet(path).metadata.num_rows
     _reader(path)
+    return count_bytes(path, b"\n")
+
+
+def count_bytes(path: Path, byte: bytes) -> int:
+    """How often `byte` stands in the file."""
     with path.open("rb") as file:
-        return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(1 << 20), b""))
+        return sum(chunk.count(byte) for chunk in iter(lambda: file.read(1 << 20), b""))
+
+
+class Reader(NamedTuple):
+    """`rows` reads a file like `read_rows`, `count` counts them like `count_rows`."""
+
+    rows: ReadRows
+    count: Callable[[Path], int]
+
+
+TABLES = Reader(read_rows, count_rows)
 
 
 def _reader(path: Path) -> Callable[[Path, list[str]], Rows]:
@@ -76,7 +93,7 @@ def _csv_rows(path: Path, columns: list[str]) -> Rows:
                 lines.put_back()
                 continue
             if len(cells) == len(header):
-                yield number, _checked({column: cells[i] for column, i in places.items()})
+                yield number, checked({column: cells[i] for column, i in places.items()})
             elif cells:  # an empty line is no row
                 detail = f"{len(cells)} cells, {len(header)} in the header"
                 yield number, RowError(Reason.WRONG_COLUMNS, detail)
@@ -115,7 +132,7 @@ class _Lines:
 def _jsonl_rows(path: Path, columns: list[str]) -> Rows:
     with _open_text(path) as file:
         # A key may be absent from a row, whose field is then missing, but not from all of them.
-        sample = [_json_object(line) for line in itertools.islice(file, SAMPLED_LINES)]
+        sample = [json_object(line) for line in itertools.islice(file, SAMPLED_LINES)]
         if objects := [row for row in sample if isinstance(row, dict)]:
             _require_columns(path, columns, list(dict.fromkeys(itertools.chain(*objects))))
         elif not sample:
@@ -123,28 +140,10 @@ def _jsonl_rows(path: Path, columns: list[str]) -> Rows:
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
-                row = _json_object(line)
+                row = json_object(line)
                 if isinstance(row, dict):
-                    row = _checked({column: row.get(column) for column in columns})
+                    row = checked({column: row.get(column) for column in columns})
                 yield number, row
-
-
-def _json_object(line: str) -> Row | RowError:
-    try:
-        value = json.loads(line, object_pairs_hook=_without_duplicate_keys)
-    except (ValueError, RecursionError) as error:
-        return RowError(Reason.BROKEN_JSON, str(error))
-    if isinstance(value, dict):
-        return value
-    return RowError(Reason.BROKEN_JSON, f"a {type(value).__name__} in place of an object")
-
-
-def _without_duplicate_keys(items: list[tuple[str, object]]) -> Row:
-    row = dict(items)
-    if len(row) < len(items):
-        keys = collections.Counter(key for key, _ in items)
-        raise ValueError(f"duplicate key {keys.most_common(1)[0][0]!r}")
-    return row
 
 
 def _open_parquet(path: Path):
@@ -152,7 +151,7 @@ def _open_parquet(path: Path):
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
 
@@ -201,7 +200,8 @@ def _require_columns(path: Path, columns: list[str], present: list[str]) -> None
             raise DataError(f"{path}: column {column!r} appears twice in the header")
 
 
-def _checked(row: Row) -> Row | RowError:
+def checked(row: Row) -> Row | RowError:
+    """`row`, unless a text in it is no UTF-8."""
     texts = [value for value in row.values() if isinstance(value, str)]
     if _is_utf8(texts):
         return row

@@ -1,8 +1,9 @@
 """Your own data: scored pairs, and the documents they name, from CSV, JSONL and parquet files.
 
-The files are read twice. The first pass checks the rows and keeps numbers: the pairs, and for every
-query and document its id, its place and a hash of its values. The second pass, while `queries()`
-and `documents()` are iterated, reads the values again and loads the images, a record at a time.
+The first pass checks the rows and keeps numbers: the pairs, and for every query and document its
+id, its place and a hash of its values; texts wait in a temporary file. The second pass, while
+`queries()` and `documents()` are iterated, loads the images, a record at a time; those that stand
+in the files are read again.
 """
 
 import dataclasses
@@ -16,10 +17,10 @@ import numpy as np
 from gcl_jax import logs
 from gcl_jax.data.store import Pairs
 from gcl_jax.datasets.bad_rows import BadRows, Place, Reason, RowError
-from gcl_jax.datasets.builder import Split
+from gcl_jax.datasets.builder import Source, Split
 from gcl_jax.datasets.cells import score_cell, split_cell, text_cell
 from gcl_jax.datasets.records import Records, cells_of
-from gcl_jax.datasets.rows import Row, count_rows, read_rows
+from gcl_jax.datasets.rows import TABLES, Reader, Row
 from gcl_jax.errors import DataError
 
 # The half of the queries and of the documents (its corpus) that each split of the paper takes.
@@ -29,6 +30,7 @@ PAPER_SPLITS = {
     "novel_document": (0, 1),
     "zero_shot": (1, 1),
 }
+MAX_SCORE = 100.0
 _PAIR = np.dtype("i4, i4, f4, i4, i4, i8")
 _PAIR.names = ("query", "document", "score", "split", "file", "row")
 
@@ -36,12 +38,12 @@ _PAIR.names = ("query", "document", "score", "split", "file", "row")
 @dataclasses.dataclass(frozen=True, slots=True)
 class Columns:
     """Which columns mean what; fields map a column to its kind, "text" or "image". Without
-    `query_id`, the query's texts identify it."""
+    `query_id`, the query's texts identify it; without `score`, every pair has the best one."""
 
     query_fields: dict[str, str]
     document_fields: dict[str, str]
     document_id: str
-    score: str
+    score: str | None
     query_id: str | None = None
     split: str | None = None
 
@@ -53,13 +55,27 @@ class Columns:
             raise DataError("a query with an image needs a column with its id")
 
 
-class TablesSource:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """A file of pairs or of documents: the corpus that its documents belong to, and the split that
+    its pairs make, where no column and no draw decides it."""
+
+    path: Path
+    corpus: str = "all"
+    split: str = "train"
+
+
+class TablesSource(Source):
     """A `Source` from files of pairs; the documents' fields stand in the same rows, or in files of
     their own, `documents`.
 
-    The pairs make one split "train" that searches all documents (`split="train"`), the splits that
-    a column names, or the paper's four (`split="paper"`), drawn with `seed`: 80% of the queries
-    and 50% of the documents are in domain.
+    Splits are those that a column names, or the paper's four (`split="paper"`), drawn with `seed`:
+    80% of the queries and 50% of the documents are in domain; else each table names its own.
+
+    Args:
+        in_order_of_pairs: write documents as the pairs first name them, not as their files do.
+        reader: what reads a table's rows.
+        about: what else the store's provenance tells.
 
     Raises:
         DataError: a file or a column is not there; or, with the strict policy, a row is bad.
@@ -68,43 +84,60 @@ class TablesSource:
     def __init__(
         self,
         name: str,
-        pairs: Sequence[Path],
+        pairs: Sequence[Table],
         columns: Columns,
         bad_rows: BadRows,
         *,
-        documents: Sequence[Path] = (),
+        documents: Sequence[Table] = (),
         image_root: Path | None = None,
         split: str = "train",
         seed: int = 0,
+        in_order_of_pairs: bool = False,
+        reader: Reader = TABLES,
+        about: dict[str, object] | None = None,
     ):
         self.name = name
         self.query_fields, self.document_fields = columns.query_fields, columns.document_fields
         self._columns, self._bad_rows, self._split, self._seed = columns, bad_rows, split, seed
-        self._pair_files, self._document_files = pairs, documents
-        self._queries = Records(pairs, self.query_fields, bad_rows, image_root)
-        self._documents = Records(documents or pairs, self.document_fields, bad_rows, image_root)
-        self._split_names: dict[str, int] = {} if columns.split else {"train": 0}
+        self._pair_tables, self._document_tables = pairs, documents
+        self._reader, self._about = reader, about or {}
+        self._corpora = list(dict.fromkeys(table.corpus for table in (*documents, *pairs)))
+        names = [] if columns.split else dict.fromkeys(table.split for table in pairs)
+        self._split_names = {name: number for number, name in enumerate(names)}
 
+        pair_files = [table.path for table in pairs]
+        files = [table.path for table in documents] or pair_files
+        kinds = self.query_fields, self.document_fields
+        self._queries = Records(pair_files, kinds[0], image_root, reader.rows)
+        self._documents = Records(files, kinds[1], image_root, reader.rows)
         if image_root and not image_root.is_dir():
             raise DataError(f"image root {image_root} is no folder")
-        total = sum(count_rows(file) for file in (*documents, *pairs))
+        total = sum(reader.count(table.path) for table in (*documents, *pairs))
         with logs.progress(total, unit="rows", description="read") as bar:
             self._read_documents(bar)
             self._pairs = self._without_duplicates(np.fromiter(self._read_pairs(bar), _PAIR))
             bar.update(total - bar.n)  # the lines of a last row that spans several
+        if in_order_of_pairs:
+            named, first = np.unique(self._pairs["document"], return_index=True)
+            rest = np.setdiff1d(np.arange(len(self._documents.numbers)), named)
+            self._documents.order = np.concatenate([named[np.argsort(first)], rest])
 
-    def queries(self) -> "Records":
+    def queries(self) -> Records:
         return self._queries
 
-    def documents(self) -> "Records":
+    def documents(self) -> Records:
         return self._documents
 
+    def leave_out(self, kind: str, positions: list[int]) -> None:
+        records = self._queries if kind == "queries" else self._documents
+        records.kept[records.order[positions]] = False
+
     def splits(self) -> dict[str, Split]:
-        """Complete once `queries()` and `documents()` were read to their ends."""
         pairs, halves = self._kept_pairs, self._halves
         if halves is None:
             masks = {name: pairs["split"] == i for name, i in self._split_names.items()}
-            corpus = dict.fromkeys(masks, "all")
+            corpus = {table.split: table.corpus for table in self._pair_tables}
+            corpus = {name: corpus.get(name, self._corpora[0]) for name in masks}
         else:
             query, document = halves[0][pairs["query"]], halves[1][pairs["document"]]
             masks = {n: (query == q) & (document == d) for n, (q, d) in PAPER_SPLITS.items()}
@@ -118,32 +151,35 @@ class TablesSource:
         }
 
     def corpora(self) -> dict[str, np.ndarray]:
-        if self._halves is None:
-            return {"all": np.arange(self._documents.kept.sum())}
-        return {f"half_{half}": np.flatnonzero(self._halves[1] == half) for half in (0, 1)}
+        if self._halves is not None:
+            return {f"half_{half}": np.flatnonzero(self._halves[1] == half) for half in (0, 1)}
+        positions = self._documents.positions()
+        return {
+            name: np.sort(positions[self._documents.members(number) & self._documents.kept])
+            for number, name in enumerate(self._corpora)
+        }
 
     def provenance(self) -> dict[str, object]:
         return {
             "source": "tables",
-            "pairs": [str(file) for file in self._pair_files],
-            "documents": [str(file) for file in self._document_files],
+            "pairs": [str(table.path) for table in self._pair_tables],
+            "documents": [str(table.path) for table in self._document_tables],
             "columns": dataclasses.asdict(self._columns),
             "split": self._split,
             "seed": self._seed,
-            "missing": {"query": self._queries.missing, "document": self._documents.missing},
-            "skipped": self._bad_rows.counts(),
+            **self._about,
         }
 
     def _good_rows(
-        self, files: Sequence[Path], columns: Sequence[str], bar
+        self, tables: Sequence[Table], columns: Sequence[str], bar
     ) -> Iterator[tuple[int, Place, Row]]:
-        """(number of the file, place, row) of every row that can be read; reports the others."""
-        for file, path in enumerate(files):
+        """(number of the table, place, row) of every row that can be read; reports the others."""
+        for file, table in enumerate(tables):
             last = 0
-            for number, row in read_rows(path, columns):
+            for number, row in self._reader.rows(table.path, columns):
                 bar.update(number - last)
                 last = number
-                place = Place(path, number)
+                place = Place(table.path, number)
                 if isinstance(row, RowError):
                     self._bad_rows.report(place, row)
                 else:
@@ -151,33 +187,37 @@ class TablesSource:
 
     def _read_documents(self, bar) -> None:
         columns = [self._columns.document_id, *self.document_fields]
-        for file, place, row in self._good_rows(self._document_files, columns, bar):
+        for file, place, row in self._good_rows(self._document_tables, columns, bar):
             with self._bad_rows.at(place):
+                corpus = self._corpora.index(self._document_tables[file].corpus)
                 key, values = self._document(row)
-                if key in self._documents.numbers:
+                if self._documents.is_in(key, corpus):
                     raise RowError(Reason.DUPLICATE_DOCUMENT, repr(key))
-                self._documents.add(file, place.row, key, values)
+                self._documents.check(key, values)
+                self._documents.add(file, place.row, key, values, corpus)
 
     def _read_pairs(self, bar) -> Iterator[tuple]:
         """Yields the entries of `_PAIR`."""
         names = self._columns
-        columns = [names.document_id, names.score, *self.query_fields]
-        columns += [column for column in (names.query_id, names.split) if column]
-        inline = not self._document_files
+        columns = [names.document_id, *self.query_fields]
+        columns += [column for column in (names.score, names.query_id, names.split) if column]
+        inline = not self._document_tables
         if inline:
             columns += self.document_fields
-        for file, place, row in self._good_rows(self._pair_files, columns, bar):
+        for file, place, row in self._good_rows(self._pair_tables, columns, bar):
             with self._bad_rows.at(place):
+                table = self._pair_tables[file]
+                corpus = self._corpora.index(table.corpus)
                 query_id, query = self._query(row)
-                score = score_cell(row[names.score])
-                split = split_cell(row[names.split]) if names.split else "train"
+                score = score_cell(row[names.score]) if names.score else MAX_SCORE
+                split = split_cell(row[names.split]) if names.split else table.split
                 # All checks come before the first add: a bad row leaves no trace.
                 self._queries.check(query_id, query)
                 if inline:
                     document_id, document = self._document(row)
                     self._documents.check(document_id, document)
-                    self._documents.add(file, place.row, document_id, document)
-                elif (document_id := self._document_id(row)) not in self._documents.numbers:
+                    self._documents.add(file, place.row, document_id, document, corpus)
+                elif not self._documents.is_in(document_id := self._document_id(row), corpus):
                     raise RowError(Reason.UNKNOWN_DOCUMENT, repr(document_id))
                 yield (
                     self._queries.add(file, place.row, query_id, query),
@@ -218,11 +258,11 @@ class TablesSource:
 
     @functools.cached_property
     def _kept_pairs(self) -> np.ndarray:
-        """The pairs between records that were written, which are numbered anew without gaps."""
+        """The pairs between records that were written, which are named by their positions."""
         pairs, keep = self._pairs.copy(), np.ones(len(self._pairs), bool)
         for side, records in (("query", self._queries), ("document", self._documents)):
-            keep &= records.kept[pairs[side]]
-            pairs[side] = (np.cumsum(records.kept) - 1)[pairs[side]]
+            pairs[side] = records.positions()[pairs[side]]
+            keep &= pairs[side] >= 0
         self._report_all_but(keep, self._pairs, Reason.LEFT_OUT)
         return pairs[keep]
 
@@ -231,14 +271,14 @@ class TablesSource:
             queries, documents = list(self._queries.numbers), list(self._documents.numbers)
             for pair in pairs[~keep]:
                 detail = f"{queries[pair['query']]!r} and {documents[pair['document']]!r}"
-                place = Place(self._pair_files[pair["file"]], int(pair["row"]))
+                place = Place(self._pair_tables[pair["file"]].path, int(pair["row"]))
                 self._bad_rows.report(place, RowError(reason, detail))
         return pairs[keep]
 
     @functools.cached_property
     def _halves(self) -> tuple[np.ndarray, np.ndarray] | None:
         """The paper's split: 1 for a fifth of the queries and half of the documents, else 0."""
-        if self._columns.split or self._split != "paper":
+        if self._split != "paper":
             return None
         rng = np.random.default_rng(self._seed)
 

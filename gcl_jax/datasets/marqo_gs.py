@@ -1,0 +1,115 @@
+"""Marqo-GS-10M and its variants (arXiv 2404.08535), in either of the layouts that they come in.
+
+    Layout 1, the authors' archive              Layout 2, Hugging Face
+    corpus_1.json, corpus_2.json                parquet shards, SPLIT-*.parquet or SPLIT/*.parquet
+    query_{0,1}_product_id_{0,1}.csv            with images in them
+    image files
+
+Both give the same store: documents in the order in which the pairs first name them (then those of
+layout 1 that no pair names), a query's text as its id.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from gcl_jax.data.checksums import sha256
+from gcl_jax.datasets.bad_rows import BadRows, RowError
+from gcl_jax.datasets.json_rows import corpus_entries
+from gcl_jax.datasets.rows import TABLES, Reader, Rows, checked, count_bytes
+from gcl_jax.datasets.tables import PAPER_SPLITS, Columns, Table, TablesSource
+from gcl_jax.errors import DataError
+
+DOCUMENT_FIELDS = {"image": "image", "title": "text"}
+SCORE = "score_linear"
+_ID = "product_id"
+_JUDGEMENTS = ("gt_dev", "gt_test", "queries")
+
+
+def marqo_gs_source(
+    directory: Path,
+    bad_rows: BadRows,
+    *,
+    image_root: Path | None = None,
+    score: str = SCORE,
+    document_fields: dict[str, str] | None = None,
+) -> TablesSource:
+    """The data set in `directory`, whose layout is found out.
+
+    Args:
+        image_root: where the relative paths of layout 1 begin; default: `directory`.
+        score: the column of scores: score_linear, score_reciprocal or no_score.
+
+    Raises:
+        DataError: a file of the layout is not there, or, with the strict policy, a row is bad.
+    """
+    if not directory.is_dir():
+        raise DataError(f"{directory} is no folder")
+    layout = 1 if any(directory.glob("corpus_*.json")) else 2
+    pairs = _pairs_of_layout_1(directory) if layout == 1 else _pairs_of_layout_2(directory)
+    corpora = [Table(directory / f"corpus_{half + 1}.json", f"half_{half}") for half in (0, 1)]
+    documents = corpora if layout == 1 else []
+    if absent := [table.path for table in (*documents, *pairs) if not table.path.is_file()]:
+        raise DataError(f"{absent[0]}: no such file; layout 1 of Marqo-GS has it")
+    return TablesSource(
+        "marqo_gs",
+        pairs,
+        Columns({"query": "text"}, document_fields or DOCUMENT_FIELDS, _ID, score),
+        bad_rows,
+        documents=documents,
+        image_root=image_root,
+        in_order_of_pairs=True,
+        reader=Reader(_rows, _count),
+        about={"source": "marqo_gs", "layout": layout, "judgements": _judgements(pairs)},
+    )
+
+
+def _pairs_of_layout_1(directory: Path) -> list[Table]:
+    return [
+        Table(directory / f"query_{query}_product_id_{document}.csv", f"half_{document}", split)
+        for split, (query, document) in PAPER_SPLITS.items()
+    ]
+
+
+def _pairs_of_layout_2(directory: Path) -> list[Table]:
+    shards = sorted(directory.rglob("*.parquet"))
+    if not shards:
+        raise DataError(
+            f"{directory} holds no Marqo-GS data: neither corpus_1.json nor parquet shards"
+        )
+    tables = []
+    for split, (_, document) in PAPER_SPLITS.items():
+        own = [s for s in shards if s.name.startswith(split) or s.parent.name == split]
+        if not own:
+            raise DataError(f"{directory} has no shards {split}-*.parquet or {split}/*.parquet")
+        tables += [Table(shard, f"half_{document}", split) for shard in own]
+    if unknown := set(shards) - {table.path for table in tables}:
+        splits = ", ".join(PAPER_SPLITS)
+        raise DataError(f"{min(unknown)} belongs to no split; name it or its folder {splits}")
+    return tables
+
+
+def _judgements(pairs: Sequence[Table]) -> dict[str, dict[str, str]]:
+    """{split: {file: checksum}} of the ground truth files beside the pairs."""
+    found: dict[str, dict[str, str]] = {}
+    for table in pairs:
+        for kind in _JUDGEMENTS:
+            path = table.path.with_name(f"{table.path.stem}_{kind}.json")
+            if path.is_file():
+                found.setdefault(table.split, {})[path.name] = sha256(path)
+    return found
+
+
+def _rows(path: Path, columns: Sequence[str]) -> Rows:
+    if path.suffix != ".json":
+        yield from TABLES.rows(path, columns)
+        return
+    for number, key, row in corpus_entries(path):
+        if isinstance(row, RowError):
+            yield number, row
+        else:
+            cells = row | {_ID: key, "image": row.get("image_local", row.get("image"))}
+            yield number, checked({column: cells.get(column) for column in columns})
+
+
+def _count(path: Path) -> int:
+    return count_bytes(path, b"{") - 1 if path.suffix == ".json" else TABLES.count(path)
