@@ -134,7 +134,8 @@ class DataConfig:
 class LossConfig:
     """Score-weighted contrastive loss over the global batch (method: Loss 1 to 5).
 
-    `form`: how documents reach all queries, see docs/loss.md.
+    `form`: how documents reach all queries, see docs/loss.md. `dtype` is that of the embeddings in
+    the products; logits, statistics and sums are float32 always.
     `targets`: "diagonal" is the paper's, each row's own pair; "known" also attracts every other
     (query, document) of the batch that the training split has a score for. `matryoshka_dims`: the
     loss is the mean over these leading parts of the embeddings, each normalised anew.
@@ -150,6 +151,7 @@ class LossConfig:
     pair_weights: dict[str, float] = dataclasses.field(default_factory=dict)
     mask_duplicates: bool = False
     form: str = "auto"
+    dtype: str = "float32"
     matryoshka_dims: tuple[int, ...] = ()
 
 

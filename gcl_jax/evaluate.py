@@ -176,9 +176,18 @@ def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
+class Model(NamedTuple):
+    """A run's configuration, newest parameters (as their moving averages, if it kept any), mesh and
+    step."""
+
+    cfg: TrainConfig
+    params: state.Params
+    mesh: Mesh
+    step: int
+
+
 class Run(NamedTuple):
-    """A trained run, opened: its configuration, store, newest parameters (as their moving averages,
-    if it kept any), mesh and step."""
+    """A `Model` and the store it was trained on, which the configuration is resolved for."""
 
     cfg: TrainConfig
     store: RankedStore
@@ -187,27 +196,35 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
-    """Opens the training run in `workdir` at its newest checkpoint; `embed_dim` replaces that of
-    its `config.eval`.
+def load_model(workdir: Path) -> Model:
+    """The model of the training run in `workdir` at its newest checkpoint.
 
     Raises:
-        ConfigError, DataError: `workdir` is no run, or its store is gone.
-        UserError: its embeddings are shorter than `embed_dim`.
+        ConfigError, DataError: `workdir` is no run.
     """
     logs.quiet_libraries()
     cfg = config.load(workdir / "config.json")
-    if embed_dim is not None:
-        if not 1 <= embed_dim <= cfg.model.embed_dim:
-            raise UserError(f"--embed_dim={embed_dim} is not from 1 to {cfg.model.embed_dim}")
-        cfg.eval.embed_dim = embed_dim
     # All devices of this machine, whatever the run was trained on.
     mesh = sharding.make_mesh(MeshConfig(), jax.device_count())
     if jax.default_backend() != "gpu":
         cfg.model.attention = "xla"
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
         params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
-        step = checkpointer.latest_step() or 0
+        return Model(cfg, params, mesh, checkpointer.latest_step() or 0)
+
+
+def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
+    """The model in `workdir` and its store; `embed_dim` replaces that of its `config.eval`.
+
+    Raises:
+        ConfigError, DataError: `workdir` is no run, or its store is gone.
+        UserError: its embeddings are shorter than `embed_dim`.
+    """
+    cfg, params, mesh, step = load_model(workdir)
+    if embed_dim is not None:
+        if not 1 <= embed_dim <= cfg.model.embed_dim:
+            raise UserError(f"--embed_dim={embed_dim} is not from 1 to {cfg.model.embed_dim}")
+        cfg.eval.embed_dim = embed_dim
     store = open_store(cfg.data.store)
     return Run(store.resolve(cfg), store, params, mesh, step)
 

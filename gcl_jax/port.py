@@ -186,13 +186,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_run(args: argparse.Namespace) -> None:
-    from gcl_jax.evaluate import load_run
+    from gcl_jax.evaluate import load_model
     from gcl_jax.models.port import export_pretrained
 
-    run = load_run(args.workdir)
+    model = load_model(args.workdir)
     export_pretrained(
-        run.params,
-        run.cfg.model,
+        model.params,
+        model.cfg.model,
         args.out,
         args.format,
         metrics=read_metrics(args.workdir),

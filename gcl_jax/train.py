@@ -75,7 +75,12 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
         Checkpointer(workdir, cfg.checkpoint) as checkpointer,
         _SignalCatcher() as caught,
     ):
-        start = checkpointer.latest_step() or 0
+        start = checkpointer.latest_step()
+        if start == 0:
+            raise ConfigError(
+                f"{workdir} holds an imported model, which no training continues; choose another "
+                f"--workdir and set --config.init_from={workdir}"
+            )
         if start:
             started = config.load(workdir / "config.json")
             check_same_run(cfg, started, workdir)
@@ -88,6 +93,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
             print(f"starting from {cfg.init_from or 'random parameters'}", file=sys.stderr)
         embedder = Embedder(cfg, state.params, mesh)
         config.save(cfg, workdir / "config.json")
+        start = start or 0
         logs.truncate_metrics(workdir, start)
 
         bar = logs.progress(steps, unit="step", description="train", initial=start)

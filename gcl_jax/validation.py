@@ -24,6 +24,7 @@ CHOICES = {
     "data.augmentation": ("none", "crop", "crop_flip"),
     "loss.targets": ("diagonal", "known"),
     "loss.weight_norm": ("none", "mean", "sum"),
+    "loss.dtype": ("float32", "bfloat16"),
     "loss.form": ("auto", "gather", "ring"),
 }
 AT_LEAST_ONE = {

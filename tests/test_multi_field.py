@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_cpu_mesh
 from test_contrastive import by_hand
 
 from gcl_jax.config import DataConfig, LossConfig
@@ -150,3 +151,14 @@ def test_a_row_without_a_weighted_field_leaves_the_merged_term(mesh):
     _, terms = compute(queries, documents, batch, loss=LossConfig(), data=data, mesh=mesh)
     expected = by_hand(queries["query"], documents["image"], 20.0, pair_rows(batch, valid))
     np.testing.assert_allclose(terms["merged"], expected, rtol=1e-5)
+
+
+def test_bfloat16_products_come_close_and_are_not_the_same():
+    queries, documents, batch = random_batch(DATA)
+    mesh = make_cpu_mesh(4, 2)
+    exact, rough = (
+        compute(queries, documents, batch, loss=LossConfig(dtype=dtype), data=DATA, mesh=mesh)[0]
+        for dtype in ("float32", "bfloat16")
+    )
+    assert rough.dtype == jnp.float32
+    assert 1e-6 < abs(rough / exact - 1) < 0.02

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import shutil
 import struct
 import sys
 import zipfile
@@ -711,6 +712,24 @@ def test_a_model_is_imported_and_exported_again(tmp_path, tiny_store, capsys, cl
     with pytest.raises(SystemExit):
         run("import", folder, *options)
     assert f"error: {workdir} is not empty" in capsys.readouterr().err
+
+
+def test_an_import_is_exported_without_its_store_and_never_trained_in_place(
+    tmp_path, tiny_store, tiny_config, clip_params
+):
+    from gcl_jax.train import train
+
+    exported(tmp_path, "bert", "hugging_face")
+    workdir, store = tmp_path / "run", tmp_path / "store"
+    shutil.copytree(tiny_store.directory, store)
+    run("import", tmp_path / "out", "--workdir", workdir, "--store", store)
+    tiny_config.data.store = str(tiny_store.directory)
+    tiny_config.model.text.vocab_size = 49408
+    with pytest.raises(ConfigError, match="set --config.init_from="):
+        train(tiny_config, workdir)
+    shutil.rmtree(store)
+    run("export", "--workdir", workdir, "--format=safetensors", "--out", tmp_path / "again")
+    assert (tmp_path / "again").is_dir()
 
 
 def test_a_weights_file_is_imported_by_its_model(tmp_path, tiny_store, capsys, clip_weights):

@@ -72,9 +72,10 @@ def multi_field_loss(
             add(f"{q}:{d}", weight, q, d, query_present[q] & document_present[d])
     if not terms:
         return jnp.float32(0), {}
+    dtype = jnp.dtype(loss.dtype)
     values = gcl_losses(
-        queries,
-        documents,
+        {name: x.astype(dtype) for name, x in queries.items()},
+        {name: x.astype(dtype) for name, x in documents.items()},
         logit_scale,
         list(terms.values()),
         mesh=mesh,
