@@ -725,7 +725,7 @@ def test_an_import_is_exported_without_its_store_and_never_trained_in_place(
     run("import", tmp_path / "out", "--workdir", workdir, "--store", store)
     tiny_config.data.store = str(tiny_store.directory)
     tiny_config.model.text.vocab_size = 49408
-    with pytest.raises(ConfigError, match="set --config.init_from="):
+    with pytest.raises(ConfigError, match=r"set --config\.init_from="):
         train(tiny_config, workdir)
     shutil.rmtree(store)
     run("export", "--workdir", workdir, "--format=safetensors", "--out", tmp_path / "again")
@@ -766,10 +766,11 @@ def test_a_weights_file_is_imported_by_its_model(tmp_path, tiny_store, capsys, c
         (["import", ".", "--model=ViT-B-32", "--store=nowhere"], "nowhere holds no store"),
     ],
 )
-def test_a_wrong_import_is_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
+def test_a_wrong_import_is_one_line(tmp_path, monkeypatch, tiny_store, capsys, arguments, reason):
     monkeypatch.chdir(tmp_path)
+    command, *rest = arguments
     with pytest.raises(SystemExit) as raised:
-        run(*arguments, "--workdir=run")
+        run(command, "--workdir=run", "--store", tiny_store.directory, *rest)
     assert raised.value.code == 2
     message = capsys.readouterr().err
     assert reason in message
