@@ -47,6 +47,13 @@ def test_an_epoch_names_every_pair_once(tiny_config, tiny_store):
     assert len(seen) == len(set(seen)) == len(tiny_store.pairs("in_domain"))
 
 
+def test_pairs_of_a_query_come_together(tiny_config, tiny_store):
+    tiny_config.data.pairs_per_query = 2
+    for batch in taken(train_batches(tiny_config, tiny_store), 3):
+        pairs = batch["query_id"].reshape(-1, 2)
+        assert (pairs[:, 0] == pairs[:, 1]).all()
+
+
 def test_same_seed_same_batches_and_another_seed_others(tiny_config, tiny_store):
     tiny_config.data.augmentation = "crop_flip"
     tiny_config.data.min_crop_area = 0.5
@@ -57,8 +64,10 @@ def test_same_seed_same_batches_and_another_seed_others(tiny_config, tiny_store)
     assert any((a["query_id"] != b["query_id"]).any() for a, b in zip(first, other, strict=True))
 
 
-def test_resumes_at_any_step(tiny_config, tiny_store):
+@pytest.mark.parametrize("together", [1, 3])
+def test_resumes_at_any_step(tiny_config, tiny_store, together):
     tiny_config.data.augmentation = "crop_flip"
+    tiny_config.data.pairs_per_query = together
     whole = taken(train_batches(tiny_config, tiny_store), 7)
     for stop in (1, 3, 6):
         batches = train_batches(tiny_config, tiny_store)
@@ -71,7 +80,9 @@ def test_resumes_at_any_step(tiny_config, tiny_store):
         assert_equal(whole[stop:], taken(resumed, 7 - stop))
 
 
-def test_shards_are_disjoint_and_make_the_global_batch(tiny_config, tiny_store):
+@pytest.mark.parametrize("together", [1, 3])
+def test_shards_are_disjoint_and_make_the_global_batch(tiny_config, tiny_store, together):
+    tiny_config.data.pairs_per_query = together
     whole = taken(train_batches(tiny_config, tiny_store), 3)
     shards = [taken(train_batches(tiny_config, tiny_store, i, 2), 3) for i in range(2)]
     for step in range(3):
