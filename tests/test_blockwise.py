@@ -191,8 +191,8 @@ def test_auto_hands_documents_round_when_their_copies_are_too_large(monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"form": "rign"}, "form 'rign' must be one of"),
-        ({"weight_norm": "max"}, "weight_norm 'max' must be one of"),
+        ({"form": "rign"}, "form='rign' must be one of"),
+        ({"weight_norm": "max"}, "weight_norm='max' must be one of"),
         ({"block_size": 0}, "block_size 0 must be 1 or more"),
         ({"n": 12}, "12 pairs is no multiple of the 8 devices"),
         ({"weight": np.ones((16, 1), np.float32)}, r"weight .* \(16, 1\); 16 embeddings need"),

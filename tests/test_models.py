@@ -9,6 +9,7 @@ import numpy as np
 import parity
 import pytest
 from PIL import Image
+from towers import SMALL, random_params
 
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.data.transforms import ImageTransform, decode_image
@@ -170,3 +171,22 @@ def test_normalize_of_a_zero_row_is_zero_with_finite_gradients():
     x = jnp.array([[0.0, 0.0], [3.0, 4.0]])
     np.testing.assert_allclose(normalize(x), [[0, 0], [0.6, 0.8]], rtol=1e-6)
     assert np.isfinite(jax.grad(lambda x: normalize(x).sum())(x)).all()
+
+
+def test_padding_of_a_bert_starts_behind_the_last_other_token():
+    """A padding token within the text, as "[PAD]" typed by a user, counts as text."""
+    cfg = SMALL["bert"]
+    model = merge(abstract_model(cfg)[0], random_params(cfg))
+    tokens = np.array([[5, 0, 7, 8, 0, 0], [5, 6, 7, 8, 9, 4], [0, 0, 0, 0, 0, 0]], np.int32)
+    embedded = model.encode_text(tokens)
+    np.testing.assert_allclose(embedded[:1], model.encode_text(tokens[:1, :4]), atol=1e-6)
+    np.testing.assert_allclose(embedded[2:], model.encode_text(tokens[2:, :1]), atol=1e-6)
+    assert np.abs(embedded[0] - model.encode_text(np.array([[5, 7, 8]]))[0]).max() > 1e-3
+
+
+def test_parameters_and_compute_have_the_configured_dtypes():
+    cfg = small_model(param_dtype="bfloat16", dtype="bfloat16")
+    _, params = abstract_model(cfg)
+    others = {x.dtype for x in jax.tree.leaves(params) if x.ndim}
+    assert others == {jnp.dtype("bfloat16")}
+    assert params["logit_scale"].dtype == jnp.float32
