@@ -19,6 +19,7 @@ import io
 
 import jax
 import numpy as np
+import parity
 import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
@@ -154,3 +155,20 @@ def make_tiny_batch(cfg: TrainConfig) -> dict:
 @pytest.fixture
 def tiny_batch(tiny_config) -> dict:
     return make_tiny_batch(tiny_config)
+
+
+@pytest.fixture(scope="session")
+def open_clip():
+    """The module; tests that ask for it, or for what builds on it, need the [parity] extra."""
+    try:
+        return parity.import_open_clip()
+    except ImportError:
+        pytest.skip("needs the [parity] extra")
+
+
+@pytest.fixture(scope="session")
+def transformers(open_clip):
+    """The module, with torch beside it."""
+    import transformers
+
+    return transformers

@@ -6,7 +6,6 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import numpy as np
-import parity
 import pytest
 
 from gcl_jax.losses.contrastive import PairRows, gcl_loss_reference
@@ -102,11 +101,8 @@ def test_reference_follows_the_formula_on_any_batch(n, scale, seed, mask_duplica
     np.testing.assert_allclose(value, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.usefixtures("open_clip")
 def test_constant_weights_give_open_clips_loss():
-    try:
-        parity.import_open_clip()
-    except ImportError:
-        pytest.skip("needs the [parity] extra")
     import torch
     from open_clip.loss import ClipLoss
 

@@ -6,7 +6,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parity
 import pytest
 from PIL import Image
 from towers import SMALL, random_params
@@ -20,14 +19,6 @@ from gcl_jax.presets import preset
 from gcl_jax.state import abstract_model, init_params, merge
 
 PAIRS = 5
-
-
-@pytest.fixture(scope="module")
-def open_clip():
-    try:
-        return parity.import_open_clip()
-    except ImportError:
-        pytest.skip("needs the [parity] extra")
 
 
 def small_model(act: str = "gelu", **options) -> ModelConfig:

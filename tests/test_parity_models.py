@@ -9,7 +9,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import parity
 import pytest
 
 from gcl_jax.config import ModelConfig, TextConfig
@@ -20,21 +19,6 @@ from gcl_jax.models.port.foreign import to_hugging_face_config
 from gcl_jax.open_clip_config import BERT, LARGE, XLM_ROBERTA
 from gcl_jax.presets import OPEN_CLIP, PRESETS, preset
 from gcl_jax.state import abstract_model, merge
-
-
-@pytest.fixture(scope="module")
-def open_clip():
-    try:
-        return parity.import_open_clip()
-    except ImportError:
-        pytest.skip("needs the [parity] extra")
-
-
-@pytest.fixture(scope="module")
-def transformers(open_clip):
-    import transformers
-
-    return transformers
 
 
 def relative_error(actual, expected) -> float:

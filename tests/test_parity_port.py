@@ -8,7 +8,6 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import parity
 import pytest
 from towers import SMALL, assert_same_params, random_fields, random_params, save_wordpiece
 
@@ -24,25 +23,10 @@ CLIP = SMALL["clip"]
 
 
 @pytest.fixture(scope="module")
-def open_clip():
-    try:
-        return parity.import_open_clip()
-    except ImportError:
-        pytest.skip("needs the [parity] extra")
-
-
-@pytest.fixture(scope="module")
 def torch(open_clip):
     import torch
 
     return torch
-
-
-@pytest.fixture(scope="module")
-def transformers(open_clip):
-    import transformers
-
-    return transformers
 
 
 def our_embeddings(params, cfg: ModelConfig, pixels, tokens):

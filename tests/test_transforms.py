@@ -6,7 +6,6 @@ import io
 import pickle
 
 import numpy as np
-import parity
 import pytest
 from PIL import Image, ImageOps
 
@@ -72,14 +71,6 @@ FILES = {
     "tiff lab": lambda image: encoded(image.convert("LAB"), "TIFF"),
     "tiff float": lambda image: encoded(image.convert("F"), "TIFF"),
 }
-
-
-@pytest.fixture(scope="module")
-def open_clip():
-    try:
-        return parity.import_open_clip()
-    except ImportError:
-        pytest.skip("needs the [parity] extra")
 
 
 def preprocess_val(open_clip, size, cfg):
