@@ -32,7 +32,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m gcl_jax.search --workdir=$(DEMO) "sad cat" --top_k=5
 
 test: lint
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .

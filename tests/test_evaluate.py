@@ -106,7 +106,8 @@ def test_queries_and_documents_are_embedded_with_their_prefixes(
 
     monkeypatch.setattr(evaluate.Embedder, "embed", embed)
     monkeypatch.setattr(evaluate.Embedder, "__init__", lambda *_: None)
-    evaluate.evaluate_splits(tiny_config, tiny_store, None, None, 100, quiet=True)
+    embedder = evaluate.Embedder()
+    evaluate.evaluate_splits(tiny_config, tiny_store, embedder, 100, quiet=True)
     documents, queries = seen
     tokenizer = load_tokenizer("clip", 8)
     np.testing.assert_array_equal(documents["title"][7], tokenizer(["passage: thing 7"])[0])
