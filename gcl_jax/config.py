@@ -11,6 +11,7 @@ import typing
 from pathlib import Path
 
 from gcl_jax.errors import ConfigError
+from gcl_jax.loss_config import LossConfig
 
 
 @dataclasses.dataclass(slots=True)
@@ -128,31 +129,6 @@ class DataConfig:
     num_workers: int = 0
     cached_records: int = 0
     pairs_per_query: int = 1
-
-
-@dataclasses.dataclass(slots=True)
-class LossConfig:
-    """Score-weighted contrastive loss over the global batch (method: Loss 1 to 5).
-
-    `form`: how documents reach all queries, see docs/loss.md. `dtype` is that of the embeddings in
-    the products; logits, statistics and sums are float32 always.
-    `targets`: "diagonal" is the paper's, each row's own pair; "known" also attracts every other
-    (query, document) of the batch that the training split has a score for. `matryoshka_dims`: the
-    loss is the mean over these leading parts of the embeddings, each normalised anew.
-    """
-
-    score_to_weight: str = "inverse"
-    thresholds: tuple[float, ...] = ()
-    values: tuple[float, ...] = ()
-    targets: str = "diagonal"
-    weight_norm: str = "none"
-    merged: float = 1.0
-    field_pairs: float = 1.0
-    pair_weights: dict[str, float] = dataclasses.field(default_factory=dict)
-    mask_duplicates: bool = False
-    form: str = "auto"
-    dtype: str = "float32"
-    matryoshka_dims: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(slots=True)

@@ -55,21 +55,22 @@ def make_train_step(
         def loss_fn(trained, embeddings, batch):
             params = with_part(state.params, trained)
             return objective(
-                *(embeddings[side] for side in SIDES),
+                embeddings,
                 batch,
                 jnp.exp(params["logit_scale"]),
+                params.get("logit_bias", 0.0),
                 loss=cfg.loss,
                 data=cfg.data,
                 mesh=mesh,
             )
 
         # Of the step alone, so that a resumed run draws what an uninterrupted one does.
-        dropping, rounding = jax.random.split(
-            jax.random.fold_in(jax.random.key(cfg.seed), state.step)
+        dropping, rounding, mixing = jax.random.split(
+            jax.random.fold_in(jax.random.key(cfg.seed), state.step), 3
         )
         trained = trained_part(cfg.optim, state.params)
         inputs = {side: batch[side] for side in SIDES}
-        rest = {name: x for name, x in batch.items() if name not in SIDES}
+        rest = {"key": mixing} | {name: x for name, x in batch.items() if name not in SIDES}
         value_and_grad = cached_value_and_grad(encode, loss_fn, cfg.optim.chunks, mesh)
         (loss, terms), gradients = value_and_grad(in_float32(trained), inputs, rest, dropping)
         updates, opt_state = tx.update(gradients, state.opt_state, trained)

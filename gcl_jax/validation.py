@@ -1,5 +1,6 @@
 """Checks a configuration before anything is built; an error is one line that names the key."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -33,6 +34,8 @@ AT_LEAST_ONE = {
     "model.text": ("vocab_size", "width", "heads", "layers"),
     "data": ("pairs_per_query",),
     "optim": ("chunks",),
+    "loss.listmle": ("levels",),
+    "loss.rince": ("levels",),
     "mesh": ("fsdp",),
     "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
     "checkpoint": ("every", "keep"),
@@ -41,6 +44,9 @@ AT_LEAST_ZERO = {
     "model": ("lora_rank",),
     "data": ("num_workers", "cached_records"),
     "eval": ("every", "embed_dim"),
+    "loss.listnet": ("temperature",),
+    "loss.one_to_k": ("text_to_text",),
+    "loss.hard_negatives": ("rank", "intra", "max_margin"),
     "optim": ("steps", "warmup_steps", "clip_norm"),
 }
 
@@ -159,6 +165,7 @@ def _validate_data(cfg: TrainConfig) -> None:
 
 def _validate_loss(cfg: TrainConfig) -> None:
     loss = cfg.loss
+    _validate_objectives(cfg)
     try:
         score_to_weight(loss.score_to_weight, cfg.data.max_score, loss.thresholds, loss.values)
     except ConfigError as error:
@@ -173,6 +180,36 @@ def _validate_loss(cfg: TrainConfig) -> None:
             1 <= dim <= cfg.model.embed_dim,
             f"loss.matryoshka_dims: {dim} is not from 1 to model.embed_dim={cfg.model.embed_dim}",
         )
+
+
+def _validate_objectives(cfg: TrainConfig) -> None:
+    loss = cfg.loss
+    weights = dataclasses.asdict(loss.objectives)
+    for name, weight in weights.items():
+        require(
+            math.isfinite(weight) and weight >= 0,
+            f"loss.objectives.{name}={weight} must be a weight of 0 or more",
+        )
+    require(any(weights.values()), "loss.objectives: all weights are 0")
+    for name in ("sigmoid", "bixse"):
+        require(
+            not weights[name] or cfg.model.init_logit_bias is not None,
+            f"model.init_logit_bias must be set for loss.objectives.{name}, which learns a bias; "
+            "-10 is SigLIP's, -log(batch size) fits smaller batches",
+        )
+    for name in ("listnet", "listmle", "rince"):
+        require(
+            not weights[name] or loss.targets == "known",
+            f"loss.targets must be 'known' for loss.objectives.{name}, which ranks all scored "
+            "documents of a query in the batch (data.pairs_per_query brings them together)",
+        )
+    require(
+        loss.weight_norm == "none" or weights["gcl"] > 0,
+        f"loss.weight_norm={loss.weight_norm!r} is of loss.objectives.gcl alone, whose weight is 0",
+    )
+    require(loss.rince.spread >= 1, f"loss.rince.spread={loss.rince.spread} must be 1 or more")
+    for name, positive in (("temperature", loss.mixed.temperature), ("beta", loss.mixed.beta)):
+        require(positive > 0, f"loss.mixed.{name}={positive} must be above 0")
 
 
 def _validate_optim(cfg: TrainConfig) -> None:

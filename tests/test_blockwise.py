@@ -13,8 +13,10 @@ from test_contrastive import assert_close, make_rows, mixed_rows, unit_rows
 from test_targets import scored_batch
 
 from gcl_jax.errors import ConfigError
-from gcl_jax.losses import contrastive
-from gcl_jax.losses.contrastive import PairRows, Term, gcl_loss, gcl_loss_reference, gcl_losses
+from gcl_jax.losses import logits
+from gcl_jax.losses.contrastive import gcl_loss, gcl_loss_reference, gcl_losses
+from gcl_jax.losses.logits import Logits, Term
+from gcl_jax.losses.pairs import PairRows
 from gcl_jax.losses.targets import KnownWeights
 
 FORMS = ("gather", "ring")
@@ -161,12 +163,13 @@ def test_terms_share_fields_and_each_counts_its_rows(mesh, form, is_known):
 
     def together(queries, documents, scale):
         options = {"mesh": mesh, "form": form, "block_size": 4, "known": known}
-        return jnp.dot(share, jnp.stack(gcl_losses(queries, documents, scale, terms, **options)))
+        logits = Logits(queries, documents, scale, terms, **options)
+        return jnp.dot(share, jnp.stack(gcl_losses(logits)))
 
     def one_by_one(queries, documents, scale):
         losses = [
             gcl_loss_reference(queries[a], documents[b], scale, rows, known=known)
-            for a, b, rows in terms
+            for a, b, rows, _ in terms
         ]
         return jnp.dot(share, jnp.stack(losses))
 
@@ -184,7 +187,7 @@ def test_auto_hands_documents_round_when_their_copies_are_too_large(monkeypatch)
     mesh = make_cpu_mesh(8, 1)
     text = lambda: jax.jit(functools.partial(gcl_loss, mesh=mesh)).lower(*arguments, rows).as_text()
     assert "all_gather" in text()
-    monkeypatch.setattr(contrastive, "GATHER_LIMIT", 16 * 4 * 8 - 1)
+    monkeypatch.setattr(logits, "GATHER_LIMIT", 16 * 4 * 8 - 1)
     assert "all_gather" not in text()
 
 

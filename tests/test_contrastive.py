@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from gcl_jax.losses.contrastive import PairRows, gcl_loss_reference
+from gcl_jax.losses.contrastive import gcl_loss_reference
+from gcl_jax.losses.pairs import PairRows
 
 
 def by_hand(queries, documents, scale, rows, weight_norm="none", mask_duplicates=False):

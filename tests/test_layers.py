@@ -13,6 +13,7 @@ LAYERS = (
         "__init__",
         "errors",
         "config",
+        "loss_config",
         "open_clip_config",
         "presets",
         "validation",

@@ -18,10 +18,10 @@ def unit(x):
 
 @pytest.fixture
 def embeddings():
-    """({query field: (8, 16)}, {document field: (8, 16)}), rows of length 1."""
+    """{side: {field: (8, 16)}}, rows of length 1."""
     rng = np.random.default_rng(0)
     rows = lambda: unit(jnp.float32(rng.normal(size=(8, 16))))
-    return {"query": rows()}, {"image": rows(), "title": rows()}
+    return {"query": {"query": rows()}, "document": {"image": rows(), "title": rows()}}
 
 
 @pytest.mark.parametrize("dims", [(4,), (3, 8, 16)], ids=str)
@@ -35,22 +35,22 @@ def test_values_and_gradients_are_those_of_embeddings_cut_by_hand(
         cut = lambda x, dim: unit(x[:, :dim])
         totals = []
         for dim in dims:
-            query, document = jax.tree.map(lambda x: cut(x, dim), embeddings)  # noqa: B023
-            totals.append(multi_field_loss(query, document, tiny_batch, scale, **options)[0])
+            short = jax.tree.map(lambda x: cut(x, dim), embeddings)  # noqa: B023
+            totals.append(multi_field_loss(short, tiny_batch, scale, **options)[0])
         return sum(totals) / len(totals)
 
     def ours(embeddings):
-        return over_dims(multi_field_loss, dims)(*embeddings, tiny_batch, scale, **options)
+        return over_dims(multi_field_loss, dims)(embeddings, tiny_batch, scale, **options)
 
     (value, terms), gradients = jax.jit(jax.value_and_grad(ours, has_aux=True))(embeddings)
     expected, expected_gradients = jax.jit(jax.value_and_grad(by_hand))(embeddings)
     np.testing.assert_allclose(value, expected, rtol=1e-6)
     close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     jax.tree.map(close, gradients, expected_gradients)
-    assert (gradients[0]["query"][:, max(dims) :] == 0).all()
-    names = ("merged", "query:image", "query:title")
+    assert (gradients["query"]["query"][:, max(dims) :] == 0).all()
+    names = ("gcl/merged", "gcl/query:image", "gcl/query:title")
     assert set(terms) == {f"{name}@{dim}" for name in names for dim in dims}
-    weight = {"merged": 1.0, "query:image": 0.5, "query:title": 0.5}
+    weight = dict(zip(names, (1.0, 0.5, 0.5), strict=True))
     total = sum(weight[n.partition("@")[0]] * x for n, x in terms.items()) / len(dims)
     np.testing.assert_allclose(total, expected, rtol=1e-5)
 

@@ -12,7 +12,8 @@ from towers import SMALL, random_params
 
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.data.transforms import ImageTransform, decode_image
-from gcl_jax.losses.contrastive import PairRows, gcl_loss_reference
+from gcl_jax.losses.contrastive import gcl_loss_reference
+from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import normalize
 from gcl_jax.models.port import from_state_dict, to_state_dict
 from gcl_jax.presets import preset

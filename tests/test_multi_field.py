@@ -10,8 +10,8 @@ from conftest import make_cpu_mesh
 from test_contrastive import by_hand
 
 from gcl_jax.config import DataConfig, LossConfig
-from gcl_jax.losses.contrastive import PairRows
 from gcl_jax.losses.multi_field import multi_field_loss, pair_term_weights
+from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import merge_fields
 
 N = 16
@@ -60,7 +60,7 @@ def pair_rows(batch, valid):
 def compute(queries, documents, batch, **options):
     """(total, terms) at logit scale 20."""
     loss = jax.jit(functools.partial(multi_field_loss, **options))
-    return loss(queries, documents, batch, jnp.float32(20))
+    return loss({"query": queries, "document": documents}, batch, jnp.float32(20))
 
 
 def test_merge_rescales_the_weights_of_the_fields_that_are_there():
@@ -108,9 +108,9 @@ def test_total_is_the_weighted_sum_over_rows_that_have_both_fields(mesh, loss):
                 expected[f"{q}:{d}"] = weight, contrast(queries[q], documents[d], valid)
 
     total, terms = compute(queries, documents, batch, loss=loss, data=DATA, mesh=mesh)
-    assert terms.keys() == expected.keys()
+    assert terms.keys() == {f"gcl/{name}" for name in expected}
     for name, (_, value) in expected.items():
-        np.testing.assert_allclose(terms[name], value, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(terms[f"gcl/{name}"], value, rtol=1e-5, err_msg=name)
     np.testing.assert_allclose(total, sum(w * value for w, value in expected.values()), rtol=1e-5)
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from gcl_jax.config import ModelConfig, TextConfig
-from gcl_jax.losses.contrastive import PairRows, gcl_loss_reference
+from gcl_jax.losses.contrastive import gcl_loss_reference
+from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.port import from_state_dict, to_state_dict
 from gcl_jax.models.port.convert import expected_shapes
 from gcl_jax.models.port.foreign import to_hugging_face_config

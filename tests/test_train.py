@@ -151,7 +151,7 @@ def test_a_text_only_run_is_where_a_lora_run_starts(text_cfg, tmp_path, monkeypa
     train(text_cfg, base)
     assert "starting from random parameters" in capsys.readouterr().err
     rows = [json.loads(line) for line in (base / "metrics.jsonl").read_text().splitlines()]
-    assert {"loss/merged@4", "loss/merged@16"} <= rows[0].keys()
+    assert {"loss/gcl/merged@4", "loss/gcl/merged@16"} <= rows[0].keys()
     assert [row["step"] for row in rows if "in_domain/NDCG@10" in row] == [2, 4]
 
     whole, averages = evaluate.load_run(base), final_params(text_cfg, base)

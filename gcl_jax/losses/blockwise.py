@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gcl_jax.losses.pairs import PairRows
 from gcl_jax.sharding import BATCH_AXES
 
 # Rows and columns of a tile: 4 MiB of logits. From 512 to 2048 a CPU is as fast within its noise.
@@ -30,15 +31,10 @@ BLOCK_SIZE = 1024
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
 class Side:
-    """Rows or columns of the logits.
-
-    number: counts the pairs of the global batch from 1; 0 is padding, which is zero throughout.
-    facts: what else the objective wants to know of each, as arrays (n, ...).
-    """
+    """Rows or columns of the logits; padding is zero throughout."""
 
     embedding: Float[Array, "n d"]
-    number: Int[Array, " n"]
-    facts: Any
+    facts: PairRows
 
 
 def tile_statistics(
@@ -46,7 +42,7 @@ def tile_statistics(
     rows: Side,
     columns: Side,
     seen: Any,
-    nothing: Callable[[jax.Array], Any],
+    nothing: Callable[[jax.Array | None], Any],
     size: int,
     order: Int[Array, " m"] | None = None,
 ) -> tuple[Any, Any]:
@@ -59,7 +55,7 @@ def tile_statistics(
         size: the most rows and the most columns of a tile.
         order: in which to take the columns; as they come by default.
     """
-    n = len(rows.number)
+    n = len(rows.embedding)
 
     def over_columns(seen, places):
         block = _take(columns, places)
@@ -67,13 +63,13 @@ def tile_statistics(
         def over_rows(column_seen, inputs):
             rows, row_seen = inputs
             of_rows, of_columns = tile(rows, block)
-            return column_seen.merge(of_columns), row_seen.merge(of_rows)
+            return _merged(column_seen, of_columns), _merged(row_seen, of_rows)
 
-        column_seen, seen = jax.lax.scan(over_rows, nothing(block.number), (row_blocks, seen))
+        column_seen, seen = jax.lax.scan(over_rows, nothing(block.facts.number), (row_blocks, seen))
         return seen, column_seen
 
     row_blocks = _blocks(rows, size)
-    places, back = _column_places(columns.number, size, order)
+    places, back = _column_places(len(columns.embedding), size, order)
     seen, of_columns = jax.lax.scan(over_columns, _blocks(seen, size), places)
     return _joined(seen, slice(n)), _joined(of_columns, back)
 
@@ -114,12 +110,12 @@ def tile_gradients(
         return sums, logit_scale * dy
 
     row_blocks = _blocks((rows, of_rows), size)
-    row_blocks = jnp.arange(len(row_blocks[0].number)), *row_blocks
-    places, back = _column_places(columns.number, size, order)
+    row_blocks = jnp.arange(len(row_blocks[0].embedding)), *row_blocks
+    places, back = _column_places(len(columns.embedding), size, order)
     dx, by_scale, by_bias = so_far
     start = _blocks(dx, size), by_scale, by_bias
     (dx, by_scale, by_bias), dy = jax.lax.scan(over_columns, start, places)
-    return (_joined(dx, slice(len(rows.number))), by_scale, by_bias), _joined(dy, back)
+    return (_joined(dx, slice(len(rows.embedding))), by_scale, by_bias), _joined(dy, back)
 
 
 def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
@@ -140,25 +136,29 @@ class Gather:
             columns: this device's, as a pytree of arrays (b, ...).
             seen, nothing: statistics of its rows and of its columns before any tile.
         """
-        own = jax.lax.axis_index(BATCH_AXES), len(jax.tree.leaves(nothing)[0])
+        own = jax.lax.axis_index(BATCH_AXES), len(jax.tree.leaves(columns)[0])
         columns = jax.lax.all_gather(columns, BATCH_AXES, tiled=True)
         seen, of_columns = sweep(columns, seen)
-        of_columns = [statistics.over_devices() for statistics in of_columns]
+        of_columns = [tuple(sums.over_devices() for sums in term) for term in of_columns]
         of_own = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, own[0] * own[1], own[1]), of_columns
         )
         return seen, of_own, (columns, of_columns)
 
     @staticmethod
-    def backward(sweep, residual, carry, nothing):
+    def backward(sweep, residual, cotangents, carry, nothing):
         """(carry, gradients of this device's columns).
 
         Args:
-            sweep: (columns, their statistics, carry) -> (carry, gradients of the columns).
+            sweep: (columns, what is known of each term's, carry) -> (carry, gradients of the
+                columns). Known are the statistics and the cotangents of these.
+            cotangents: of the statistics of this device's columns.
             nothing: gradients of this device's columns before any tile.
         """
         del nothing
-        carry, gradients = sweep(*residual, carry)
+        columns, of_columns = residual
+        cotangents = jax.lax.all_gather(cotangents, BATCH_AXES, tiled=True)
+        carry, gradients = sweep(columns, _paired(of_columns, cotangents), carry)
         # Over one axis after the other: over both at once, the TPU compiler makes an all-reduce.
         for axis in BATCH_AXES:
             gradients = jax.lax.psum_scatter(gradients, axis, tiled=True)
@@ -176,7 +176,7 @@ class Ring:
         def hop(carry, _):
             visitors, of_visitors, seen = carry
             seen, added = sweep(visitors, seen)
-            of_visitors = [a.merge(b) for a, b in zip(of_visitors, added, strict=True)]
+            of_visitors = [_merged(*term) for term in zip(of_visitors, added, strict=True)]
             return (*_passed_on((visitors, of_visitors)), seen), None
 
         devices = jax.lax.axis_size(BATCH_AXES)
@@ -184,8 +184,9 @@ class Ring:
         return seen, of_columns, (columns, of_columns)
 
     @staticmethod
-    def backward(sweep, residual, carry, nothing):
+    def backward(sweep, residual, cotangents, carry, nothing):
         """As `Gather.backward`."""
+        columns, of_columns = residual
 
         def hop(carry, _):
             visitors, gradients, carry = carry
@@ -194,9 +195,18 @@ class Ring:
             return (*_passed_on((visitors, gradients)), carry), None
 
         devices = jax.lax.axis_size(BATCH_AXES)
-        start = residual, nothing, carry
+        start = (columns, _paired(of_columns, cotangents)), nothing, carry
         (_, gradients, carry), _ = jax.lax.scan(hop, start, length=devices)
         return carry, gradients
+
+
+def _merged(a, b):
+    """Two tuples of statistics of the same rows or columns."""
+    return tuple(x.merge(y) for x, y in zip(a, b, strict=True))
+
+
+def _paired(of_columns, cotangents):
+    return list(zip(of_columns, cotangents, strict=True))
 
 
 def _passed_on(x):
@@ -222,9 +232,8 @@ def _cuts(n: int, size: int) -> tuple[int, int]:
     return count, -(-n // count)
 
 
-def _column_places(number: Int[Array, " m"], size: int, order: Int[Array, " m"] | None):
-    """(places (blocks, size) of the columns in `order`, the way back to their own order)."""
-    m = len(number)
+def _column_places(m: int, size: int, order: Int[Array, " m"] | None):
+    """(places (blocks, size) of `m` columns in `order`, the way back to their own order)."""
     count, width = _cuts(m, size)
     taken = jnp.arange(m) if order is None else order
     places = jnp.pad(taken, (0, count * width - m), constant_values=m).reshape(count, width)

@@ -12,8 +12,8 @@ Embeddings = Mapping[str, jax.Array]
 
 
 def truncated(embeddings: Embeddings, dim: int) -> dict[str, jax.Array]:
-    """The first `dim` numbers of every field's float32 (b, e) embeddings, at length 1 again."""
-    return {field: normalize(x[:, :dim]) for field, x in embeddings.items()}
+    """The first `dim` numbers of every field's float32 (..., e) embeddings, at length 1 again."""
+    return {field: normalize(x[..., :dim]) for field, x in embeddings.items()}
 
 
 def over_dims(objective: Callable, dims: Sequence[int]) -> Callable:
@@ -24,8 +24,8 @@ def over_dims(objective: Callable, dims: Sequence[int]) -> Callable:
     clipping mean the same for any number of them.
 
     Args:
-        objective: (query embeddings, document embeddings, ...) -> (total, {term: value}), the
-            embeddings {field: float32 (b, e)}.
+        objective: (embeddings, ...) -> (total, {term: value}), the embeddings of each side
+            {field: float32 (..., e)}.
 
     Returns:
         The same signature; the terms are named "TERM@DIM".
@@ -34,16 +34,12 @@ def over_dims(objective: Callable, dims: Sequence[int]) -> Callable:
         return objective
 
     @functools.wraps(objective)
-    def averaged(query_embeddings: Embeddings, document_embeddings: Embeddings, *args, **kwargs):
+    def averaged(embeddings: Mapping[str, Embeddings], *args, **kwargs):
         totals: list[jax.Array] = []
         terms: dict[str, jax.Array] = {}
         for dim in dims:
-            total, own = objective(
-                truncated(query_embeddings, dim),
-                truncated(document_embeddings, dim),
-                *args,
-                **kwargs,
-            )
+            cut = {side: truncated(fields, dim) for side, fields in embeddings.items()}
+            total, own = objective(cut, *args, **kwargs)
             totals.append(total)
             terms |= {f"{name}@{dim}": value for name, value in own.items()}
         return jnp.mean(jnp.stack(totals)), terms

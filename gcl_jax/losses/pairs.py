@@ -1,6 +1,7 @@
 """What a batch of scored pairs asks of the logits: which attract, which take part."""
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +23,15 @@ class PairRows:
     query_id, document_id: equal ids are the same query or document; used to mask duplicates. int32
     (n,), or the two words of 64-bit ids, uint32 (n, 2): numpy arrays of 64-bit integers are split
     here, as JAX would drop their upper words.
+    number: counts the pairs of the global batch from 1, which is the default; a row and a column of
+    the same number are a pair, and 0 belongs to none.
     """
 
     weight: Float[Array, " n"]
     valid: Bool[Array, " n"]
     query_id: Ids
     document_id: Ids
+    number: Int[Array, " n"] = None  # type: ignore[assignment]  # until `numbered`
 
     def __post_init__(self):
         for name in ("query_id", "document_id"):
@@ -36,45 +40,65 @@ class PairRows:
                 words = np.ascontiguousarray(ids).view(np.uint32).reshape(-1, 2)
                 object.__setattr__(self, name, words)
 
-
-def target_weights(
-    rows: PairRows,
-    columns: PairRows,
-    diagonal: Bool[Array, "n m"],
-    known: Float[Array, "n m"] | None,
-) -> Float[Array, "n m"]:
-    """The ground-truth matrix T: weights of what attracts, the pairs alone or all `known` ones; 0
-    for invalid rows."""
-    weight = jnp.where(diagonal, rows.weight[:, None], 0.0) if known is None else known
-    return jnp.where(rows.valid[:, None] & columns.valid, weight, 0.0)
+    def numbered(self) -> "PairRows":
+        if self.number is not None:
+            return self
+        number = 1 + jnp.arange(len(self.weight), dtype=jnp.int32)
+        return dataclasses.replace(self, number=number)
 
 
-def masked_logits(
-    logits: Float[Array, "n m"],
-    rows: PairRows,
-    columns: PairRows,
-    diagonal: Bool[Array, "n m"],
-    targets: Float[Array, "n m"],
-    mask_duplicates: bool,
-) -> Float[Array, "n m"]:
-    """`logits` with `MASKED` for those that take no part. All targets do, whatever the masks say,
-    and the diagonal, so that no softmax is empty; invalid rows have weight 0 instead."""
-    kept = rows.valid[:, None] & columns.valid
-    if mask_duplicates:
-        kept &= ~_same(rows.query_id, columns.query_id)
-        kept &= ~_same(rows.document_id, columns.document_id)
-    return jnp.where(kept | diagonal | (targets > 0), logits, MASKED)
+class Tile(NamedTuple):
+    """Some rows (queries) and columns (documents) of the logits Z.
+
+    known: the weights of all combinations, 0 where there is no score, if these are looked up.
+    mask_duplicates: other pairs of the same query or document are no negatives.
+    """
+
+    logits: Float[Array, "n m"]
+    rows: PairRows
+    columns: PairRows
+    known: Float[Array, "n m"] | None
+    mask_duplicates: bool
+
+    @property
+    def own(self) -> Bool[Array, "n m"]:
+        """Where row and column are a pair."""
+        row, column = self.rows.number[:, None], self.columns.number
+        return (row == column) & (column > 0) & self.valid
+
+    @property
+    def valid(self) -> Bool[Array, "n m"]:
+        return self.rows.valid[:, None] & self.columns.valid
+
+    @property
+    def targets(self) -> Float[Array, "n m"]:
+        """The ground-truth matrix T: weights of what attracts, the pairs alone or all known ones;
+        0 for invalid rows."""
+        if self.known is None:
+            return jnp.where(self.own, self.rows.weight[:, None], 0.0)
+        return jnp.where(self.valid, self.known, 0.0)
+
+    @property
+    def labelled(self) -> Bool[Array, "n m"]:
+        """What is no negative: the pairs, and all that has a weight."""
+        return self.own | (self.targets > 0)
+
+    @property
+    def kept(self) -> Bool[Array, "n m"]:
+        """What is left of the valid logits when duplicates are masked."""
+        if not self.mask_duplicates:
+            return self.valid
+        same = same_ids(self.rows.query_id, self.columns.query_id)
+        same |= same_ids(self.rows.document_id, self.columns.document_id)
+        return self.valid & ~same
+
+    @property
+    def members(self) -> Bool[Array, "n m"]:
+        """Which logits take part: all that is labelled does, whatever is masked."""
+        return self.kept | self.labelled
 
 
-def normalizer(
-    total_weight: Float[Array, ""], pairs: Float[Array, ""], weight_norm: str, known: bool
-) -> Float[Array, ""]:
-    """What divides the sum over T, in both directions. `pairs` counts the valid rows."""
-    total_weight, pairs = jnp.maximum(total_weight, 1e-30), jnp.maximum(pairs, 1.0)
-    by_norm = {"none": pairs, "mean": total_weight, "sum": total_weight * pairs}
-    return 2 * (total_weight if known else by_norm[weight_norm])
-
-
-def _same(a: Ids, b: Ids) -> Bool[Array, "n m"]:
+def same_ids(a: Ids, b: Ids) -> Bool[Array, "n m"]:
+    """Which of `a` equal which of `b`."""
     equal = a[:, None] == b
     return equal if a.ndim == 1 else equal.all(-1)

@@ -62,13 +62,13 @@ class CLIP(nnx.Module):
 
 
 def merge_fields(
-    embeddings: Mapping[str, Float[Array, "b e"]],
-    present: Mapping[str, Bool[Array, "b"]],
+    embeddings: Mapping[str, Float[Array, "*b e"]],
+    present: Mapping[str, Bool[Array, "*b"]],
     weights: Mapping[str, float],
-) -> Float[Array, "b e"]:
+) -> Float[Array, "*b e"]:
     """normalize(sum_a alpha_a * embedding_a); a missing field has weight 0 (method: Loss 2).
 
     The other weights need no rescaling to sum 1: the normalisation removes their common factor.
     """
-    weighted = [weights[a] * present[a][:, None] * x for a, x in embeddings.items()]
+    weighted = [weights[a] * present[a][..., None] * x for a, x in embeddings.items()]
     return normalize(functools.reduce(jnp.add, weighted))

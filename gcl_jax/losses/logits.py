@@ -1,0 +1,291 @@
+"""All logits of the global batch, of which an objective sees tiles and gets back sums.
+
+An objective is written as two plain functions. The first, of a tile of logits, names what to add up
+over every row and every column: `Channel`s and `Values`. The second makes a loss of these sums,
+arrays with one number per query or document of the global batch. Tiles, devices and gradients are
+the work of `Logits.sums` in between: memory is linear in the batch, and nothing is approximate.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float
+
+from gcl_jax.errors import ConfigError
+from gcl_jax.losses.blockwise import (
+    BLOCK_SIZE,
+    Gather,
+    Ring,
+    Side,
+    product,
+    tile_gradients,
+    tile_statistics,
+)
+from gcl_jax.losses.pairs import PairRows, Tile
+from gcl_jax.losses.statistics import Named, added_up, nothing_yet
+from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.sharding import BATCH_AXES
+from gcl_jax.validation import CHOICES
+
+# Form "auto" gathers the documents while their copies, with their gradients in float32, take no
+# more bytes of each device than this; never on one device, which needs no copy.
+GATHER_LIMIT = 2 * 2**30
+TRANSPORTS: dict[str, type[Gather] | type[Ring]] = {"gather": Gather, "ring": Ring}
+
+
+class Sums(NamedTuple):
+    """One `Softmax` or `Total` for each of what an objective names, with arrays (n,) for the
+    queries and (m,) for the documents of the global batch."""
+
+    rows: tuple[Any, ...]
+    columns: tuple[Any, ...]
+
+
+class Term(NamedTuple):
+    """The logits of `queries[query]` by `documents[document]`. `columns` describes the documents
+    where they are not one for each query, number by number."""
+
+    query: str
+    document: str
+    rows: PairRows
+    columns: PairRows | None = None
+
+    def described_columns(self) -> PairRows:
+        return self.rows if self.columns is None else self.columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """Z = scale * Q D^T + bias over the global batch, for each of the `terms`; never held as such.
+
+    Sums are differentiable by the embeddings, the scale and the bias; all else is constant.
+    Embeddings of bfloat16 are multiplied as such; logits, sums and sums of gradients are float32.
+
+    Args:
+        queries, documents: embeddings (n, d) and (m, d), float32 or bfloat16, by name; rows are
+            split over all devices of the mesh. Those that no term names stay where they are.
+        scale: the factor itself (exp of the learned parameter).
+        known: if given, a tile knows the weight of every combination that the table has.
+        mask_duplicates: other pairs of the same query or document are no negatives.
+        form: "gather" copies all documents to every device, "ring" hands them from device to
+            device, "auto" gathers while the copies stay below `GATHER_LIMIT` bytes.
+        block_size: the most rows and columns of a tile.
+
+    Raises:
+        ConfigError: an unknown form; shapes that do not fit each other or the mesh.
+    """
+
+    queries: Mapping[str, Float[Array, "n d"]]
+    documents: Mapping[str, Float[Array, "m d"]]
+    scale: Float[Array, ""]
+    terms: Sequence[Term]
+    mesh: Mesh
+    bias: Float[Array, ""] | float = 0.0
+    known: KnownWeights | None = None
+    mask_duplicates: bool = False
+    form: str = "auto"
+    block_size: int = BLOCK_SIZE
+
+    def __post_init__(self):
+        _check(self)
+
+    def sums(self, named: Named) -> list[Sums]:
+        """For each term the sums of what `named` names, all from one exchange of the documents
+        between the devices."""
+        queries = {name: self.queries[name] for name in {term.query for term in self.terms}}
+        documents = {name: self.documents[name] for name in {t.document for t in self.terms}}
+        form = self.form
+        if form == "auto":
+            copies = sum(x.size * (x.dtype.itemsize + 4) for x in documents.values())
+            form = "gather" if self.mesh.size > 1 and copies <= GATHER_LIMIT else "ring"
+        names = tuple((term.query, term.document) for term in self.terms)
+        rows = [term.rows.numbered() for term in self.terms]
+        columns = [term.described_columns().numbered() for term in self.terms]
+        split, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
+        sharded = jax.shard_map(
+            functools.partial(
+                _sums, _Options(named, names, self.mask_duplicates, form, self.block_size)
+            ),
+            mesh=self.mesh,
+            in_specs=(split, split, everywhere, everywhere, split, split, everywhere),
+            out_specs=split,
+        )
+        scalars = jnp.float32(self.scale), jnp.float32(self.bias)
+        return sharded(queries, documents, *scalars, rows, columns, self.known)
+
+
+class _Options(NamedTuple):
+    """names: for each term, those of its queries and of its documents."""
+
+    named: Named
+    names: tuple[tuple[str, str], ...]
+    mask_duplicates: bool
+    form: str
+    block_size: int
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _sums(
+    options: _Options,
+    queries: dict[str, Float[Array, "n d"]],
+    documents: dict[str, Float[Array, "m d"]],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
+    rows: list[PairRows],
+    columns: list[PairRows],
+    known: KnownWeights | None,
+) -> list[Sums]:
+    """`Logits.sums` inside `shard_map`: of all arguments but the scale, the bias and `known`, this
+    device's part."""
+    return _forward(options, queries, documents, scale, bias, rows, columns, known)[0]
+
+
+def _forward(options, queries, documents, scale, bias, rows, columns, known):
+    sides = [Side(queries[q], r) for (q, _), r in zip(options.names, rows, strict=True)]
+
+    def tile(rows, columns):
+        one = _tile(rows, columns, scale, bias, known, options)
+        return added_up(one, 1, options.named), added_up(one, 0, options.named)
+
+    def sweep(visitors, seen):
+        order, others = _columns(visitors, known, options)
+        swept = [
+            tile_statistics(tile, side, other, so_far, before(0), options.block_size, order)
+            for side, other, so_far in zip(sides, others, seen, strict=True)
+        ]
+        return [of_rows for of_rows, _ in swept], [of_columns for _, of_columns in swept]
+
+    visitors = documents, columns
+    shapes = jax.eval_shape(tile, sides[0], _columns(visitors, known, options)[1][0])
+
+    def before(axis):
+        return functools.partial(nothing_yet, shapes[1 - axis])
+
+    of_rows, of_columns, residual = TRANSPORTS[options.form].forward(
+        sweep,
+        visitors,
+        [before(1)(side.facts.number) for side in sides],
+        [before(0)(one.number) for one in columns],
+    )
+    sums = [Sums(*one) for one in zip(of_rows, of_columns, strict=True)]
+    return sums, (sides, of_rows, documents, residual, scale, bias, known)
+
+
+def _backward(options, residual, cotangents):
+    sides, of_rows, documents, residual, scale, bias, known = residual
+
+    def tile(rows, of_rows, columns, of_columns):
+        """The gradient by a tile's logits: of its sums, the tops given, times their cotangents."""
+        one = _tile(rows, columns, scale, bias, known, options)
+
+        def weighted(logits):
+            seen = one._replace(logits=logits)
+            sides = (1, of_rows), (0, of_columns)
+            sums = [added_up(seen, axis, options.named, tops) for axis, (tops, _) in sides]
+            products = jax.tree.map(jnp.vdot, sums, [by_sums for _, (_, by_sums) in sides])
+            return sum(jax.tree.leaves(products))
+
+        return jax.grad(weighted)(one.logits)
+
+    def sweep(visitors, of_visitors, so_far):
+        order, others = _columns(visitors, known, options)
+        swept = []
+        for i, other in enumerate(others):
+            of_side = of_rows[i], cotangents[i].rows
+            given = sides[i], of_side, other, of_visitors[i], so_far[i]
+            swept.append(tile_gradients(tile, *given, scale, options.block_size, order))
+        by_document = _by_name((d for _, d in options.names), (y for _, y in swept))
+        return [x for x, _ in swept], by_document
+
+    def nothing(x):
+        return jnp.zeros_like(x, jnp.float32)
+
+    zero = nothing(sides[0].facts.number[0])
+    gradients, by_document = TRANSPORTS[options.form].backward(
+        sweep,
+        residual,
+        [one.columns for one in cotangents],
+        [(nothing(side.embedding), zero, zero) for side in sides],
+        jax.tree.map(nothing, documents),
+    )
+    by_embedding, by_scale, by_bias = zip(*gradients, strict=True)
+    by_query = _by_name((q for q, _ in options.names), by_embedding)
+    dtype = sides[0].embedding.dtype
+    by_query, by_document = jax.tree.map(lambda x: x.astype(dtype), (by_query, by_document))
+    by_scale, by_bias = jax.lax.psum((sum(by_scale), sum(by_bias)), BATCH_AXES)
+    return by_query, by_document, by_scale, by_bias, None, None, None
+
+
+def _by_name(names, gradients) -> dict[str, jax.Array]:
+    """The sum of the gradients of each name."""
+    sums: dict[str, jax.Array] = {}
+    for name, gradient in zip(names, gradients, strict=True):
+        sums[name] = sums[name] + gradient if name in sums else gradient
+    return sums
+
+
+def _columns(visitors, known: KnownWeights | None, options: _Options):
+    """(order in which to take the columns, the columns of each term).
+
+    Known documents are found fastest among documents that are sorted.
+    """
+    documents, columns = visitors
+    order = None if known is None else jnp.argsort(columns[0].document_id)
+    return order, [Side(documents[d], c) for (_, d), c in zip(options.names, columns, strict=True)]
+
+
+def _tile(rows: Side, columns: Side, scale, bias, known, options: _Options) -> Tile:
+    logits = scale * product(rows.embedding, columns.embedding.T) + bias
+    found = None
+    if known is not None:
+        ids = rows.facts.query_id, columns.facts.document_id
+        found = known.in_tile(*ids, columns.facts.valid)
+    return Tile(logits, rows.facts, columns.facts, found, options.mask_duplicates)
+
+
+_sums.defvjp(_forward, _backward)
+
+
+def _check(logits: Logits) -> None:
+    def require(condition: bool, message: str) -> None:
+        if not condition:
+            raise ConfigError(message)
+
+    form, choices = logits.form, CHOICES["loss.form"]
+    require(form in choices, f"loss.form={form!r} must be one of {choices}")
+    require(logits.block_size >= 1, f"block_size {logits.block_size} must be 1 or more")
+    for term in logits.terms:
+        queries, documents = logits.queries[term.query], logits.documents[term.document]
+        shape, dtype = queries.shape, queries.dtype
+        require(
+            dtype in (jnp.float32, jnp.bfloat16),
+            f"embeddings must be float32 or bfloat16, not {dtype}",
+        )
+        require(len(shape) == 2, f"embeddings must have shape (N, D), not {shape}")
+        count = shape[0] if term.columns is None else len(documents)
+        require(
+            documents.shape == (count, shape[1]) and documents.dtype == dtype,
+            "embeddings must agree in shape and dtype: "
+            f"{documents.shape} {documents.dtype} is not {shape} {dtype}",
+        )
+        for pairs, n in ((term.rows, shape[0]), (term.described_columns(), count)):
+            require(
+                n % logits.mesh.size == 0,
+                f"a batch of {n} pairs is no multiple of the {logits.mesh.size} devices",
+            )
+            for name in ("weight", "valid", "query_id", "document_id"):
+                actual = jnp.shape(getattr(pairs, name))
+                words = (2,) if name.endswith("_id") and len(actual) == 2 else ()
+                require(
+                    actual == (n, *words),
+                    f"{name} of the pairs has shape {actual}; {n} embeddings need ({n},)",
+                )
+                require(
+                    logits.known is None or not words,
+                    f"{name} has 64 bits: known weights are looked up by row numbers, int32",
+                )
