@@ -30,6 +30,7 @@ LAYERS = (
         "warm_start",
         "embedding",
         "retrieval",
+        "results",
         "evaluate",
     },
     {"train", "search", "prepare", "report", "port"},
