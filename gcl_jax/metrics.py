@@ -77,9 +77,9 @@ def first_relevant_rank(grades: np.ndarray) -> np.ndarray:
 def mean_rank_variance(ranks: np.ndarray) -> dict[str, float]:
     """How far the languages of an instance disagree about the rank of its relevant document.
 
-    MRV is the mean over instances of (1/K) sum_k (rank_k - mean rank)^2, as the paper has it;
-    MRV_std takes each instance's square root before the mean, as its code does. 0 if every language
-    finds the same; `instances` counts those with two languages or more, the others are left out.
+    MRV is the mean over instances of (1/K) sum_k (rank_k - mean rank)^2, as it is named; MRV_std
+    takes each instance's square root before the mean, as the authors' code does. 0 if all languages
+    find the same; `instances` counts those with two languages or more, the others are left out.
 
     Args:
       ranks: (N, K) of N instances in K languages, NaN where an instance lacks the language.

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl import flags
 
+from gcl_jax import train
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.datasets.emoji import EmojiLanguagesSource
@@ -75,3 +77,16 @@ def test_the_config_cuts_fewer_than_one_name_in_a_hundred(store):
     names = [query[field] for query in store.queries for field in cfg.data.query_fields]
     assert (tokenizer(names)[:, length] != 0).mean() < 0.01
     store.resolve(cfg)
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # absl's
+def test_the_config_takes_the_languages_to_train_on(capsys):
+    path = CONFIGS / "emoji_languages.py"
+    train.parse_flags(["train", f"--config={path}:en,ja", "--workdir=x"])
+    cfg = flags.FLAGS.config
+    flags.FLAGS.unparse_flags()
+    assert cfg.data.query_fields == {"en": 1.0, "ja": 1.0}
+    assert len(cfg.eval.query_fields) == 9
+    with pytest.raises(SystemExit):
+        train.parse_flags(["train", "--config=nowhere.py:en", "--workdir=x"])
+    assert "nowhere.py:en: no such file" in capsys.readouterr().err
