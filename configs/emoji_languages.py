@@ -37,7 +37,7 @@ def get_config(languages: str = ",".join(LANGUAGES)) -> TrainConfig:
             cached_records=10_000,
         ),
         loss=LossConfig(targets="known"),
-        optim=OptimConfig(lr=3e-3, warmup_steps=20, steps=100, batch_size=128, weight_decay=0.1),
+        optim=OptimConfig(lr=1e-3, warmup_steps=20, steps=150, batch_size=128, weight_decay=0.1),
         eval=EvalConfig(query_fields=LANGUAGES),
         checkpoint=CheckpointConfig(every=50),
     )
