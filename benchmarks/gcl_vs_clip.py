@@ -23,10 +23,10 @@ from pathlib import Path
 import bm25s
 import numpy as np
 
-from gcl_jax import metrics
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
-from gcl_jax.evaluate import SUMMARY, judged_metrics, sample_judgements
+from gcl_jax.evaluate import judged_metrics, sample_judgements
+from gcl_jax.results import summary
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 
@@ -89,8 +89,7 @@ def untrained(store: RankedStore, max_queries: int) -> dict[str, dict[str, dict]
             found = np.argsort(-matrix, axis=1, kind="stable")[:, :1000]
             found_scores = np.take_along_axis(matrix, found, axis=1)
             values = judged_metrics(judgements, found_scores, found, document_rank[corpus])
-            summary = metrics.summarize(values)
-            results[name][split] = {key: summary[value] for key, value in SUMMARY.items()}
+            results[name][split] = summary(values)
     return results
 
 

@@ -170,10 +170,13 @@ class MeshConfig:
 @dataclasses.dataclass(slots=True)
 class EvalConfig:
     """Ranked evaluation: `every` counts steps during training (0: only `gcl_jax.evaluate`); no
-    `splits` means all that the store has. `embed_dim` above 0 cuts the embeddings to that many
-    leading dimensions, here and in search (see `loss.matryoshka_dims`)."""
+    `splits` means all that the store has. `query_fields` are evaluated each alone, too: by default
+    those of `data.query_fields`; others of the store, such as languages that training leaves out,
+    may be named. `embed_dim` above 0 cuts the embeddings to that many leading dimensions, here and
+    in search (see `loss.matryoshka_dims`)."""
 
     splits: tuple[str, ...] = ()
+    query_fields: tuple[str, ...] = ()
     every: int = 0
     max_queries: int = 2000
     max_queries_in_training: int = 500

@@ -1,42 +1,36 @@
 """Ranked evaluation of a run: `python -m gcl_jax.evaluate --workdir=runs/demo`.
 
-Writes WORKDIR/eval/SPLIT.json (SPLIT@DIM.json with --embed_dim=DIM) under the authors' metric
-names and prints one table. Protocol
-(arXiv 2404.08535 and its evaluation code): grades are the split's scores rescaled to 1..100, up to
-`eval.max_queries` queries are sampled in proportion to their summed grades, every query searches
-the whole corpus of its split exactly, top 1000.
+Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT.parquet, query by
+query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables.
+
+Protocol (arXiv 2404.08535 and its evaluation code): grades are the split's scores rescaled to
+1..100, up to `eval.max_queries` queries are sampled in proportion to their summed grades, every
+query searches the whole corpus of its split exactly, top 1000.
 """
 
 import argparse
 import dataclasses
-import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from gcl_jax import config, logs, metrics, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import MeshConfig, TrainConfig
+from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
-from gcl_jax.embedding import Embedder
+from gcl_jax.embedding import Embedder, FieldEmbeddings
 from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.results import SplitResult, as_report, format_tables, summary, write
 from gcl_jax.retrieval import exact_top_k
 
 KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
-TABLES = {"ndcg": "NDCG", "mAP": "MAP", "recall": "Recall", "precision": "P", "mrr": "MRR"}
-SUMMARY = {
-    "NDCG@10": "NDCG@10",
-    "mAP@1000": "MAP@1000",
-    "mrr@1000": "MRR@1000",
-    "mERR": "ERR",
-    "mRBP7": "RBP7",
-    "mRBP8": "RBP8",
-    "mRBP9": "RBP9",
-}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,6 +44,9 @@ class Judgements:
     queries: np.ndarray
     documents: np.ndarray
     grades: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "Judgements":
+        return Judgements(self.queries[rows], self.documents[rows], self.grades[rows])
 
 
 def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judgements:
@@ -87,53 +84,97 @@ def judged_metrics(
         scores, found: (q, k) scores and positions within the corpus of the retrieved documents.
         document_rank: int (n,), each document's place among the sorted ids, which breaks ties.
     """
-    found = np.take_along_axis(found, metrics.trec_order(scores, document_rank[found]), axis=1)
-    grades = metrics.lookup_grades(found, judgements.documents, judgements.grades)
+    grades = ranked_grades(judgements, scores, found, document_rank)
     return metrics.evaluate_rankings(grades, judgements.grades, KS)
+
+
+def ranked_grades(
+    judgements: Judgements,
+    scores: np.ndarray,
+    found: np.ndarray,
+    document_rank: np.ndarray,
+) -> np.ndarray:
+    """Protocol step 4: grades (q, k), best ranked first, of retrieved documents; see
+    `judged_metrics`."""
+    found = np.take_along_axis(found, metrics.trec_order(scores, document_rank[found]), axis=1)
+    return metrics.lookup_grades(found, judgements.documents, judgements.grades)
 
 
 def evaluate_splits(
     cfg: TrainConfig, store: RankedStore, embedder: Embedder, max_queries: int, quiet: bool = False
-) -> dict[str, dict[str, dict[str, float]]]:
-    """{split: {"merged" or a document field: {metric: mean over the test queries}}}."""
+) -> dict[str, SplitResult]:
+    """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each."""
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     judgements = {s: sample_judgements(store, s, max_queries) for s in cfg.eval.splits}
+    query_fields = dict.fromkeys([*cfg.data.query_fields, *cfg.eval.query_fields])
 
-    document_rows = np.unique(np.concatenate(list(corpora.values())))
-    query_rows = np.unique(np.concatenate([j.queries for j in judgements.values()]))
-    documents = embedder.embed(
-        "document",
-        store.documents,
-        list(cfg.data.document_fields),
-        document_rows,
-        description="documents",
-        quiet=quiet,
-    )
-    queries = embedder.embed(
-        "query",
-        store.queries,
-        list(cfg.data.query_fields),
-        query_rows,
-        description="queries",
-        quiet=quiet,
-    )
+    def embed(side: Side, fields: Iterable[str], rows: Iterable[np.ndarray]):
+        records = store.queries if side == "query" else store.documents
+        unique = np.unique(np.concatenate(list(rows)))
+        name = "queries" if side == "query" else "documents"
+        return unique, embedder.embed(
+            side, records, list(fields), unique, description=name, quiet=quiet
+        )
+
+    document_rows, documents = embed("document", cfg.data.document_fields, corpora.values())
+    query_rows, queries = embed("query", query_fields, (j.queries for j in judgements.values()))
     document_rank = np.argsort(np.argsort(np.array(store.documents.ids)))
+    return {
+        split: evaluate_split(
+            cfg,
+            judgements[split],
+            queries.take(np.searchsorted(query_rows, judgements[split].queries)),
+            documents.take(np.searchsorted(document_rows, corpus)),
+            document_rank[corpus],
+            [store.queries.ids[row] for row in judgements[split].queries],
+        )
+        for split, corpus in corpora.items()
+    }
 
-    variants = {"merged": cfg.data.document_fields}
+
+def evaluate_split(
+    cfg: TrainConfig,
+    judgements: Judgements,
+    queries: FieldEmbeddings,
+    corpus: FieldEmbeddings,
+    document_rank: np.ndarray,
+    query_ids: list[str],
+) -> SplitResult:
+    """The results of one split: merged queries and documents, every document field alone, and every
+    query field of `cfg.eval.query_fields` alone, on the queries that have it.
+
+    Args:
+        queries: of the (q,) test queries, in the order of `judgements` and `query_ids`.
+        corpus: of the split's (n,) documents; `document_rank` is that of `judged_metrics`.
+    """
+
+    def grades(
+        judged: Judgements, asked: Float[np.ndarray, "q e"], searched: Float[np.ndarray, "n e"]
+    ) -> np.ndarray:
+        scores, found = exact_top_k(asked, searched, cfg.eval.top_k)
+        return ranked_grades(judged, scores, found, document_rank)
+
+    asked = queries.merged(cfg.data.query_fields)
+    searched = {"merged": corpus.merged(cfg.data.document_fields)}
     if len(cfg.data.document_fields) > 1:
-        variants |= {field: {field: 1.0} for field in cfg.data.document_fields}
-    results: dict[str, dict[str, dict[str, float]]] = {}
-    for split in cfg.eval.splits:
-        corpus = documents.take(np.searchsorted(document_rows, corpora[split]))
-        asked = queries.take(np.searchsorted(query_rows, judgements[split].queries))
-        query_embeddings = asked.merged(cfg.data.query_fields)
-        results[split] = {}
-        for name, weights in variants.items():
-            scores, found = exact_top_k(query_embeddings, corpus.merged(weights), cfg.eval.top_k)
-            rank = document_rank[corpora[split]]
-            values = judged_metrics(judgements[split], scores, found, rank)
-            results[split][name] = metrics.summarize(values)
-    return results
+        searched |= {field: corpus.merged({field: 1.0}) for field in cfg.data.document_fields}
+    by_documents = {
+        name: metrics.evaluate_rankings(
+            grades(judgements, asked, embeddings), judgements.grades, KS
+        )
+        for name, embeddings in searched.items()
+    }
+    by_query_field = {}
+    ranks = np.full((len(query_ids), len(cfg.eval.query_fields)), np.nan)
+    several = len({*cfg.data.query_fields, *cfg.eval.query_fields}) > 1
+    for column, field in enumerate(cfg.eval.query_fields if several else ()):
+        rows = np.flatnonzero(queries.present[field])
+        if rows.size:
+            judged = judgements.take(rows)
+            found = grades(judged, queries.take(rows).merged({field: 1.0}), searched["merged"])
+            by_query_field[field] = metrics.evaluate_rankings(found, judged.grades, KS)
+            ranks[rows, column] = metrics.first_relevant_rank(found)
+    return SplitResult(query_ids, by_documents, by_query_field, metrics.mean_rank_variance(ranks))
 
 
 def evaluate_in_training(
@@ -142,52 +183,15 @@ def evaluate_in_training(
     """{"SPLIT/METRIC": value} of the merged documents on a sample of the queries."""
     results = evaluate_splits(cfg, store, embedder, cfg.eval.max_queries_in_training, quiet=True)
     return {
-        f"{split}/{name}": variants["merged"][key]
-        for split, variants in results.items()
-        for name, key in SUMMARY.items()
+        f"{split}/{name}": value
+        for split, result in results.items()
+        for name, value in summary(result.merged).items()
     }
 
 
-def as_report(split: str, step: int, variants: dict[str, dict[str, float]]) -> dict:
-    """One split's results at training step `step` under the authors' names, and the summary of
-    each field alone."""
-
-    def summary(values: dict[str, float]) -> dict[str, float]:
-        return {name: values[key] for name, key in SUMMARY.items()}
-
-    merged = variants["merged"]
-    report = {"split": split, "step": step, "summary": summary(merged)}
-    for table, prefix in TABLES.items():
-        report[table] = {
-            key: value for key, value in merged.items() if key.startswith(f"{prefix}@")
-        }
-    report["fields"] = {name: summary(v) for name, v in variants.items() if name != "merged"}
-    return report
-
-
-def format_table(results: dict[str, dict[str, dict[str, float]]]) -> str:
-    """One row per split and kind of document."""
-    header = f"{'split':<16}{'documents':<12}" + "".join(f"{name:>10}" for name in SUMMARY)
-    lines = [header, "-" * len(header)]
-    for split, variants in results.items():
-        for name, values in variants.items():
-            cells = "".join(f"{values[key]:>10.4f}" for key in SUMMARY.values())
-            lines.append(f"{split if name == 'merged' else '':<16}{name:<12}{cells}")
-    return "\n".join(lines)
-
-
-class Model(NamedTuple):
-    """A run's configuration, newest parameters (as their moving averages, if it kept any), mesh and
-    step."""
-
-    cfg: TrainConfig
-    params: state.Params
-    mesh: Mesh
-    step: int
-
-
 class Run(NamedTuple):
-    """A `Model` and the store it was trained on, which the configuration is resolved for."""
+    """A trained model at `step`, and the store that it was trained on, which the configuration is
+    resolved for."""
 
     cfg: TrainConfig
     store: RankedStore
@@ -196,8 +200,9 @@ class Run(NamedTuple):
     step: int
 
 
-def load_model(workdir: Path) -> Model:
-    """The model of the training run in `workdir` at its newest checkpoint.
+def load_model(workdir: Path) -> tuple[TrainConfig, state.Params, Mesh, int]:
+    """Configuration, newest parameters (as their moving averages, if there are any), a mesh and the
+    step of the training run in `workdir`, without its store.
 
     Raises:
         ConfigError, DataError: `workdir` is no run.
@@ -210,7 +215,7 @@ def load_model(workdir: Path) -> Model:
         cfg.model.attention = "xla"
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
         params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
-        return Model(cfg, params, mesh, checkpointer.latest_step() or 0)
+        return cfg, params, mesh, checkpointer.latest_step() or 0
 
 
 def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
@@ -243,13 +248,10 @@ def main() -> None:
         if max_queries < 1:
             raise UserError(f"--max_queries={max_queries} must be 1 or more")
         results = evaluate_splits(cfg, store, Embedder(cfg, params, mesh), max_queries)
-        folder = args.workdir / "eval"
-        folder.mkdir(exist_ok=True)
-        for split, variants in results.items():
-            report = as_report(split, step, variants)
+        for split, result in results.items():
             name = split if args.embed_dim is None else f"{split}@{args.embed_dim}"
-            (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
-        print(format_table(results))
+            write(args.workdir / "eval" / name, as_report(split, step, result), result)
+        print(format_tables(results))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ padded with zeros; an unjudged document counts 0, and so does a negative grade. 
 `NDCG@k`, `MAP@k`, `Recall@k`, `P@k`, `MRR@k`, `ERR`, `RBP7`, `RBP8`, `RBP9`.
 
 Sources: trec_eval 9 (m_ndcg_cut, m_map_cut, m_recall, m_P, form_res_rels); ERR and RBP in the
-graded form of arXiv 2404.08535 and its evaluation code; that code's score scale and query sample.
+graded form of arXiv 2404.08535 and its evaluation code; that code's score scale and query sample;
+mean rank variance from arXiv 2406.18254.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from gcl_jax.errors import DataError
 
 KS = (1, 3, 5, 10, 100, 1000)
 PERSISTENCE = (0.7, 0.8, 0.9)  # of RBP
+BOOTSTRAP_BLOCK = 1 << 21  # random numbers at a time
 
 
 def evaluate_rankings(
@@ -39,7 +41,7 @@ def evaluate_rankings(
     hits = relevant.cumsum(1)
     precisions = np.where(relevant, hits / rank, 0).cumsum(1)
     dcg, ideal = _discounted(grades), _discounted(judged)
-    first = np.where(relevant.any(1), relevant.argmax(1) + 1, np.inf)  # rank of the first hit
+    first = first_relevant_rank(grades)
 
     metrics = {}
     for k in ks:
@@ -47,7 +49,7 @@ def evaluate_rankings(
         metrics[f"MAP@{k}"] = _ratio(_at(precisions, k), num_relevant)
         metrics[f"Recall@{k}"] = _ratio(_at(hits, k), num_relevant)
         metrics[f"P@{k}"] = _at(hits, k) / k
-        metrics[f"MRR@{k}"] = np.where(first <= k, 1 / first, 0)
+        metrics[f"MRR@{k}"] = np.where(first <= min(k, grades.shape[1]), 1 / first, 0)
 
     best = judged[:, :1]  # the maximum over judged documents, retrieved or not
     # (2^rel - 1) / 2^best, in a form exact up to one rounding for any grade
@@ -59,6 +61,72 @@ def evaluate_rankings(
     for p in PERSISTENCE:
         metrics[f"RBP{round(10 * p)}"] = (1 - p) * (share @ p ** (rank - 1.0))
     return metrics
+
+
+def first_relevant_rank(grades: np.ndarray) -> np.ndarray:
+    """Returns the rank (Q,), from 1, of each query's first document with a grade above 0; where no
+    ranked one has, K + 1, the best that it can be.
+
+    Args:
+      grades: (Q, K) relevance by rank, best first.
+    """
+    relevant = np.pad(np.asarray(grades) > 0, ((0, 0), (0, 1)), constant_values=True)
+    return relevant.argmax(1) + 1
+
+
+def mean_rank_variance(ranks: np.ndarray) -> dict[str, float]:
+    """How far the languages of an instance disagree about the rank of its relevant document.
+
+    MRV is the mean over instances of (1/K) sum_k (rank_k - mean rank)^2, as it is named; MRV_std
+    takes each instance's square root before the mean, as the authors' code does. 0 if all languages
+    find the same; `instances` counts those with two languages or more, the others are left out.
+
+    Args:
+      ranks: (N, K) of N instances in K languages, NaN where an instance lacks the language.
+
+    Returns:
+      {"MRV", "MRV_std", "instances"}, empty if no instance has two languages.
+    """
+    ranks = np.asarray(ranks, np.float64)
+    ranks = ranks[(~np.isnan(ranks)).sum(1) >= 2]
+    if not len(ranks):
+        return {}
+    variance = np.nanvar(ranks, axis=1)
+    return {
+        "MRV": float(variance.mean()),
+        "MRV_std": float(np.sqrt(variance).mean()),
+        "instances": len(ranks),
+    }
+
+
+def paired_bootstrap(
+    a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Returns (mean of a - b, low, high): the percentile interval that holds the mean difference
+    with probability `level` when the queries are drawn anew, with replacement.
+
+    Args:
+      a, b: (Q,) one metric of the same queries, in the same order, by two systems.
+
+    Raises:
+      DataError: the lengths differ, there is no query, or a value is not finite.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 1 or a.shape != b.shape or not a.size:
+        raise DataError(f"no pairs of values to compare: shapes {a.shape} and {b.shape}")
+    difference = a - b
+    if not np.isfinite(difference).all():
+        raise DataError("a value to compare is not a finite number")
+    rng = np.random.default_rng(seed)
+    # In blocks: all resamples at once would take resamples * Q numbers.
+    blocks = -(-resamples * a.size // BOOTSTRAP_BLOCK)
+    means = [
+        difference[rng.integers(a.size, size=(len(block), a.size))].mean(1)
+        for block in np.array_split(np.arange(resamples), blocks)
+    ]
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    return float(difference.mean()), float(low), float(high)
 
 
 def evaluate_run(

@@ -189,10 +189,10 @@ def export_run(args: argparse.Namespace) -> None:
     from gcl_jax.evaluate import load_model
     from gcl_jax.models.port import export_pretrained
 
-    model = load_model(args.workdir)
+    cfg, params, _, _ = load_model(args.workdir)
     export_pretrained(
-        model.params,
-        model.cfg.model,
+        params,
+        cfg.model,
         args.out,
         args.format,
         metrics=read_metrics(args.workdir),

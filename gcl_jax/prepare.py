@@ -27,6 +27,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from gcl_jax.datasets import BUNDLED
 from gcl_jax.errors import DataError, reported_in_one_line
 
 FIELD_KINDS = ("text", "image")
@@ -35,7 +36,7 @@ NEEDED: dict[str, tuple[str, ...]] = {  # per source
     "marqo_gs": ("data",),
     "webdataset": ("data",),
     "folder": ("data",),
-    "emoji": (),
+    **dict.fromkeys(BUNDLED, ()),
 }
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".tar", ".txt")
 
@@ -66,7 +67,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--source",
         choices=tuple(NEEDED),
         default="tables",
-        help="what to read (default: tables); emoji is the bundled benchmark and takes only --out",
+        help="what to read (default: tables); emoji and emoji_languages are bundled and take only "
+        "--out",
     )
     add(
         "--data",
@@ -168,10 +170,10 @@ def prepare(args: argparse.Namespace):
 
 def make_source(args: argparse.Namespace, bad_rows):
     """The `Source` that the arguments describe."""
-    if args.source == "emoji":
-        from gcl_jax.datasets.emoji import EmojiSource
+    if args.source in BUNDLED:
+        from gcl_jax.datasets.emoji import SOURCES
 
-        return EmojiSource()
+        return SOURCES[args.source]()
     if args.source in ("marqo_gs", "folder") and len(args.data) > 1:
         raise DataError(f"--source={args.source} takes one folder --data, not {len(args.data)}")
     if args.source == "marqo_gs":

@@ -92,7 +92,8 @@ def parse_queries(
     kinds: Mapping[str, str], texts: Sequence[str], assignments: Sequence[str]
 ) -> list[dict[str, str | bytes]]:
     """One query per text; `assignments` (FIELD=VALUE) are fields that all of them share, or the one
-    query when there is no text.
+    query when there is no text. A text goes to the first text field that is not assigned: one tower
+    reads them all alike, whatever their name.
 
     Args:
         kinds: {field: "text" or "image"}, the query fields of the model.
@@ -101,10 +102,12 @@ def parse_queries(
         UserError: an empty query, or one that does not fit the fields.
     """
     shared = dict(_parse_assignment(kinds, assignment) for assignment in assignments)
-    text_fields = [field for field, kind in kinds.items() if kind == "text"]
-    if texts and len(text_fields) != 1:
-        raise UserError(f"the query fields are {', '.join(kinds)}: use --query FIELD=VALUE")
-    queries = [shared | {text_fields[0]: text.strip()} for text in texts] or [shared]
+    free = [field for field, kind in kinds.items() if kind == "text" and field not in shared]
+    if texts and not free:
+        raise UserError(
+            f"no text field is left for {texts[0]!r}: the query fields are {', '.join(kinds)}"
+        )
+    queries = [shared | {free[0]: text.strip()} for text in texts] or [shared]
     if not all(any(query.values()) for query in queries) or not all(map(str.strip, texts)):
         raise UserError("the query is empty")
     return queries
@@ -199,7 +202,9 @@ def search_run(args: argparse.Namespace) -> None:
     cfg = config.load(args.workdir / "config.json")
     store = open_store(cfg.data.store)
     cfg = store.resolve(cfg)
-    kinds = {field: store.queries.fields[field] for field in cfg.data.query_fields}
+    kinds = {
+        field: store.queries.fields[field] for field, w in cfg.data.query_fields.items() if w > 0
+    }
     queries = parse_queries(kinds, args.texts, args.query)
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
 

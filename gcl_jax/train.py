@@ -182,7 +182,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     with reported_in_one_line():
         # `config_flags` prints a traceback for a missing file, and fails only later.
         for path in (arg.partition("=")[2] for arg in argv if arg.startswith("--config=")):
-            if not Path(path).is_file():
+            if not Path(path.partition(":")[0]).is_file():
                 raise ConfigError(f"--config={path}: no such file")
         try:
             return flags.FLAGS(argv)

@@ -1,14 +1,16 @@
 """Evaluation: the protocol on a store, against pytrec_eval and a plain re-computation."""
 
-import json
-
 import numpy as np
 import pytest
 import pytrec_eval
+from conftest import TinySource
 
 from gcl_jax import evaluate, metrics
 from gcl_jax.data.pipeline import corpus_batches
+from gcl_jax.data.store import Pairs
+from gcl_jax.datasets.builder import write_store
 from gcl_jax.embedding import FieldEmbeddings
+from gcl_jax.errors import DataError
 from gcl_jax.retrieval import exact_top_k
 from gcl_jax.text import load_tokenizer
 
@@ -68,28 +70,6 @@ def test_metrics_of_a_ranking_equal_pytrec_eval(tiny_store):
         np.testing.assert_allclose([oracle[n][theirs] for n in names], got[ours], atol=1e-9)
 
 
-def test_report_has_the_authors_keys():
-    rng = np.random.default_rng(0)
-    grades = rng.integers(0, 101, (5, 1000)).astype(float)
-    means = metrics.summarize(metrics.evaluate_rankings(grades, grades, evaluate.KS))
-    report = json.loads(
-        json.dumps(evaluate.as_report("zero_shot", 7, {"merged": means, "title": means}))
-    )
-    assert list(report["summary"]) == [
-        "NDCG@10",
-        "mAP@1000",
-        "mrr@1000",
-        "mERR",
-        "mRBP7",
-        "mRBP8",
-        "mRBP9",
-    ]
-    assert set(report["ndcg"]) == {f"NDCG@{k}" for k in evaluate.KS}
-    assert {"mAP", "recall", "precision", "mrr"} <= set(report)
-    assert report["fields"]["title"] == report["summary"]
-    assert report["summary"]["NDCG@10"] == pytest.approx(report["ndcg"]["NDCG@10"])
-
-
 def test_queries_and_documents_are_embedded_with_their_prefixes(
     tiny_config, tiny_store, monkeypatch
 ):
@@ -112,3 +92,92 @@ def test_queries_and_documents_are_embedded_with_their_prefixes(
     tokenizer = load_tokenizer("clip", 8)
     np.testing.assert_array_equal(documents["title"][7], tokenizer(["passage: thing 7"])[0])
     np.testing.assert_array_equal(queries["query"][7], tokenizer(["query: find 7"])[0])
+
+
+class LanguagesSource(TinySource):
+    """The tiny source in three languages: query 1 lacks "de", query 2 "de" and "fr"."""
+
+    def __init__(self):
+        super().__init__()
+        self.query_fields = {"en": "text", "de": "text", "fr": "text"}
+
+    def queries(self):
+        lacking = {1: ("de",), 2: ("de", "fr")}
+        for i in range(8):
+            texts = {field: f"{field} {i}" for field in self.query_fields}
+            yield {"id": f"q{i}", **texts, **dict.fromkeys(lacking.get(i, ()), "")}
+
+
+def vectors(side, row, field):
+    """The embedding that the fake model below gives to a field of a record."""
+    seed = [("query", "document").index(side), row, sum(map(ord, field))]
+    x = np.random.default_rng(seed).normal(size=4).astype(np.float32)
+    return x / np.linalg.norm(x)
+
+
+class FakeEmbedder:
+    def embed(self, side, records, fields, indices, **_):
+        return FieldEmbeddings(
+            {f: np.stack([vectors(side, int(row), f) for row in indices]) for f in fields},
+            {f: np.array([bool(records[row][f]) for row in indices]) for f in fields},
+        )
+
+
+def test_every_query_field_alone_and_the_rank_variance(tiny_config, tmp_path):
+    store = write_store(LanguagesSource(), tmp_path / "store")
+    tiny_config.data.query_fields = {"en": 1.0}
+    tiny_config.data.document_fields = {"title": 1.0}
+    tiny_config.eval.query_fields = ("en", "de", "fr", "de")
+    tiny_config.eval.splits = ("in_domain",)
+    cfg = store.resolve(tiny_config)
+    assert cfg.eval.query_fields == ("en", "de", "fr")
+    result = evaluate.evaluate_splits(cfg, store, FakeEmbedder(), 100)["in_domain"]
+
+    pairs: Pairs = store.pairs("in_domain")
+    first: dict[int, list[int]] = {}
+    for field, queries in {"en": (0, 1, 2, 3), "de": (0, 3), "fr": (0, 1, 3)}.items():
+        recall = []
+        for query in queries:
+            documents = np.stack([vectors("document", row, "title") for row in range(12)])
+            documents[5] = 0  # it has no title
+            order = np.argsort(-documents @ vectors("query", query, field)).tolist()
+            relevant = set(pairs.document[pairs.query == query].tolist())
+            recall.append(len(relevant & set(order[:5])) / len(relevant))
+            first.setdefault(query, []).append(1 + min(map(order.index, relevant)))
+        assert len(result.query_fields[field]["Recall@5"]) == len(queries)
+        np.testing.assert_allclose(result.query_fields[field]["Recall@5"].mean(), np.mean(recall))
+    assert list(map(len, map(first.get, range(4)))) == [3, 2, 1, 3]
+    several = [ranks for ranks in first.values() if len(ranks) > 1]
+    assert result.rank_variance["instances"] == 3
+    np.testing.assert_allclose(result.rank_variance["MRV"], np.mean([np.var(r) for r in several]))
+    np.testing.assert_allclose(
+        result.rank_variance["MRV_std"], np.mean([np.std(r) for r in several])
+    )
+    np.testing.assert_array_equal(result.merged["Recall@5"], result.query_fields["en"]["Recall@5"])
+    assert sorted(result.query_ids) == ["q0", "q1", "q2", "q3"]
+
+
+def test_one_query_field_is_not_evaluated_twice(tiny_config, tiny_store):
+    cfg = tiny_store.resolve(tiny_config)
+    results = evaluate.evaluate_splits(cfg, tiny_store, FakeEmbedder(), 100)
+    for result in results.values():
+        assert set(result.documents) == {"merged", "image", "title"}
+        assert (result.query_fields, result.rank_variance) == ({}, {})
+
+
+def test_a_query_field_that_no_query_of_the_split_has_is_left_out(tiny_config, tmp_path):
+    source = LanguagesSource()
+    queries = [query | ({"fr": ""} if i < 4 else {}) for i, query in enumerate(source.queries())]
+    source.queries = lambda: queries
+    store = write_store(source, tmp_path / "store")
+    tiny_config.data.query_fields = {}
+    cfg = store.resolve(tiny_config)
+    results = evaluate.evaluate_splits(cfg, store, FakeEmbedder(), 100)
+    assert set(results["in_domain"].query_fields) == {"en", "de"}
+    assert set(results["zero_shot"].query_fields) == {"en", "de", "fr"}
+
+
+def test_an_unknown_query_field_to_evaluate_is_named(tiny_config, tiny_store):
+    tiny_config.eval.query_fields = ("query", "xx")
+    with pytest.raises(DataError, match=r"no query field 'xx' \(config.eval.query_fields\)"):
+        tiny_store.resolve(tiny_config)

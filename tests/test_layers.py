@@ -31,6 +31,7 @@ LAYERS = (
         "warm_start",
         "embedding",
         "retrieval",
+        "results",
         "evaluate",
     },
     {"train", "search", "prepare", "report", "port"},

@@ -12,7 +12,10 @@ from gcl_jax.errors import DataError
 from gcl_jax.metrics import (
     evaluate_rankings,
     evaluate_run,
+    first_relevant_rank,
     lookup_grades,
+    mean_rank_variance,
+    paired_bootstrap,
     rescale_scores,
     sample_queries,
     summarize,
@@ -200,3 +203,66 @@ def test_sampled_queries_equal_those_of_pandas(size, n):
     drawn = frame.sample(n=n, weights=frame["sum"], random_state=1)
     expected = drawn.sort_values("sum", ascending=False).index
     np.testing.assert_array_equal(sample_queries(sums, n), expected)
+
+
+def test_first_relevant_rank():
+    grades = np.array([[0, 0, 2], [1, 5, 0], [0, 0, 0], [-1, 0, 0]])
+    np.testing.assert_array_equal(first_relevant_rank(grades), [3, 1, 4, 4])
+    np.testing.assert_array_equal(first_relevant_rank(np.zeros((2, 0))), [1, 1])
+
+
+def test_mean_rank_variance_worked_out_by_hand():
+    assert mean_rank_variance(np.array([[1, 3], [5, 5]])) == {
+        "MRV": 0.5,
+        "MRV_std": 0.5,
+        "instances": 2,
+    }
+    assert mean_rank_variance(np.array([[1.0, 4, 7]]))["MRV"] == 6
+    assert mean_rank_variance(np.array([[1, np.nan], [np.nan, np.nan]])) == {}
+    assert mean_rank_variance(np.zeros((3, 0))) == {}
+
+
+def test_mean_rank_variance_leaves_out_missing_languages():
+    rng = np.random.default_rng(0)
+    ranks = rng.integers(1, 100, (50, 9)).astype(float)
+    ranks[rng.random(ranks.shape) < 0.6] = np.nan
+    variances = [
+        sum((rank - sum(row) / len(row)) ** 2 for rank in row) / len(row)
+        for row in ([rank for rank in row if not math.isnan(rank)] for row in ranks.tolist())
+        if len(row) >= 2
+    ]
+    got = mean_rank_variance(ranks)
+    assert 0 < got["instances"] == len(variances) < 50
+    assert got["MRV"] == pytest.approx(sum(variances) / len(variances))
+    assert got["MRV_std"] == pytest.approx(sum(map(math.sqrt, variances)) / len(variances))
+
+
+def test_paired_bootstrap_is_the_normal_interval_of_a_big_sample():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0, 5, 2000)  # what both systems share cancels
+    a, b = hard + rng.exponential(1, 2000), hard + rng.exponential(0.8, 2000)
+    mean, low, high = paired_bootstrap(a, b)
+    half = 1.96 * (a - b).std(ddof=1) / math.sqrt(2000)
+    assert mean == (a - b).mean()
+    np.testing.assert_allclose([low, high], [mean - half, mean + half], atol=0.05 * half)
+    assert paired_bootstrap(a, b) == (mean, low, high)
+    narrow = paired_bootstrap(a, b, level=0.5)
+    assert low < narrow[1] < mean < narrow[2] < high
+    np.testing.assert_allclose(paired_bootstrap(b, a)[0], -mean)
+
+
+def test_paired_bootstrap_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    intervals = [
+        paired_bootstrap(rng.random(60) + 0.1, rng.random(60), 500, seed, 0.8)
+        for seed in range(300)
+    ]
+    covered = sum(low <= 0.1 <= high for _, low, high in intervals)
+    assert 0.72 < covered / 300 < 0.87
+
+
+def test_paired_bootstrap_of_few_queries():
+    assert paired_bootstrap(np.array([1.0]), np.array([0.25])) == (0.75, 0.75, 0.75)
+    for a, b in (([], []), ([1], [1, 2]), ([np.nan], [1]), ([[1]], [[1]])):
+        with pytest.raises(DataError):
+            paired_bootstrap(np.array(a), np.array(b))

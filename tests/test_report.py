@@ -8,11 +8,13 @@ import sys
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from conftest import TinySource
+from test_evaluate import LanguagesSource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import evaluate, report
+from gcl_jax import evaluate, report, search
 from gcl_jax.errors import DataError
 from gcl_jax.logs import MetricWriter
 from gcl_jax.search import SearchIndex
@@ -118,6 +120,30 @@ def test_documents_without_images_and_run_without_metrics(workdir, tmp_path):
     assert "<img" not in page
     assert "<svg" not in page
     assert ">thing 1" in page
+
+
+def test_several_query_fields_are_evaluated_reported_and_searched(tmp_path, monkeypatch, capsys):
+    workdir = untrained_run(LanguagesSource(), tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={workdir}"])
+    evaluate.main()
+    printed = capsys.readouterr().out
+    report_of = json.loads((workdir / "eval" / "in_domain.json").read_text())
+    assert f"(MRV) {report_of['rank_variance']['MRV']:.2f}" in printed
+    assert report_of["query_fields"]["de"]["queries"] == 2
+    rows = pq.read_table(workdir / "eval" / "in_domain.parquet")
+    assert sorted(rows["query_id"].to_pylist()) == ["q0", "q1", "q2", "q3"]
+    text = Tags(report.write_report(workdir).read_text()).text
+    for field, summary in report_of["query_fields"].items():
+        assert f"{field} alone" in text
+        assert f"{summary['Recall@5']:.4f}" in text
+    assert f"MRV {report_of['rank_variance']['MRV']:.2f}" in text
+    monkeypatch.setattr(sys, "argv", ["search", f"--workdir={workdir}", "find 3", "--json"])
+    search.main()
+    typed = json.loads(capsys.readouterr().out)
+    named = ["search", f"--workdir={workdir}", "--query=fr=find 3", "--json"]
+    monkeypatch.setattr(sys, "argv", named)
+    search.main()
+    assert json.loads(capsys.readouterr().out) == typed, "whatever field a text is typed into"
 
 
 def test_missing_evaluation_is_one_line_and_code_2(workdir, tmp_path, monkeypatch, capsys):

@@ -166,6 +166,9 @@ def test_query_fields(tmp_path):
         {"words": "a", "picture": b"encoded"}
     ]
     assert search.parse_queries(both, [], ["words=a=b"]) == [{"words": "a=b"}]
+    languages = {"en": "text", "de": "text"}
+    assert search.parse_queries(languages, ["cat"], []) == [{"en": "cat"}]
+    assert search.parse_queries(languages, ["cat"], ["en=dog"]) == [{"en": "dog", "de": "cat"}]
 
 
 @pytest.mark.parametrize(
@@ -175,7 +178,8 @@ def test_query_fields(tmp_path):
         ({"q": "text"}, ["cat", " "], [], "empty"),
         ({"q": "text"}, [], ["q="], "empty"),
         ({"q": "text"}, [], ["title=cat"], "query fields are q"),
-        ({"q": "text", "p": "text"}, ["cat"], [], "--query"),
+        ({"q": "text", "p": "text"}, ["cat"], ["q=a", "p=b"], "no text field is left for 'cat'"),
+        ({"p": "image"}, ["cat"], [], "the query fields are p"),
         ({"p": "image"}, [], ["p=no/such.png"], "No such file"),
     ],
 )

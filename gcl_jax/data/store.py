@@ -145,7 +145,7 @@ class RankedStore:
 
     def resolve(self, cfg: TrainConfig) -> TrainConfig:
         """A copy of `cfg` in which everything that depends on the data is spelled out: fields and
-        their weights, the split to train on, the splits to evaluate.
+        their weights, the split to train on, the splits and query fields to evaluate.
 
         Raises:
             DataError: `cfg` names a field, a split or a field pair that this store does not have.
@@ -160,6 +160,12 @@ class RankedStore:
                     f"store {self.directory} has no {side} field {unknown[0]!r} "
                     f"(config.data.{key}); it has {', '.join(has)}"
                 )
+        cfg.eval.query_fields = tuple(dict.fromkeys(cfg.eval.query_fields or cfg.data.query_fields))
+        if unknown := [f for f in cfg.eval.query_fields if f not in self.queries.fields]:
+            raise DataError(
+                f"store {self.directory} has no query field {unknown[0]!r} "
+                f"(config.eval.query_fields); it has {', '.join(self.queries.fields)}"
+            )
         cfg.data.train_split = cfg.data.train_split or self.splits[0]
         cfg.eval.splits = cfg.eval.splits or tuple(self.splits)
         for split in (cfg.data.train_split, *cfg.eval.splits):

@@ -6,26 +6,27 @@ from pathlib import Path
 
 from gcl_jax.data.store import VERSION, RankedStore
 
+BUNDLED = ("emoji", "emoji_languages")
 EMOJI_TABLES = Path(__file__).with_name("emoji")
 
 
 def open_store(name: str) -> RankedStore:
-    """Opens the store in the directory `name`, or the bundled benchmark "emoji", which is prepared
-    on first use under $GCL_JAX_CACHE (default ~/.cache/gcl_jax).
+    """Opens the store in the directory `name`, or a bundled one (`BUNDLED`), which is prepared on
+    first use under $GCL_JAX_CACHE (default ~/.cache/gcl_jax).
 
     Raises:
         DataError: there is no such store.
     """
-    if name != "emoji" or Path(name).is_dir():
+    if name not in BUNDLED or Path(name).is_dir():
         return RankedStore(name)
     cache = Path(os.environ.get("GCL_JAX_CACHE", "~/.cache/gcl_jax")).expanduser()
-    plan = f"emoji-{VERSION}-{_fingerprint(EMOJI_TABLES):08x}"
-    directory = cache / plan / "emoji"
+    plan = f"{name}-{VERSION}-{_fingerprint(EMOJI_TABLES):08x}"
+    directory = cache / plan / name
     if not directory.exists():
         from gcl_jax.datasets.builder import write_store
-        from gcl_jax.datasets.emoji import EmojiSource
+        from gcl_jax.datasets.emoji import SOURCES
 
-        return write_store(EmojiSource(), directory, plan=plan)
+        return write_store(SOURCES[name](), directory, plan=plan)
     return RankedStore(directory)
 
 

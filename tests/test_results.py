@@ -1,0 +1,81 @@
+"""The files and tables of an evaluation."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from gcl_jax import evaluate, metrics, results
+
+
+def random_result(languages: bool) -> results.SplitResult:
+    def values(count: int) -> dict[str, np.ndarray]:
+        grades = rng.integers(0, 2, (count, 1000)) * rng.integers(0, 101, (count, 1000))
+        return metrics.evaluate_rankings(grades, grades, evaluate.KS)
+
+    rng = np.random.default_rng(0)
+    return results.SplitResult(
+        [f"q{i}" for i in range(5)],
+        {"merged": values(5), "title": values(5)},
+        {"en": values(5), "de": values(3)} if languages else {},
+        {"MRV": 2.5, "MRV_std": 1.25, "instances": 3} if languages else {},
+    )
+
+
+def test_report_has_the_authors_keys():
+    result = random_result(languages=False)
+    report = json.loads(json.dumps(results.as_report("zero_shot", 7, result)))
+    assert list(report["summary"]) == [
+        "NDCG@10",
+        "mAP@1000",
+        "mrr@1000",
+        "mERR",
+        "mRBP7",
+        "mRBP8",
+        "mRBP9",
+    ]
+    assert set(report["ndcg"]) == {f"NDCG@{k}" for k in evaluate.KS}
+    assert {"mAP", "recall", "precision", "mrr"} <= set(report)
+    assert report["fields"].keys() == {"title"}
+    assert report["fields"]["title"]["mERR"] == result.documents["title"]["ERR"].mean()
+    assert report["summary"]["NDCG@10"] == pytest.approx(report["ndcg"]["NDCG@10"])
+    assert report["query_fields"] == report["rank_variance"] == {}
+
+
+def test_report_and_table_of_several_languages():
+    result = random_result(languages=True)
+    report = results.as_report("zero_shot", 7, result)
+    assert report["rank_variance"] == {"MRV": 2.5, "MRV_std": 1.25, "instances": 3}
+    assert report["query_fields"]["de"]["queries"] == 3
+    for k in (1, 5, 10):
+        mean = result.query_fields["de"][f"Recall@{k}"].mean()
+        assert report["query_fields"]["de"][f"Recall@{k}"] == mean
+    lines = results.format_tables({"zero_shot": result}).splitlines()
+    (row,) = (line.split() for line in lines if line.split()[:1] == ["de"])
+    assert row[1] == "3"
+    assert row[-1] == f"{result.query_fields['de']['Recall@10'].mean():.4f}"
+    assert any("MRV" in line and "2.50" in line and "3 queries" in line for line in lines)
+    assert "MRV" not in results.format_tables({"zero_shot": random_result(languages=False)})
+
+
+def test_files_agree_query_by_query(tmp_path):
+    result = random_result(languages=True)
+    report = results.as_report("zero_shot", 7, result)
+    path = tmp_path / "eval" / "zero_shot@4.5"  # a dot is no suffix
+    for _ in range(2):
+        results.write(path, report, result)
+    assert sorted(file.name for file in path.parent.iterdir()) == [
+        "zero_shot@4.5.json",
+        "zero_shot@4.5.parquet",
+    ]
+    assert json.loads((path.parent / "zero_shot@4.5.json").read_text()) == report
+    table = pq.read_table(path.parent / "zero_shot@4.5.parquet")
+    assert table["query_id"].to_pylist() == result.query_ids
+    recall = [f"Recall@{k}" for k in (1, 5, 10, 100)]
+    assert table.column_names == ["query_id", *report["summary"], *recall]
+    assert set(map(str, table.schema.types[1:])) == {"double"}
+    means = {name: table[name].to_numpy().mean() for name in table.column_names[1:]}
+    for name, value in (report["summary"] | report["recall"]).items():
+        if name in means:
+            assert means[name] == pytest.approx(value)
