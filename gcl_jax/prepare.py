@@ -126,6 +126,16 @@ def make_parser() -> argparse.ArgumentParser:
         "score_reciprocal and no_score",
     )
     add("--query_id_column", metavar="COLUMN", help="the query's id (default: its texts)")
+    add(
+        "--negative_documents_column",
+        metavar="COLUMN",
+        help="hard negatives: a list of document ids, in a text file as JSON",
+    )
+    add(
+        "--negative_queries_column",
+        metavar="COLUMN",
+        help="hard negatives: a list of other queries' texts",
+    )
     add = parser.add_argument_group("folder").add_argument
     add(
         "--captions",
@@ -194,7 +204,8 @@ def make_source(args: argparse.Namespace, bad_rows):
         named = (args.image_column, args.caption_column)
         return folder_source(args.data[0], bad_rows, args.captions, named)
 
-    from gcl_jax.datasets.tables import Columns, Table, TablesSource
+    from gcl_jax.datasets.columns import Columns, Table
+    from gcl_jax.datasets.tables import TablesSource
 
     columns = Columns(
         args.query_fields,
@@ -203,6 +214,8 @@ def make_source(args: argparse.Namespace, bad_rows):
         args.score_column,
         args.query_id_column,
         args.split_column,
+        args.negative_documents_column,
+        args.negative_queries_column,
     )
     return TablesSource(
         args.out.name,

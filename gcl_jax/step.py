@@ -14,11 +14,14 @@ from gcl_jax.gradient_cache import cached_value_and_grad, check_chunks
 from gcl_jax.losses.matryoshka import over_dims
 from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.models.clip import CLIP, Fields
 from gcl_jax.optim import apply_updates, in_float32, trained_part, with_part
 from gcl_jax.sharding import replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
 SIDES = ("query", "document")
+NEGATIVES = ("negative_query", "negative_document")
+EMBEDDED = (*SIDES, *NEGATIVES)
 Metrics = dict[str, jax.Array]
 
 
@@ -26,6 +29,13 @@ def known_weights(cfg: TrainConfig, store: RankedStore) -> KnownWeights:
     """The loss weights of all pairs of the training split."""
     pairs = store.pairs(cfg.data.train_split)
     return KnownWeights.of_pairs(pairs.query, pairs.document, pair_weights(cfg, pairs))
+
+
+def _encode_negatives(model: CLIP, fields: Fields, key: jax.Array | None) -> dict[str, jax.Array]:
+    """{field: (b, H, ...)} to {field: (b, H, e)}."""
+    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in fields.items()}
+    embeddings = model.encode_fields(flat, key)
+    return {name: x.reshape(*fields[name].shape[:2], -1) for name, x in embeddings.items()}
 
 
 def make_train_step(
@@ -46,11 +56,13 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
         def encode(trained, inputs, key):
             model = merge(graphdef, with_part(state.params, trained))
-            keys = jax.random.split(key) if drops_patches else (None, None)
-            return {
-                side: model.encode_fields(inputs[side], own)
-                for side, own in zip(SIDES, keys, strict=True)
-            }
+            keys = list(jax.random.split(key, len(EMBEDDED))) if drops_patches else [None] * 4
+            own = dict(zip(EMBEDDED, keys, strict=True))
+            embeddings = {side: model.encode_fields(inputs[side], own[side]) for side in SIDES}
+            for side in NEGATIVES:
+                if side in inputs:
+                    embeddings[side] = _encode_negatives(model, inputs[side], own[side])
+            return embeddings
 
         def loss_fn(trained, embeddings, batch):
             params = with_part(state.params, trained)
@@ -68,8 +80,8 @@ def make_train_step(
             jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         )
         trained = trained_part(cfg.optim, state.params)
-        inputs = {side: batch[side] for side in SIDES}
-        rest = {name: x for name, x in batch.items() if name not in SIDES}
+        inputs = {name: batch[name] for name in EMBEDDED if name in batch}
+        rest = {name: x for name, x in batch.items() if name not in EMBEDDED}
         value_and_grad = cached_value_and_grad(encode, loss_fn, cfg.optim.chunks, mesh)
         (loss, terms), gradients = value_and_grad(in_float32(trained), inputs, rest, dropping)
         updates, opt_state = tx.update(gradients, state.opt_state, trained)

@@ -30,9 +30,10 @@ LAYERS = (
         "warm_start",
         "embedding",
         "retrieval",
+        "mining",
         "evaluate",
     },
-    {"train", "search", "prepare", "report", "port"},
+    {"train", "search", "mine", "prepare", "report", "port"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
