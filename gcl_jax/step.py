@@ -20,8 +20,7 @@ from gcl_jax.sharding import replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
 SIDES = ("query", "document")
-NEGATIVES = ("negative_query", "negative_document")
-EMBEDDED = (*SIDES, *NEGATIVES)
+EMBEDDED = (*SIDES, "negative_query", "negative_document")
 Metrics = dict[str, jax.Array]
 
 
@@ -31,11 +30,24 @@ def known_weights(cfg: TrainConfig, store: RankedStore) -> KnownWeights:
     return KnownWeights.of_pairs(pairs.query, pairs.document, pair_weights(cfg, pairs))
 
 
-def _encode_negatives(model: CLIP, fields: Fields, key: jax.Array | None) -> dict[str, jax.Array]:
-    """{field: (b, H, ...)} to {field: (b, H, e)}."""
-    flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in fields.items()}
-    embeddings = model.encode_fields(flat, key)
-    return {name: x.reshape(*fields[name].shape[:2], -1) for name, x in embeddings.items()}
+def encode_batch(
+    model: CLIP, inputs: Mapping[str, Fields], key: jax.Array | None = None
+) -> dict[str, dict[str, jax.Array]]:
+    """The embeddings of all that `inputs` has of `EMBEDDED`: of a side {field: (b, e)}, of its
+    negatives {field: (b, H, e)}. `key`: see `CLIP.encode_image`; what a side draws does not depend
+    on whether there are negatives."""
+    keys = [None] * len(EMBEDDED) if key is None else list(jax.random.split(key, len(EMBEDDED)))
+    embeddings = {}
+    for name, own in zip(EMBEDDED, keys, strict=True):
+        if name in SIDES:
+            embeddings[name] = model.encode_fields(inputs[name], own)
+        elif name in inputs:
+            flat = {field: x.reshape(-1, *x.shape[2:]) for field, x in inputs[name].items()}
+            embeddings[name] = {
+                field: x.reshape(*inputs[name][field].shape[:2], -1)
+                for field, x in model.encode_fields(flat, own).items()
+            }
+    return embeddings
 
 
 def make_train_step(
@@ -56,13 +68,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
         def encode(trained, inputs, key):
             model = merge(graphdef, with_part(state.params, trained))
-            keys = list(jax.random.split(key, len(EMBEDDED))) if drops_patches else [None] * 4
-            own = dict(zip(EMBEDDED, keys, strict=True))
-            embeddings = {side: model.encode_fields(inputs[side], own[side]) for side in SIDES}
-            for side in NEGATIVES:
-                if side in inputs:
-                    embeddings[side] = _encode_negatives(model, inputs[side], own[side])
-            return embeddings
+            return encode_batch(model, inputs, key if drops_patches else None)
 
         def loss_fn(trained, embeddings, batch):
             params = with_part(state.params, trained)

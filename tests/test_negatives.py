@@ -1,5 +1,6 @@
 """Hard negatives: given in tables, drawn into batches, made of words, embedded by the step."""
 
+import functools
 import itertools
 import json
 import pickle
@@ -7,7 +8,6 @@ import pickle
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from conftest import TinySource, make_tiny_config
 from test_pipeline import assert_equal, taken
@@ -22,10 +22,9 @@ from gcl_jax.data.text_negatives import replacements, swaps
 from gcl_jax.datasets.builder import Split, write_store
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.gradient_cache import cached_value_and_grad
-from gcl_jax.optim import make_optimizer
 from gcl_jax.sharding import to_global
-from gcl_jax.state import abstract_model, init_state, merge
 from gcl_jax.text import load_tokenizer
+from gcl_jax.train import train
 
 PAIRS = [
     {"query": "red thing", "id": "a", "score": 100, "title": "A", "no": ["c", "b", "c"]},
@@ -432,59 +431,76 @@ def test_rules_need_a_text(cfg, tmp_path):
         train_batches(cfg, store)
 
 
-@pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
-def test_the_step_embeds_negatives_whole_and_in_chunks(mesh, cfg, store, monkeypatch):
-    """A loss that reads every embedding has the value and the gradients of embedding each list of
-    negatives column by column."""
-    cfg.optim.batch_size, cfg.optim.clip_norm, cfg.data.text_negatives = 32, 0.0, "swap"
-    (batch,) = taken(train_batches(cfg, store), 1)
+class LinearTowers:
+    """Stands for the model: every field through a matrix, with noise where there is a key."""
 
-    def loss(trained, embeddings, rest):
+    def __init__(self, params):
+        self.params = params
+
+    def encode_fields(self, fields, key=None):
+        assert all(x.ndim == (4 if name == "image" else 2) for name, x in fields.items())
+        flat = {name: x.reshape(len(x), -1) / jnp.float32(50_000) for name, x in fields.items()}
+        noise = 0.0 if key is None else jax.random.normal(key, (3,))
+        return {name: jnp.tanh(x @ self.params[name]) + noise for name, x in flat.items()}
+
+
+@pytest.mark.parametrize("mesh", [(8, 1), (4, 2)], indirect=True)
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_negatives_are_embedded_like_all_else(mesh, cfg, store, chunks):
+    """A loss that reads every embedding has the value and the gradients of embedding the negatives
+    column by column, whole and in chunks."""
+    cfg.optim.batch_size, cfg.data.text_negatives = 16, "swap"
+    (batch,) = taken(train_batches(cfg, store), 1)
+    inputs = {name: batch[name] for name in step.EMBEDDED}
+    rng = np.random.default_rng(0)
+    sizes = {"query": 8, "title": 8, "image": 16 * 16 * 3}
+    params = {name: rng.normal(0, 1, (n, 3)).astype("float32") for name, n in sizes.items()}
+
+    def loss(params, embeddings, weight):
         def term(x):
-            weight = rest["weight"].reshape(-1, *[1] * (x.ndim - 1))
-            return jnp.sum(weight * x * jnp.cos(jnp.arange(x[0].size).reshape(x[0].shape)))
+            rows = weight.reshape(-1, *[1] * (x.ndim - 1))
+            return jnp.sum(rows * x * jnp.cos(jnp.arange(x[0].size).reshape(x[0].shape)))
 
         return sum(map(term, jax.tree.leaves(embeddings))), {}
 
+    def encode(params, inputs, key):
+        return step.encode_batch(LinearTowers(params), inputs)
+
     def reference(params):
-        model = merge(abstract_model(cfg.model)[0], params)
-        embeddings = {side: model.encode_fields(batch[side]) for side in ("query", "document")}
+        model = LinearTowers(params)
+        embeddings = {side: model.encode_fields(inputs[side]) for side in ("query", "document")}
         for side in ("negative_query", "negative_document"):
             columns = [
-                model.encode_fields({f: x[:, h] for f, x in batch[side].items()}) for h in (0, 1)
+                model.encode_fields({f: x[:, h] for f, x in inputs[side].items()}) for h in (0, 1)
             ]
             embeddings[side] = jax.tree.map(lambda *x: jnp.stack(x, axis=1), *columns)
-        return loss(params, embeddings, batch)[0]
+        return loss(params, embeddings, batch["weight"])[0]
 
-    def with_own_loss(encode, _loss, chunks, mesh):
-        return cached_value_and_grad(encode, loss, chunks, mesh)
-
-    monkeypatch.setattr(step, "cached_value_and_grad", with_own_loss)
-    tx = make_optimizer(cfg.optim, 4, abstract_model(cfg.model)[1])
-    params = init_state(cfg, tx, mesh).params
-    value, gradients = jax.jit(jax.value_and_grad(reference))(jax.device_get(params))
-    wanted = {"loss": value, "gradient_norm": optax.tree.norm(gradients)}
-    after = []
-    for chunks in (1, 4):
-        cfg.optim.chunks = chunks
-        train_step = step.make_train_step(cfg, tx, mesh)
-        state, metrics = train_step(init_state(cfg, tx, mesh), to_global(batch, mesh))
-        for name, x in wanted.items():
-            np.testing.assert_allclose(metrics[name], x, rtol=1e-4)
-        after.append(jax.device_get(state.opt_state))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), *after)
+    value_and_grad = jax.jit(cached_value_and_grad(encode, loss, chunks, mesh))
+    sharded = to_global((inputs, batch["weight"]), mesh)
+    (value, _), gradients = value_and_grad(params, *sharded, jax.random.key(0))
+    wanted = jax.value_and_grad(reference)(params)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, jax.device_get((value, gradients)), jax.device_get(wanted))
+    embeddings = step.encode_batch(LinearTowers(params), inputs)
+    assert embeddings["negative_document"]["image"].shape == (16, 2, 3)
 
 
-@pytest.mark.parametrize("mesh", [(8, 1)], indirect=True)
-def test_patch_dropout_of_the_pairs_does_not_depend_on_negatives(mesh, cfg, store):
-    """Until a loss uses them, a step with negatives is the step without."""
-    cfg.model.vision.patch_dropout = 0.5
+def test_what_a_side_draws_does_not_depend_on_negatives(cfg, store):
     (batch,) = taken(train_batches(cfg, store), 1)
-    plain = {name: x for name, x in batch.items() if not name.startswith("negative")}
-    tx = make_optimizer(cfg.optim, 4, abstract_model(cfg.model)[1])
-    train_step = step.make_train_step(cfg, tx, mesh)
-    losses = [
-        float(train_step(init_state(cfg, tx, mesh), to_global(b, mesh))[1]["loss"])
-        for b in (plain, batch)
-    ]
-    np.testing.assert_allclose(*losses, rtol=1e-5)
+    sizes = {"query": 8, "title": 8, "image": 16 * 16 * 3}
+    model = LinearTowers({name: np.zeros((n, 3), np.float32) for name, n in sizes.items()})
+    whole = {name: batch[name] for name in step.EMBEDDED}
+    pairs = {name: batch[name] for name in step.SIDES}
+    more, fewer = (step.encode_batch(model, x, jax.random.key(1)) for x in (whole, pairs))
+    jax.tree.map(np.testing.assert_array_equal, {side: more[side] for side in step.SIDES}, fewer)
+    drawn = {np.asarray(x["query" if "query" in x else "title"]).tobytes() for x in more.values()}
+    assert len(drawn) == 4, "every side draws its own"
+
+
+def test_a_run_with_negatives(cfg, tmp_path):
+    cfg.optim.steps, cfg.model.vision.layers = 2, 1
+    cfg.data.text_negatives = "replace"
+    train(cfg, tmp_path / "run")
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert np.isfinite(json.loads(logged[-1])["loss"])
