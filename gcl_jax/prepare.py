@@ -264,6 +264,8 @@ def summary(store) -> str:
             f"  split {name}: {split['pairs']} pairs of {split['queries']} queries, "
             f"which search {split['documents']} documents"
         )
+        for side, pairs in split.get("negatives", {}).items():
+            lines.append(f"    hard negatives ({side}): of {pairs} pairs")
     for side, fields in provenance.get("missing", {}).items():
         for field, count in fields.items():
             if count:

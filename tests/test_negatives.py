@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TinySource, make_tiny_config
 from test_pipeline import assert_equal, taken
-from test_prepare import write_table
+from test_prepare import png, write_table
 
 from gcl_jax import prepare, step, validation
 from gcl_jax.data import checksums, overview
@@ -128,6 +128,40 @@ def test_images_and_several_texts_are_no_queries_to_name(tmp_path):
         run(tmp_path, table(tmp_path, ".jsonl"), QUERIES, "--query_fields=query,title")
     with pytest.raises(DataError, match="no column 'nope'"):
         run(tmp_path, table(tmp_path, ".csv"), "--negative_documents_column=nope")
+
+
+def test_a_query_that_no_pair_has_is_named_by_its_text(tmp_path):
+    ids = {i: {"key": f"k{i % 3}", "query": f"text {i % 3}"} for i in range(4)}
+    pairs = table(tmp_path, ".jsonl", ids)
+    store = run(tmp_path, pairs, QUERIES, "--query_id_column=key")
+    assert store.queries.ids == ["k0", "k1", "k2", "blue thing", "dull thing", "red thing", "7"]
+    assert store.queries[4] == {"id": "dull thing", "query": "dull thing"}
+    assert "hard negatives (query): of 3 pairs" in prepare.summary(store)
+    ids[3]["texts"] = ["k1"]
+    pairs = table(tmp_path, ".jsonl", ids)
+    with pytest.raises(DataError, match="line 4: conflicting values: query of 'k1' differ"):
+        run(tmp_path, pairs, QUERIES, "--query_id_column=key", out="other")
+
+
+def test_a_document_that_is_left_out_is_no_negative(tmp_path):
+    (tmp_path / "good.png").write_bytes(png())
+    (tmp_path / "bad.png").write_bytes(b"nonsense")
+    rows = [
+        {"query": f"q{i}", "id": id_, "score": 5, "image": image, "no": no}
+        for i, (id_, image, no) in enumerate(
+            [
+                ("a", "good.png", ["b", "c"]),
+                ("b", "bad.png", ["a"]),
+                ("c", "good.png", ["b"]),
+            ]
+        )
+    ]
+    pairs = write_table(tmp_path / "pairs.jsonl", rows)
+    more = ("--document_fields=image:image", "--on_error=skip")
+    store = run(tmp_path, pairs, DOCUMENTS, *more)
+    rows = np.load(store.directory / "pairs" / "train" / "negative_documents.npy")
+    assert store.documents.ids == ["a", "c"]
+    assert rows.tolist() == [[1], [-1]]
 
 
 def test_negatives_keep_to_their_half_of_the_papers_split(tmp_path):
