@@ -117,6 +117,9 @@ class DataConfig:
     `cached_records` documents (and queries) stay decoded in memory, at their stored size.
     `pairs_per_query` above 1 brings that many pairs of a query together in a batch, which gives
     `loss.targets="known"` more than chance meetings; every epoch still visits each pair once.
+    `negatives`: where hard negatives of the pairs lie, "store" (given with the data) or a folder
+    that `gcl_jax.mine` wrote; a batch takes `num_negatives` a pair. `text_negatives` makes them of
+    the query's words: "swap" has two change places, "replace" takes one from another query.
     """
 
     store: str = "emoji"
@@ -129,6 +132,9 @@ class DataConfig:
     num_workers: int = 0
     cached_records: int = 0
     pairs_per_query: int = 1
+    negatives: str = ""
+    num_negatives: int = 1
+    text_negatives: str = "none"
 
 
 @dataclasses.dataclass(slots=True)

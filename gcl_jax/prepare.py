@@ -128,6 +128,16 @@ def make_parser() -> argparse.ArgumentParser:
         "score_reciprocal and no_score",
     )
     add("--query_id_column", metavar="COLUMN", help="the query's id (default: its texts)")
+    add(
+        "--negative_documents_column",
+        metavar="COLUMN",
+        help="hard negatives: a list of document ids, in a text file as JSON",
+    )
+    add(
+        "--negative_queries_column",
+        metavar="COLUMN",
+        help="hard negatives: a list of other queries' texts",
+    )
     add = parser.add_argument_group("folder").add_argument
     add(
         "--captions",
@@ -196,7 +206,8 @@ def make_source(args: argparse.Namespace, bad_rows):
         named = (args.image_column, args.caption_column)
         return folder_source(args.data[0], bad_rows, args.captions, named)
 
-    from gcl_jax.datasets.tables import Columns, Table, TablesSource
+    from gcl_jax.datasets.columns import Columns, Table
+    from gcl_jax.datasets.tables import TablesSource
 
     columns = Columns(
         args.query_fields,
@@ -205,6 +216,8 @@ def make_source(args: argparse.Namespace, bad_rows):
         args.score_column,
         args.query_id_column,
         args.split_column,
+        args.negative_documents_column,
+        args.negative_queries_column,
     )
     return TablesSource(
         args.out.name,
@@ -253,6 +266,8 @@ def summary(store) -> str:
             f"  split {name}: {split['pairs']} pairs of {split['queries']} queries, "
             f"which search {split['documents']} documents"
         )
+        for side, pairs in split.get("negatives", {}).items():
+            lines.append(f"    hard negatives ({side}): of {pairs} pairs")
     for side, fields in provenance.get("missing", {}).items():
         for field, count in fields.items():
             if count:

@@ -14,11 +14,13 @@ from gcl_jax.gradient_cache import cached_value_and_grad, check_chunks
 from gcl_jax.losses.matryoshka import over_dims
 from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.models.clip import CLIP, Fields
 from gcl_jax.optim import apply_updates, in_float32, trained_part, with_part
 from gcl_jax.sharding import replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
 SIDES = ("query", "document")
+EMBEDDED = (*SIDES, "negative_query", "negative_document")
 Metrics = dict[str, jax.Array]
 
 
@@ -26,6 +28,26 @@ def known_weights(cfg: TrainConfig, store: RankedStore) -> KnownWeights:
     """The loss weights of all pairs of the training split."""
     pairs = store.pairs(cfg.data.train_split)
     return KnownWeights.of_pairs(pairs.query, pairs.document, pair_weights(cfg, pairs))
+
+
+def encode_batch(
+    model: CLIP, inputs: Mapping[str, Fields], key: jax.Array | None = None
+) -> dict[str, dict[str, jax.Array]]:
+    """The embeddings of all that `inputs` has of `EMBEDDED`: of a side {field: (b, e)}, of its
+    negatives {field: (b, H, e)}. `key`: see `CLIP.encode_image`; what a side draws does not depend
+    on whether there are negatives."""
+    keys = [None] * len(EMBEDDED) if key is None else list(jax.random.split(key, len(EMBEDDED)))
+    embeddings = {}
+    for name, own in zip(EMBEDDED, keys, strict=True):
+        if name in SIDES:
+            embeddings[name] = model.encode_fields(inputs[name], own)
+        elif name in inputs:
+            flat = {field: x.reshape(-1, *x.shape[2:]) for field, x in inputs[name].items()}
+            embeddings[name] = {
+                field: x.reshape(*inputs[name][field].shape[:2], -1)
+                for field, x in model.encode_fields(flat, own).items()
+            }
+    return embeddings
 
 
 def make_train_step(
@@ -46,11 +68,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
         def encode(trained, inputs, key):
             model = merge(graphdef, with_part(state.params, trained))
-            keys = jax.random.split(key) if drops_patches else (None, None)
-            return {
-                side: model.encode_fields(inputs[side], own)
-                for side, own in zip(SIDES, keys, strict=True)
-            }
+            return encode_batch(model, inputs, key if drops_patches else None)
 
         def loss_fn(trained, embeddings, batch):
             params = with_part(state.params, trained)
@@ -69,8 +87,8 @@ def make_train_step(
             jax.random.fold_in(jax.random.key(cfg.seed), state.step), 3
         )
         trained = trained_part(cfg.optim, state.params)
-        inputs = {side: batch[side] for side in SIDES}
-        rest = {"key": mixing} | {name: x for name, x in batch.items() if name not in SIDES}
+        inputs = {name: batch[name] for name in EMBEDDED if name in batch}
+        rest = {"key": mixing} | {name: x for name, x in batch.items() if name not in EMBEDDED}
         value_and_grad = cached_value_and_grad(encode, loss_fn, cfg.optim.chunks, mesh)
         (loss, terms), gradients = value_and_grad(in_float32(trained), inputs, rest, dropping)
         updates, opt_state = tx.update(gradients, state.opt_state, trained)

@@ -32,9 +32,10 @@ LAYERS = (
         "embedding",
         "retrieval",
         "results",
+        "mining",
         "evaluate",
     },
-    {"train", "search", "prepare", "report", "port"},
+    {"train", "search", "mine", "prepare", "report", "port"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

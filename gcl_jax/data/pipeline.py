@@ -6,10 +6,19 @@ A training batch of b pairs:
     query_present, document_present   {field: bool (b,)}: False where the record lacks the field
     weight             float32 (b,): the score's loss weight (`gcl_jax.score_weights`)
     query_id, document_id   int32 (b,): row numbers in the store
+
+and, of the sides for which `data.negatives` or `data.text_negatives` give any, `data.num_negatives`
+= H hard negatives of every pair, given or mined ones first:
+
+    negative_query, negative_document   {field: uint8 (b, H, size, size, 3) | int32 (b, H, t)}
+    negative_query_present, negative_document_present   {field: bool (b, H)}: False in all fields
+        where a pair has fewer
+    negative_query_id, negative_document_id   int32 (b, H): row numbers in the store; -1 where there
+        is none, and for a text that a rule made
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import grain
@@ -17,6 +26,7 @@ import grain.experimental
 import numpy as np
 
 from gcl_jax.config import TextConfig, TrainConfig
+from gcl_jax.data.negatives import PairNegatives
 from gcl_jax.data.sampling import PairShuffle
 from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
@@ -74,7 +84,9 @@ class FieldEncoder:
 
     def _load_record(self, index: int) -> dict:
         """Decoded images and token ids of record `index`; None for a missing field."""
-        record = self._records[index]
+        return self._decode(self._records[index])
+
+    def _decode(self, record: Mapping[str, Any]) -> dict:
         loaded: dict[str, Any] = {}
         for field in self._kinds:
             value = record[field]
@@ -97,8 +109,21 @@ class FieldEncoder:
         Raises:
             DataError: an unreadable image, or a record without any field.
         """
+        return self._filled(self._load(int(index)), rng)
+
+    def of_record(self, record: Mapping[str, Any]) -> tuple[dict, dict]:
+        """The same of a record that the store does not have, {"id", **fields}."""
+        return self._filled(self._decode(record))
+
+    def blank(self) -> tuple[dict, dict]:
+        """The same of a record without any field."""
+        return self._filled(dict.fromkeys(self._kinds))
+
+    def _filled(
+        self, loaded: Mapping[str, Any], rng: np.random.Generator | None = None
+    ) -> tuple[dict, dict]:
         inputs, present = {}, {}
-        for field, value in self._load(int(index)).items():
+        for field, value in loaded.items():
             present[field] = np.bool_(value is not None)
             if self._kinds[field] == "text":
                 # An empty text, not padding alone: a tower that attends to nothing returns NaN.
@@ -155,6 +180,8 @@ class _PairExamples:
         self._encode_document = FieldEncoder(
             cfg, "document", store.documents, list(fields.document_fields), cached
         )
+        encoders = {"query": self._encode_query, "document": self._encode_document}
+        self._negatives = PairNegatives(cfg, store, encoders)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -174,6 +201,7 @@ class _PairExamples:
             "weight": self._weights[index],
             "query_id": query,
             "document_id": document,
+            **self._negatives.example(index, query, rng),
         }
 
 

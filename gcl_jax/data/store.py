@@ -6,6 +6,7 @@
       documents/ids.arrow                 the ids alone, in the same order
       queries/...                         likewise
       pairs/SPLIT/{query,document,score}.npy   int32, int32, float32 columns, one row per pair
+      pairs/SPLIT/negative_{queries,documents}.npy   if any; see `gcl_jax.data.negatives`
       corpora/NAME.npy                    int32, ascending: what the queries of a split search
       skipped.jsonl                       what was left out and why, if anything was
       checksums.sha256                    of all the other files

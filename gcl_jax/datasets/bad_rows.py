@@ -31,9 +31,12 @@ class Reason(enum.Enum):
     EMPTY_DOCUMENT = "empty document", "give every document at least one of its fields"
     BAD_SCORE = "bad score", "scores lie in 1..100, 100 best"
     BAD_SPLIT = "bad split name", "use letters, digits, '_' and '-'"
+    BAD_LIST = "bad list", 'write a JSON list of texts, ["a", "b"]'
     UNKNOWN_DOCUMENT = "unknown document", "add it to the documents file"
     DUPLICATE_DOCUMENT = "duplicate document", "keep one row a document"
     DUPLICATE_PAIR = "duplicate pair", "keep one score for a query and a document"
+    OWN_NEGATIVE = "negative that is the pair's own", "name other documents and other queries"
+    UNKNOWN_NEGATIVE = "unknown negative document", "add it to the documents, or do not name it"
     CONFLICT = "conflicting values", "give one id the same values in every row"
     MISSING_IMAGE = "missing image file", "check the path and --image_root"
     OUTSIDE_ROOT = (

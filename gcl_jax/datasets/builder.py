@@ -15,6 +15,7 @@ import numpy as np
 
 from gcl_jax import logs
 from gcl_jax.data import checksums, store
+from gcl_jax.data.negatives import save_negatives
 from gcl_jax.datasets.bad_rows import BadRows
 from gcl_jax.datasets.parts import Part, PartsWriter, Records
 from gcl_jax.errors import DataError, UserError
@@ -22,10 +23,13 @@ from gcl_jax.errors import DataError, UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Split:
-    """Pairs of one split and the name of the corpus that its queries search."""
+    """Pairs of one split, the name of the corpus that its queries search, and the hard negatives of
+    the pairs, if any are given: {"query" or "document": int32 (pairs, H), -1 where there are
+    fewer}."""
 
     pairs: store.Pairs
     corpus: str
+    negatives: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -163,6 +167,7 @@ def _write_rest(
         folder.mkdir(parents=True, exist_ok=True)
         for column in store.Pairs.__slots__:
             np.save(folder / f"{column}.npy", getattr(split.pairs, column))
+        save_negatives(folder, split.negatives)
     corpora = source.corpora()
     (out / "corpora").mkdir(exist_ok=True)
     for name, documents in corpora.items():
@@ -178,6 +183,9 @@ def _write_rest(
                 "queries": len(np.unique(split.pairs.query)),
                 "corpus": split.corpus,
                 "documents": len(corpora[split.corpus]),
+                "negatives": {
+                    side: int((rows[:, 0] >= 0).sum()) for side, rows in split.negatives.items()
+                },
             }
             for name, split in splits.items()
         },

@@ -7,9 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gcl_jax.datasets.bad_rows import BadRows, Reason, RowError
+from gcl_jax.datasets.columns import Columns, Table
 from gcl_jax.datasets.json_rows import json_object
 from gcl_jax.datasets.rows import Reader, Row, Rows, checked
-from gcl_jax.datasets.tables import Columns, Table, TablesSource
+from gcl_jax.datasets.tables import TablesSource
 from gcl_jax.errors import DataError
 
 IMAGES = ("jpg", "jpeg", "png", "webp")

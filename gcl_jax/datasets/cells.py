@@ -1,6 +1,7 @@
 """What a cell of a table may hold: text, a score, a split's name, an image."""
 
 import io
+import json
 import math
 import os
 import re
@@ -26,6 +27,28 @@ def text_cell(value: object) -> str:
     if not isinstance(value, str):
         raise RowError(Reason.WRONG_TYPE, f"a {type(value).__name__} in place of a text")
     return "" if value.isspace() else value
+
+
+def names_cell(value: object) -> list[str]:
+    """A cell as a list of texts, each once: a list, or the JSON of one; empty where it is missing.
+    Raises `RowError`."""
+    shown = repr(value)[:80]
+    if not isinstance(value, list):
+        text = text_cell(value)
+        try:
+            value = json.loads(text or "[]")
+        except (ValueError, RecursionError):
+            raise RowError(Reason.BAD_LIST, shown) from None
+        if not isinstance(value, list):
+            raise RowError(Reason.BAD_LIST, shown)
+    names = [text_cell(name) for name in value]
+    if not all(names):
+        raise RowError(Reason.BAD_LIST, f"an empty entry in {shown}")
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(Reason.NOT_UTF8, str(error)) from None
+    return list(dict.fromkeys(names))
 
 
 def image_cell(value: object) -> str | bytes:

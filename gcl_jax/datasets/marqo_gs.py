@@ -14,9 +14,10 @@ from pathlib import Path
 
 from gcl_jax.data.checksums import sha256
 from gcl_jax.datasets.bad_rows import BadRows, RowError
+from gcl_jax.datasets.columns import Columns, Table
 from gcl_jax.datasets.json_rows import corpus_entries
 from gcl_jax.datasets.rows import TABLES, Reader, Rows, checked, count_bytes
-from gcl_jax.datasets.tables import PAPER_SPLITS, Columns, Table, TablesSource
+from gcl_jax.datasets.tables import PAPER_SPLITS, TablesSource
 from gcl_jax.errors import DataError
 
 DOCUMENT_FIELDS = {"image": "image", "title": "text"}

@@ -19,6 +19,8 @@ from gcl_jax.data.store import Pairs
 from gcl_jax.datasets.bad_rows import BadRows, Place, Reason, RowError
 from gcl_jax.datasets.builder import Source, Split
 from gcl_jax.datasets.cells import score_cell, split_cell, text_cell
+from gcl_jax.datasets.columns import Columns, Table
+from gcl_jax.datasets.given_negatives import GivenNegatives
 from gcl_jax.datasets.records import Records, cells_of
 from gcl_jax.datasets.rows import TABLES, Reader, Row
 from gcl_jax.errors import DataError
@@ -31,38 +33,8 @@ PAPER_SPLITS = {
     "zero_shot": (1, 1),
 }
 MAX_SCORE = 100.0
-_PAIR = np.dtype("i4, i4, f4, i4, i4, i8")
-_PAIR.names = ("query", "document", "score", "split", "file", "row")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Columns:
-    """Which columns mean what; fields map a column to its kind, "text" or "image". Without
-    `query_id`, the query's texts identify it; without `score`, every pair has the best one."""
-
-    query_fields: dict[str, str]
-    document_fields: dict[str, str]
-    document_id: str
-    score: str | None
-    query_id: str | None = None
-    split: str | None = None
-
-    def __post_init__(self) -> None:
-        for fields in (self.query_fields, self.document_fields):
-            if "id" in fields:
-                raise DataError("a field cannot be named 'id'; rename that column")
-        if self.query_id is None and "image" in self.query_fields.values():
-            raise DataError("a query with an image needs a column with its id")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Table:
-    """A file of pairs or of documents: the corpus that its documents belong to, and the split that
-    its pairs make, where no column and no draw decides it."""
-
-    path: Path
-    corpus: str = "all"
-    split: str = "train"
+_PAIR = np.dtype("i4, i4, f4, i4, i4, i8, i4")
+_PAIR.names = ("query", "document", "score", "split", "file", "row", "given")
 
 
 class TablesSource(Source):
@@ -102,6 +74,7 @@ class TablesSource(Source):
         self._pair_tables, self._document_tables = pairs, documents
         self._reader, self._about = reader, about or {}
         self._corpora = list(dict.fromkeys(table.corpus for table in (*documents, *pairs)))
+        self._negatives = GivenNegatives(columns)
         names = [] if columns.split else dict.fromkeys(table.split for table in pairs)
         self._split_names = {name: number for number, name in enumerate(names)}
 
@@ -117,6 +90,8 @@ class TablesSource(Source):
             self._read_documents(bar)
             self._pairs = self._without_duplicates(np.fromiter(self._read_pairs(bar), _PAIR))
             bar.update(total - bar.n)  # the lines of a last row that spans several
+        self._paired_queries = len(self._queries.numbers)
+        self._negatives.resolve(self._pairs, self._queries, self._documents, self._report_at)
         if in_order_of_pairs:
             named, first = np.unique(self._pairs["document"], return_index=True)
             rest = np.setdiff1d(np.arange(len(self._documents.numbers)), named)
@@ -139,20 +114,27 @@ class TablesSource(Source):
             corpus = {table.split: table.corpus for table in self._pair_tables}
             corpus = {name: corpus.get(name, self._corpora[0]) for name in masks}
         else:
-            query, document = halves[0][pairs["query"]], halves[1][pairs["document"]]
+            query, document = (halves[side][pairs[side]] for side in ("query", "document"))
             masks = {n: (query == q) & (document == d) for n, (q, d) in PAPER_SPLITS.items()}
             corpus = {name: f"half_{half}" for name, (_, half) in PAPER_SPLITS.items()}
         if len(pairs) and (empty := [name for name, mask in masks.items() if not mask.any()]):
             raise DataError(f"no pair is left for split {empty[0]!r}; give more, or fewer splits")
         columns = Pairs.__slots__
+        positions = {"query": self._queries.positions(), "document": self._documents.positions()}
         return {
-            name: Split(Pairs(*(pairs[column][mask] for column in columns)), corpus[name])
+            name: Split(
+                Pairs(*(pairs[column][mask] for column in columns)),
+                corpus[name],
+                self._negatives.of_pairs(pairs[mask], positions, halves),
+            )
             for name, mask in masks.items()
         }
 
     def corpora(self) -> dict[str, np.ndarray]:
         if self._halves is not None:
-            return {f"half_{half}": np.flatnonzero(self._halves[1] == half) for half in (0, 1)}
+            return {
+                f"half_{half}": np.flatnonzero(self._halves["document"] == half) for half in (0, 1)
+            }
         positions = self._documents.positions()
         return {
             name: np.sort(positions[self._documents.members(number) & self._documents.kept])
@@ -201,6 +183,7 @@ class TablesSource(Source):
         names = self._columns
         columns = [names.document_id, *self.query_fields]
         columns += [column for column in (names.score, names.query_id, names.split) if column]
+        columns += self._negatives.columns
         inline = not self._document_tables
         if inline:
             columns += self.document_fields
@@ -211,6 +194,7 @@ class TablesSource(Source):
                 query_id, query = self._query(row)
                 score = score_cell(row[names.score]) if names.score else MAX_SCORE
                 split = split_cell(row[names.split]) if names.split else table.split
+                negatives = self._negatives.read(row, query[0], self._document_id(row))
                 # All checks come before the first add: a bad row leaves no trace.
                 self._queries.check(query_id, query)
                 if inline:
@@ -226,6 +210,7 @@ class TablesSource(Source):
                     self._split_names.setdefault(split, len(self._split_names)),
                     file,
                     place.row,
+                    self._negatives.add(negatives),
                 )
 
     def _query(self, row: Row) -> tuple[str, tuple]:
@@ -271,19 +256,25 @@ class TablesSource(Source):
             queries, documents = list(self._queries.numbers), list(self._documents.numbers)
             for pair in pairs[~keep]:
                 detail = f"{queries[pair['query']]!r} and {documents[pair['document']]!r}"
-                place = Place(self._pair_tables[pair["file"]].path, int(pair["row"]))
-                self._bad_rows.report(place, RowError(reason, detail))
+                self._report_at(pair, RowError(reason, detail))
         return pairs[keep]
 
+    def _report_at(self, pair: np.void, error: RowError) -> None:
+        place = Place(self._pair_tables[pair["file"]].path, int(pair["row"]))
+        self._bad_rows.report(place, error)
+
     @functools.cached_property
-    def _halves(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """The paper's split: 1 for a fifth of the queries and half of the documents, else 0."""
+    def _halves(self) -> dict[str, np.ndarray] | None:
+        """The paper's split: 1 for a fifth of the queries and half of the documents, else 0; -1 for
+        a query without pairs, which are the last ones."""
         if self._split != "paper":
             return None
         rng = np.random.default_rng(self._seed)
 
-        def draw(records: Records, one_in: int) -> np.ndarray:
-            count = int(records.kept.sum())
+        def draw(kept: np.ndarray, one_in: int) -> np.ndarray:
+            count = int(kept.sum())
             return (rng.permutation(count) < round(count / one_in)).astype(np.int8)
 
-        return draw(self._queries, 5), draw(self._documents, 2)
+        paired, alone = np.split(self._queries.kept, [self._paired_queries])
+        query = np.append(draw(paired, 5), np.full(alone.sum(), -1, np.int8))
+        return {"query": query, "document": draw(self._documents.kept, 2)}

@@ -1,0 +1,174 @@
+"""Hard negatives of training pairs: how they lie on disk, and which of them an example takes.
+
+    FOLDER/negative_documents.npy   int32 (pairs, H): row numbers in the store of documents that are
+    FOLDER/negative_queries.npy     wrong for the pair's query, of queries that are wrong for its
+                                    document; -1 behind the last one. Either may be absent.
+
+A store has them in STORE/pairs/SPLIT if its source gave them. `gcl_jax.mine` writes them to
+MINED/SPLIT, with `negatives.json`: where they come from, and which pairs they belong to.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Int
+
+from gcl_jax.config import TrainConfig
+from gcl_jax.data import checksums
+from gcl_jax.data.store import RankedStore
+from gcl_jax.data.text_negatives import TextNegatives
+from gcl_jax.errors import DataError
+
+SIDES = ("query", "document")
+FILES = {"query": "negative_queries.npy", "document": "negative_documents.npy"}
+NOTE = "negatives.json"
+
+
+def compacted(rows: Int[np.ndarray, "n h"]) -> Int[np.ndarray, "n k"]:
+    """int32 `rows` with their entries of -1 last, and without columns that hold nothing else (at
+    least one stays); the order of the others is kept."""
+    order = np.argsort(rows < 0, axis=1, kind="stable")
+    width = max((rows >= 0).sum(axis=1).max(initial=0), 1)
+    return np.take_along_axis(rows, order[:, :width], axis=1).astype(np.int32)
+
+
+def save_negatives(folder: Path, negatives: Mapping[str, np.ndarray]) -> None:
+    """Writes {"query" or "document": int32 (pairs, H)} to `folder`."""
+    for side, rows in negatives.items():
+        np.save(folder / FILES[side], rows)
+
+
+def pairs_fingerprint(store: RankedStore, split: str) -> dict[str, Any]:
+    """What row numbers and rows of pairs mean: equal for stores of the same records and pairs.
+
+    Raises:
+        DataError: the store's manifest of checksums is damaged.
+    """
+    digests = checksums.read_manifest(store.directory)
+    names = [f"pairs/{split}/{side}.npy" for side in SIDES]
+    names += ["queries/ids.arrow", "documents/ids.arrow"]
+    together = " ".join(digests.get(name, "") for name in names)
+    return {
+        "pairs": len(store.pairs(split)),
+        "records": hashlib.sha256(together.encode()).hexdigest(),
+    }
+
+
+def negative_files(source: str, store: RankedStore, split: str) -> dict[str, Path]:
+    """{"query" or "document": file} of the hard negatives of `split`.
+
+    Args:
+        source: "store", or a folder that `gcl_jax.mine` wrote.
+
+    Raises:
+        DataError: there are none, or they are those of other pairs.
+    """
+    of_store = source == "store"
+    folder = store.directory / "pairs" / split if of_store else Path(source) / split
+    found = {side: folder / name for side, name in FILES.items() if (folder / name).is_file()}
+    mining = (
+        "python -m gcl_jax.mine --workdir=RUN --out=FOLDER, and set config.data.negatives=FOLDER"
+    )
+    if not found and of_store:
+        raise DataError(
+            f"config.data.negatives='store': {store.directory} has no hard negatives for split "
+            f"{split!r}; prepare it with --negative_documents_column or --negative_queries_column, "
+            f"or mine some: {mining}"
+        )
+    if not found:
+        raise DataError(
+            f"config.data.negatives: no hard negatives for split {split!r} in {source}; mine some "
+            f"with a run that trained on it: {mining}"
+        )
+    if not of_store:
+        _check_origin(folder / NOTE, store, split)
+    for path in found.values():
+        _check_rows(path, len(store.pairs(split)))
+    return found
+
+
+def _check_origin(note: Path, store: RankedStore, split: str) -> None:
+    try:
+        origin = json.loads(note.read_text("utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{note} cannot be read ({error!r}); mine the negatives again") from None
+    if origin != pairs_fingerprint(store, split):
+        raise DataError(
+            f"config.data.negatives: {note.parent} was mined for the pairs of another store than "
+            f"{store.directory}; mine again with a run on this one"
+        )
+
+
+def _check_rows(path: Path, pairs: int) -> None:
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; make it again") from None
+    if rows.ndim != 2 or len(rows) != pairs or rows.shape[1] < 1 or rows.dtype != np.int32:
+        raise DataError(
+            f"{path} holds {rows.dtype} {rows.shape} in place of int32 ({pairs}, H); make it again"
+        )
+
+
+class Encoder(Protocol):
+    """What makes model inputs of records: `gcl_jax.data.pipeline.FieldEncoder`."""
+
+    def __call__(self, index: int, rng: np.random.Generator | None) -> tuple[dict, dict]: ...
+
+    def of_record(self, record: Mapping) -> tuple[dict, dict]: ...
+
+    def blank(self) -> tuple[dict, dict]: ...
+
+
+class PairNegatives:
+    """The `data.num_negatives` hard negatives that an example of the training split takes on either
+    side, from `data.negatives` and `data.text_negatives`."""
+
+    def __init__(self, cfg: TrainConfig, store: RankedStore, encoders: Mapping[str, Encoder]):
+        """Raises `DataError` where the data lacks the negatives that `cfg` asks for."""
+        data = cfg.data
+        self._count, self._encoders = data.num_negatives, encoders
+        split = data.train_split
+        self._files = negative_files(data.negatives, store, split) if data.negatives else {}
+        self._texts = TextNegatives(cfg, store) if data.text_negatives != "none" else None
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, np.ndarray]:
+        return {side: np.load(path, mmap_mode="r") for side, path in self._files.items()}
+
+    def __getstate__(self) -> dict:
+        """Without the mapped files, which would go to every worker process in full."""
+        return {name: value for name, value in vars(self).items() if name != "_rows"}
+
+    def example(self, pair: int, query: int, rng: np.random.Generator) -> dict[str, Any]:
+        """What example `pair`, whose query has the row number `query`, adds to a batch: see
+        `gcl_jax.data.pipeline`, without the axis of pairs. Empty when there are no negatives at
+        all."""
+        added: dict[str, Any] = {}
+        for side, encode in self._encoders.items():
+            made: list[tuple[dict, dict]] = []
+            ids = np.full(self._count, -1, np.int32)
+            if side in self._files:
+                rows = self._drawn(self._rows[side][pair], rng)
+                made = [encode(row, rng) for row in rows]
+                ids[: len(rows)] = rows
+            elif side == "document" or self._texts is None:
+                continue
+            if side == "query" and self._texts is not None:
+                made += self._texts.example(query, self._count - len(made), encode, rng)
+            made += [encode.blank()] * (self._count - len(made))
+            for name, parts in zip(("", "_present"), zip(*made, strict=True), strict=True):
+                added[f"negative_{side}{name}"] = {
+                    field: np.stack([part[field] for part in parts]) for field in parts[0]
+                }
+            added[f"negative_{side}_id"] = ids
+        return added
+
+    def _drawn(self, rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        rows = rows[rows >= 0]
+        return rng.choice(rows, self._count, replace=False) if len(rows) > self._count else rows
