@@ -195,9 +195,12 @@ class MeshConfig:
 class EvalConfig:
     """Ranked evaluation: `every` counts steps during training (0: only `gcl_jax.evaluate`); no
     `splits` means all that the store has. `embed_dim` above 0 cuts the embeddings to that many
-    leading dimensions, here and in search (see `loss.matryoshka_dims`)."""
+    leading dimensions, here and in search (see `loss.matryoshka_dims`).
+    `ground_truth`: "test" or "dev" are the judgements that came with the data, used whole; of a
+    split without "test", and with "sampled", `max_queries` are sampled from its pairs."""
 
     splits: tuple[str, ...] = ()
+    ground_truth: str = "test"
     every: int = 0
     max_queries: int = 2000
     max_queries_in_training: int = 500

@@ -2,9 +2,10 @@
 
 Writes WORKDIR/eval/SPLIT.json (SPLIT@DIM.json with --embed_dim=DIM) under the authors' metric
 names and prints one table. Protocol
-(arXiv 2404.08535 and its evaluation code): grades are the split's scores rescaled to 1..100, up to
-`eval.max_queries` queries are sampled in proportion to their summed grades, every query searches
-the whole corpus of its split exactly, top 1000.
+(arXiv 2404.08535 and its evaluation code): test queries and grades are the ground truth that came
+with the data; else grades are the split's scores rescaled to 1..100, up to `eval.max_queries`
+queries are sampled in proportion to their summed grades. Every query searches the whole corpus of
+its split exactly, top 1000.
 """
 
 import argparse
@@ -20,10 +21,10 @@ from jax.sharding import Mesh
 from gcl_jax import config, logs, metrics, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import MeshConfig, TrainConfig
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.embedding import Embedder
-from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.errors import DataError, UserError, reported_in_one_line
 from gcl_jax.retrieval import exact_top_k
 
 KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
@@ -52,6 +53,34 @@ class Judgements:
     grades: np.ndarray
 
 
+def ground_truth_of(cfg: TrainConfig, store: RankedStore, split: str) -> str:
+    """Which ground truth evaluates `split`: "test" or "dev", given with the data, or "sampled".
+
+    Raises:
+        DataError: the configuration asks for "dev", and the store has none.
+    """
+    asked = cfg.eval.ground_truth
+    if asked == "sampled" or store.ground_truth(split, asked) is not None:
+        return asked
+    if asked == "test":
+        return "sampled"
+    raise DataError(
+        f"store {store.directory} has no ground truth {asked!r} for split {split!r} "
+        "(config.eval.ground_truth)"
+    )
+
+
+def judgements(cfg: TrainConfig, store: RankedStore, split: str, max_queries: int) -> Judgements:
+    """Protocol step 2: the ground truth that came with the data, whole and as it is; else
+    `max_queries` sampled queries. Raises `DataError` as `ground_truth_of`."""
+    name = ground_truth_of(cfg, store, split)
+    given = None if name == "sampled" else store.ground_truth(split, name)
+    if given is None:
+        return sample_judgements(store, split, max_queries)
+    every = np.arange(len(np.unique(given.query)))
+    return _judgements(given, np.asarray(given.score, np.float64), store.corpus(split), every)
+
+
 def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judgements:
     """Protocol steps 1 and 2: rescaled grades, sampled test queries."""
     pairs, corpus = store.pairs(split), store.corpus(split)
@@ -62,7 +91,15 @@ def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judge
     by_id = np.argsort(ids)
     sums = np.bincount(group, weights=grade)
     chosen = by_id[metrics.sample_queries(sums[by_id], max_queries)]
+    return _judgements(pairs, grade, corpus, chosen)
 
+
+def _judgements(
+    pairs: Pairs, grade: np.ndarray, corpus: np.ndarray, chosen: np.ndarray
+) -> Judgements:
+    """The grades (pairs,) of `pairs`, grouped by query: of the queries `chosen` by their places
+    among all."""
+    rows, group = np.unique(pairs.query, return_inverse=True)
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(len(rows) + 1))
     counts = np.diff(starts)[chosen]
@@ -97,10 +134,10 @@ def evaluate_splits(
 ) -> dict[str, dict[str, dict[str, float]]]:
     """{split: {"merged" or a document field: {metric: mean over the test queries}}}."""
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
-    judgements = {s: sample_judgements(store, s, max_queries) for s in cfg.eval.splits}
+    judged = {split: judgements(cfg, store, split, max_queries) for split in cfg.eval.splits}
 
     document_rows = np.unique(np.concatenate(list(corpora.values())))
-    query_rows = np.unique(np.concatenate([j.queries for j in judgements.values()]))
+    query_rows = np.unique(np.concatenate([j.queries for j in judged.values()]))
     documents = embedder.embed(
         "document",
         store.documents,
@@ -125,13 +162,13 @@ def evaluate_splits(
     results: dict[str, dict[str, dict[str, float]]] = {}
     for split in cfg.eval.splits:
         corpus = documents.take(np.searchsorted(document_rows, corpora[split]))
-        asked = queries.take(np.searchsorted(query_rows, judgements[split].queries))
+        asked = queries.take(np.searchsorted(query_rows, judged[split].queries))
         query_embeddings = asked.merged(cfg.data.query_fields)
         results[split] = {}
         for name, weights in variants.items():
             scores, found = exact_top_k(query_embeddings, corpus.merged(weights), cfg.eval.top_k)
             rank = document_rank[corpora[split]]
-            values = judged_metrics(judgements[split], scores, found, rank)
+            values = judged_metrics(judged[split], scores, found, rank)
             results[split][name] = metrics.summarize(values)
     return results
 
@@ -232,7 +269,9 @@ def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gcl_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
-    parser.add_argument("--max_queries", type=int, help="test queries per split (default: config)")
+    parser.add_argument(
+        "--max_queries", type=int, help="sampled test queries per split (default: config)"
+    )
     parser.add_argument(
         "--embed_dim", type=int, help="leading dimensions of the embeddings (default: config)"
     )
@@ -247,6 +286,7 @@ def main() -> None:
         folder.mkdir(exist_ok=True)
         for split, variants in results.items():
             report = as_report(split, step, variants)
+            report["ground_truth"] = ground_truth_of(cfg, store, split)
             name = split if args.embed_dim is None else f"{split}@{args.embed_dim}"
             (folder / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
         print(format_table(results))

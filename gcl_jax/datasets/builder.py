@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -22,10 +23,12 @@ from gcl_jax.errors import DataError, UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Split:
-    """Pairs of one split and the name of the corpus that its queries search."""
+    """Pairs of one split, the name of the corpus that its queries search, and the judgements that
+    came with it, {"test" or "dev": pairs whose score is the grade}."""
 
     pairs: store.Pairs
     corpus: str
+    ground_truth: Mapping[str, store.Pairs] = dataclasses.field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -159,10 +162,9 @@ def _write_rest(
     if not any(len(split.pairs) for split in splits.values()):
         raise DataError(f"source {source.name} has no pair left to train on")
     for name, split in splits.items():
-        folder = out / "pairs" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for column in store.Pairs.__slots__:
-            np.save(folder / f"{column}.npy", getattr(split.pairs, column))
+        _write_pairs(split.pairs, out / "pairs" / name)
+        for kind, judged in split.ground_truth.items():
+            _write_pairs(judged, out / "ground_truth" / name / kind)
     corpora = source.corpora()
     (out / "corpora").mkdir(exist_ok=True)
     for name, documents in corpora.items():
@@ -178,6 +180,10 @@ def _write_rest(
                 "queries": len(np.unique(split.pairs.query)),
                 "corpus": split.corpus,
                 "documents": len(corpora[split.corpus]),
+                "ground_truth": {
+                    kind: len(np.unique(judged.query))
+                    for kind, judged in split.ground_truth.items()
+                },
             }
             for name, split in splits.items()
         },
@@ -193,3 +199,9 @@ def _write_rest(
     size = sum(path.stat().st_size for path in checksums.files(out))
     with logs.progress(size, unit="B", description="checksums") as bar:
         checksums.write_manifest(out, bar.update)
+
+
+def _write_pairs(pairs: store.Pairs, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for column in store.Pairs.__slots__:
+        np.save(folder / f"{column}.npy", getattr(pairs, column))
