@@ -179,10 +179,13 @@ class EvalConfig:
     `splits` means all that the store has. `query_fields` are evaluated each alone, too: by default
     those of `data.query_fields`; others of the store, such as languages that training leaves out,
     may be named. `embed_dim` above 0 cuts the embeddings to that many leading dimensions, here and
-    in search (see `loss.matryoshka_dims`)."""
+    in search (see `loss.matryoshka_dims`). `ground_truth`: "test" or "dev" are the judgements that
+    came with the data, used whole; of a split without "test", and with "sampled", `max_queries` are
+    sampled from its pairs."""
 
     splits: tuple[str, ...] = ()
     query_fields: tuple[str, ...] = ()
+    ground_truth: str = "test"
     every: int = 0
     max_queries: int = 2000
     max_queries_in_training: int = 500

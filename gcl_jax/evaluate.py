@@ -3,9 +3,10 @@
 Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT.parquet, query by
 query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables.
 
-Protocol (arXiv 2404.08535 and its evaluation code): grades are the split's scores rescaled to
-1..100, up to `eval.max_queries` queries are sampled in proportion to their summed grades, every
-query searches the whole corpus of its split exactly, top 1000.
+Protocol (arXiv 2404.08535 and its evaluation code): test queries and grades are the ground truth
+that came with the data; else grades are the split's scores rescaled to 1..100, up to
+`eval.max_queries` queries are sampled in proportion to their summed grades. Every query searches
+the whole corpus of its split exactly, top 1000.
 """
 
 import argparse
@@ -23,10 +24,10 @@ from gcl_jax import config, logs, metrics, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import MeshConfig, TrainConfig
 from gcl_jax.data.pipeline import Side
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.embedding import Embedder, FieldEmbeddings
-from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.errors import DataError, UserError, reported_in_one_line
 from gcl_jax.results import SplitResult, as_report, format_tables, summary, write
 from gcl_jax.retrieval import exact_top_k
 
@@ -49,6 +50,34 @@ class Judgements:
         return Judgements(self.queries[rows], self.documents[rows], self.grades[rows])
 
 
+def ground_truth_of(cfg: TrainConfig, store: RankedStore, split: str) -> str:
+    """Which ground truth evaluates `split`: "test" or "dev", given with the data, or "sampled".
+
+    Raises:
+        DataError: the configuration asks for "dev", and the store has none.
+    """
+    asked = cfg.eval.ground_truth
+    if asked == "sampled" or store.ground_truth(split, asked) is not None:
+        return asked
+    if asked == "test":
+        return "sampled"
+    raise DataError(
+        f"store {store.directory} has no ground truth {asked!r} for split {split!r} "
+        "(config.eval.ground_truth)"
+    )
+
+
+def judgements(cfg: TrainConfig, store: RankedStore, split: str, max_queries: int) -> Judgements:
+    """Protocol step 2: the ground truth that came with the data, whole and as it is; else
+    `max_queries` sampled queries. Raises `DataError` as `ground_truth_of`."""
+    name = ground_truth_of(cfg, store, split)
+    given = None if name == "sampled" else store.ground_truth(split, name)
+    if given is None:
+        return sample_judgements(store, split, max_queries)
+    every = np.arange(len(np.unique(given.query)))
+    return _judgements(given, np.asarray(given.score, np.float64), store.corpus(split), every)
+
+
 def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judgements:
     """Protocol steps 1 and 2: rescaled grades, sampled test queries."""
     pairs, corpus = store.pairs(split), store.corpus(split)
@@ -59,7 +88,15 @@ def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judge
     by_id = np.argsort(ids)
     sums = np.bincount(group, weights=grade)
     chosen = by_id[metrics.sample_queries(sums[by_id], max_queries)]
+    return _judgements(pairs, grade, corpus, chosen)
 
+
+def _judgements(
+    pairs: Pairs, grade: np.ndarray, corpus: np.ndarray, chosen: np.ndarray
+) -> Judgements:
+    """The grades (pairs,) of `pairs`, grouped by query: of the queries `chosen` by their places
+    among all."""
+    rows, group = np.unique(pairs.query, return_inverse=True)
     order = np.argsort(group, kind="stable")
     starts = np.searchsorted(group[order], np.arange(len(rows) + 1))
     counts = np.diff(starts)[chosen]
@@ -105,7 +142,7 @@ def evaluate_splits(
 ) -> dict[str, SplitResult]:
     """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each."""
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
-    judgements = {s: sample_judgements(store, s, max_queries) for s in cfg.eval.splits}
+    judged = {s: judgements(cfg, store, s, max_queries) for s in cfg.eval.splits}
     query_fields = dict.fromkeys([*cfg.data.query_fields, *cfg.eval.query_fields])
 
     def embed(side: Side, fields: Iterable[str], rows: Iterable[np.ndarray]):
@@ -117,16 +154,16 @@ def evaluate_splits(
         )
 
     document_rows, documents = embed("document", cfg.data.document_fields, corpora.values())
-    query_rows, queries = embed("query", query_fields, (j.queries for j in judgements.values()))
+    query_rows, queries = embed("query", query_fields, (j.queries for j in judged.values()))
     document_rank = np.argsort(np.argsort(np.array(store.documents.ids)))
     return {
         split: evaluate_split(
             cfg,
-            judgements[split],
-            queries.take(np.searchsorted(query_rows, judgements[split].queries)),
+            judged[split],
+            queries.take(np.searchsorted(query_rows, judged[split].queries)),
             documents.take(np.searchsorted(document_rows, corpus)),
             document_rank[corpus],
-            [store.queries.ids[row] for row in judgements[split].queries],
+            [store.queries.ids[row] for row in judged[split].queries],
         )
         for split, corpus in corpora.items()
     }
@@ -237,7 +274,9 @@ def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m gcl_jax.evaluate", description=__doc__)
     parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
-    parser.add_argument("--max_queries", type=int, help="test queries per split (default: config)")
+    parser.add_argument(
+        "--max_queries", type=int, help="sampled test queries per split (default: config)"
+    )
     parser.add_argument(
         "--embed_dim", type=int, help="leading dimensions of the embeddings (default: config)"
     )
@@ -249,8 +288,10 @@ def main() -> None:
             raise UserError(f"--max_queries={max_queries} must be 1 or more")
         results = evaluate_splits(cfg, store, Embedder(cfg, params, mesh), max_queries)
         for split, result in results.items():
+            report = as_report(split, step, result)
+            report["ground_truth"] = ground_truth_of(cfg, store, split)
             name = split if args.embed_dim is None else f"{split}@{args.embed_dim}"
-            write(args.workdir / "eval" / name, as_report(split, step, result), result)
+            write(args.workdir / "eval" / name, report, result)
         print(format_tables(results))
 
 

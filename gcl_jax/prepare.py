@@ -187,9 +187,9 @@ def make_source(args: argparse.Namespace, bad_rows):
     if args.source in ("marqo_gs", "folder") and len(args.data) > 1:
         raise DataError(f"--source={args.source} takes one folder --data, not {len(args.data)}")
     if args.source == "marqo_gs":
-        from gcl_jax.datasets.marqo_gs import SCORE, marqo_gs_source
+        from gcl_jax.datasets.marqo_gs import SCORE, MarqoGSSource
 
-        return marqo_gs_source(
+        return MarqoGSSource(
             args.data[0],
             bad_rows,
             image_root=args.image_root,

@@ -181,8 +181,9 @@ def parse_flags(argv: list[str]) -> list[str]:
     """absl's parser, with one line for whatever it or a config file raises."""
     with reported_in_one_line():
         # `config_flags` prints a traceback for a missing file, and fails only later.
-        for path in (arg.partition("=")[2] for arg in argv if arg.startswith("--config=")):
-            if not Path(path.partition(":")[0]).is_file():
+        for value in (arg.partition("=")[2] for arg in argv if arg.startswith("--config=")):
+            path = value.partition(":")[0]  # an argument of get_config() may follow
+            if not Path(path).is_file():
                 raise ConfigError(f"--config={path}: no such file")
         try:
             return flags.FLAGS(argv)

@@ -28,6 +28,7 @@ CHOICES = {
     "loss.weight_norm": ("none", "mean", "sum"),
     "loss.dtype": ("float32", "bfloat16"),
     "loss.form": ("auto", "gather", "ring"),
+    "eval.ground_truth": ("test", "dev", "sampled"),
 }
 AT_LEAST_ONE = {
     "model": ("embed_dim",),

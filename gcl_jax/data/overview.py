@@ -72,6 +72,8 @@ def as_text(store: RankedStore, splits: list[SplitFigures]) -> str:
         lines.append(f"  documents per query: {split.per_query_line()}")
         for side, pairs in store.info["splits"][split.name].get("negatives", {}).items():
             lines.append(f"  hard negatives ({side}): of {pairs} pairs")
+        for kind, queries in store.info["splits"][split.name].get("ground_truth", {}).items():
+            lines.append(f"  ground truth {kind}: {queries} queries")
         lines.append("  scores:")
         for edges, count, length in split.bars():
             lines.append(f"  {edges:>8} {count:>9} {'#' * round(BAR * length)}".rstrip())

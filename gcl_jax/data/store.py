@@ -44,6 +44,10 @@ class Pairs:
         return len(self.query)
 
 
+def _load(folder: Path) -> Pairs:
+    return Pairs(*(np.load(folder / f"{column}.npy", mmap_mode="r") for column in Pairs.__slots__))
+
+
 class Records:
     """Documents or queries of a store; `records[i]` is a dict of `id` (str) and the fields: str for
     text, encoded bytes for an image; empty when the field is missing."""
@@ -127,10 +131,14 @@ class RankedStore:
     def pairs(self, split: str) -> Pairs:
         """The pairs of `split`, memory-mapped."""
         self._check_split(split)
-        folder = self.directory / "pairs" / split
-        return Pairs(
-            *(np.load(folder / f"{column}.npy", mmap_mode="r") for column in Pairs.__slots__)
-        )
+        return _load(self.directory / "pairs" / split)
+
+    def ground_truth(self, split: str, name: str) -> Pairs | None:
+        """The judgements `name` ("test" or "dev") that came with the data of `split`: `score` is
+        the grade, a whole number from 0 (judged irrelevant) to 100. None if there are none."""
+        self._check_split(split)
+        folder = self.directory / "ground_truth" / split / name
+        return _load(folder) if folder.is_dir() else None
 
     def corpus(self, split: str) -> np.ndarray:
         """int32 (documents,), ascending: the rows of the documents that the queries of `split`

@@ -32,6 +32,8 @@ class Reason(enum.Enum):
     BAD_SCORE = "bad score", "scores lie in 1..100, 100 best"
     BAD_SPLIT = "bad split name", "use letters, digits, '_' and '-'"
     BAD_LIST = "bad list", 'write a JSON list of texts, ["a", "b"]'
+    BAD_GRADE = "bad grade", "grades are whole numbers from 0 to 100"
+    UNKNOWN_QUERY = "unknown query", "judge queries of the split's pairs"
     UNKNOWN_DOCUMENT = "unknown document", "add it to the documents file"
     DUPLICATE_DOCUMENT = "duplicate document", "keep one row a document"
     DUPLICATE_PAIR = "duplicate pair", "keep one score for a query and a document"

@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -23,13 +24,17 @@ from gcl_jax.errors import DataError, UserError
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Split:
-    """Pairs of one split, the name of the corpus that its queries search, and the hard negatives of
-    the pairs, if any are given: {"query" or "document": int32 (pairs, H), -1 where there are
-    fewer}."""
+    """Pairs of one split and the name of the corpus that its queries search.
+
+    negatives: hard negatives of the pairs, if any are given, {"query" or "document": int32
+    (pairs, H), -1 where there are fewer}. ground_truth: judgements that came with the split,
+    {"test" or "dev": pairs whose score is the grade}.
+    """
 
     pairs: store.Pairs
     corpus: str
-    negatives: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    negatives: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    ground_truth: Mapping[str, store.Pairs] = dataclasses.field(default_factory=dict)
 
 
 class Source(Protocol):
@@ -163,11 +168,10 @@ def _write_rest(
     if not any(len(split.pairs) for split in splits.values()):
         raise DataError(f"source {source.name} has no pair left to train on")
     for name, split in splits.items():
-        folder = out / "pairs" / name
-        folder.mkdir(parents=True, exist_ok=True)
-        for column in store.Pairs.__slots__:
-            np.save(folder / f"{column}.npy", getattr(split.pairs, column))
-        save_negatives(folder, split.negatives)
+        _write_pairs(split.pairs, out / "pairs" / name)
+        save_negatives(out / "pairs" / name, split.negatives)
+        for kind, judged in split.ground_truth.items():
+            _write_pairs(judged, out / "ground_truth" / name / kind)
     corpora = source.corpora()
     (out / "corpora").mkdir(exist_ok=True)
     for name, documents in corpora.items():
@@ -186,6 +190,10 @@ def _write_rest(
                 "negatives": {
                     side: int((rows[:, 0] >= 0).sum()) for side, rows in split.negatives.items()
                 },
+                "ground_truth": {
+                    kind: len(np.unique(judged.query))
+                    for kind, judged in split.ground_truth.items()
+                },
             }
             for name, split in splits.items()
         },
@@ -201,3 +209,9 @@ def _write_rest(
     size = sum(path.stat().st_size for path in checksums.files(out))
     with logs.progress(size, unit="B", description="checksums") as bar:
         checksums.write_manifest(out, bar.update)
+
+
+def _write_pairs(pairs: store.Pairs, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for column in store.Pairs.__slots__:
+        np.save(folder / f"{column}.npy", getattr(pairs, column))

@@ -1,0 +1,140 @@
+"""What the configurations of the paper's table cost at full size: `python benchmarks/marqo_gs.py`.
+
+No array is made and no accelerator needed. Sizes are those of the abstract training state; hours
+are arithmetic: operations of forward and backward (3 x forward) / (peak x utilisation).
+"""
+
+import argparse
+import json
+import math
+import os
+import runpy
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+from jax.sharding import AbstractMesh
+
+from gcl_jax import optim, state
+from gcl_jax.config import ModelConfig, TrainConfig
+from gcl_jax.sharding import BATCH_AXES
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "marqo_gs"
+NAMES = ("vit_b32", "vit_l14", "clip_vit_l14", "e5_large_v2", "xlm_roberta_vit_b32")
+IN_DOMAIN_PAIRS = 3_930_000  # of the full data set; its variants have 5 and 1 of its 10 M pairs
+DOCUMENTS = 5_000_000
+MESHES = ((8, 1), (4, 2), (1, 8))
+H100 = 989e12  # dense bfloat16 FLOP/s
+
+
+def load(name: str, variant: str = "full_10m") -> TrainConfig:
+    """The configuration in configs/marqo_gs/NAME.py."""
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](variant)
+
+
+def image_flops(cfg: ModelConfig) -> float:
+    """Of one forward pass of one image, two per multiply-add."""
+    vision = cfg.vision
+    patches = (vision.image_size // vision.patch_size) ** 2
+    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.width
+    tokens = patches + (vision.pool == "tok")
+    blocks = _block_flops(vision.width, vision.mlp_ratio, tokens) * vision.layers
+    return embedding + blocks + 2 * vision.width * cfg.embed_dim
+
+
+def text_flops(cfg: ModelConfig) -> float:
+    """Of one forward pass of one text, padded to the context length."""
+    text = cfg.text
+    blocks = _block_flops(text.width, text.mlp_ratio, text.context_length) * text.layers
+    return blocks + (0 if text.proj == "none" else 2 * text.width * cfg.embed_dim)
+
+
+def _block_flops(width: int, mlp_ratio: float, tokens: int) -> float:
+    """Four square projections, the MLP's two, and attention's scores and weighted sums."""
+    linear = 4 * width**2 + 2 * width * int(width * mlp_ratio)
+    return 2 * tokens * linear + 4 * tokens**2 * width
+
+
+def document_flops(cfg: TrainConfig) -> float:
+    """Of one forward pass of one document."""
+    of_field = {"image": image_flops, "title": text_flops}
+    return sum(of_field[field](cfg.model) for field in cfg.data.document_fields)
+
+
+def pair_flops(cfg: TrainConfig) -> float:
+    """Of one forward pass of one pair: the query's text and the document's fields."""
+    return text_flops(cfg.model) + document_flops(cfg)
+
+
+def hours(cfg: TrainConfig, peak: float, utilisation: float) -> dict[str, float]:
+    """Accelerator hours of training and of embedding all documents for evaluation once."""
+    work = {
+        "train": 3 * pair_flops(cfg) * IN_DOMAIN_PAIRS * cfg.optim.epochs,
+        "evaluate": document_flops(cfg) * DOCUMENTS,
+    }
+    return {name: flops / (peak * utilisation) / 3600 for name, flops in work.items()}
+
+
+def abstract_training(cfg: TrainConfig, mesh) -> tuple[state.TrainState, object]:
+    """(state as ShapeDtypeStructs with shardings, optimizer) of a run on `mesh`."""
+    steps = optim.total_steps(cfg.optim, IN_DOMAIN_PAIRS)
+    tx = optim.make_optimizer(cfg.optim, steps, state.abstract_model(cfg.model)[1])
+    return state.abstract_state(cfg, tx, mesh), tx
+
+
+def bytes_per_device(tree) -> int:
+    """Of the ShapeDtypeStructs with shardings in `tree`."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def plan(name: str, peak: float, utilisation: float) -> dict[str, Any]:
+    """One configuration's row of the table."""
+    cfg = load(name)
+    held = {}
+    for data, fsdp in MESHES:
+        training, _ = abstract_training(cfg, AbstractMesh((data, fsdp), BATCH_AXES))
+        held[f"{data}x{fsdp}"] = bytes_per_device(training) / 1e9
+    parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(training.params))
+    return {
+        "config": name,
+        "parameters": parameters / 1e6,
+        "gigabytes_per_device": held,
+        "gflop_per_pair": pair_flops(cfg) / 1e9,
+        "hours": hours(cfg, peak, utilisation),
+        "pairs_per_second": peak * utilisation / (3 * pair_flops(cfg)),
+    }
+
+
+def as_line(row: dict) -> str:
+    """A row of the table in Markdown."""
+    held = " | ".join(f"{size:.2f}" for size in row["gigabytes_per_device"].values())
+    spent = " | ".join(f"{time:.1f}" for time in row["hours"].values())
+    return (
+        f"| `{row['config']}` | {row['parameters']:.0f} M | {held} | {row['gflop_per_pair']:.1f} "
+        f"| {spent} | {row['pairs_per_second']:.0f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--peak", type=float, default=H100, help="FLOP/s (default: H100, bfloat16)")
+    parser.add_argument("--utilisation", type=float, default=0.2, help="assumed (default 0.2)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    args = parser.parse_args()
+    rows = [plan(name, args.peak, args.utilisation) for name in NAMES]
+    names = ("config", "parameters", *(f"GB {data}x{fsdp}" for data, fsdp in MESHES))
+    names += ("GFLOP/pair", "train h", "eval h", "pairs/s")
+    print(f"| {' | '.join(names)} |")
+    print("|---" * len(names) + "|")
+    for row in rows:
+        print(as_line(row))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
