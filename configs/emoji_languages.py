@@ -1,4 +1,4 @@
-"""Pictures of emoji and their names in nine languages: small towers, two minutes on two CPU cores.
+"""Pictures of emoji and their names in nine languages: small towers, minutes on two CPU cores.
 
 --config=configs/emoji_languages.py:en trains on English alone, "...:en,de,fr" on three; the
 evaluation is in all nine.
