@@ -44,9 +44,10 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     from gcl_jax import evaluate, logs, optim, sharding
     from gcl_jax import state as states
     from gcl_jax.checkpoint import Checkpointer
-    from gcl_jax.data.pipeline import train_batches
+    from gcl_jax.data.pipeline import pair_weights, train_batches
     from gcl_jax.datasets import open_store
     from gcl_jax.embedding import Embedder
+    from gcl_jax.losses.objectives import check_data
     from gcl_jax.step import known_weights, make_train_step
     from gcl_jax.warm_start import warm_start
 
@@ -63,6 +64,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     train_step = make_train_step(cfg, tx, mesh)
     schedule = optim.lr_schedule(cfg.optim, steps)
+    check_data(cfg, pair_weights(cfg, store.pairs(cfg.data.train_split)))
     known = {}
     if cfg.loss.targets == "known":
         weights = known_weights(cfg, store)

@@ -1,5 +1,6 @@
 """The objectives by the names that `config.loss.objectives` gives their weights."""
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -38,15 +39,27 @@ OF_MERGED: dict[str, Callable[[Merged, LossConfig], Float[Array, ""]]] = {
 }
 
 
-def check_grades(cfg: TrainConfig, weights: np.ndarray) -> None:
-    """Raises `DataError` if an objective learns from grades and all `weights` (pairs,) are the
-    same."""
-    graded = ("bixse", "listnet", "listmle", "rince")
-    asked = [name for name in graded if getattr(cfg.loss.objectives, name)]
-    if asked and len(weights) and weights.min() == weights.max():
+def check_data(cfg: TrainConfig, weights: np.ndarray) -> None:
+    """Raises `DataError` if the data, whose loss `weights` (pairs,) are given, lack what one of the
+    objectives learns from."""
+    asked = {name for name, weight in dataclasses.asdict(cfg.loss.objectives).items() if weight}
+    graded = [name for name in ("bixse", "listnet", "listmle", "rince") if name in asked]
+    if graded and len(weights) and weights.min() == weights.max():
         raise DataError(
-            f"config.loss.objectives.{asked[0]} learns from graded relevance, but all "
+            f"config.loss.objectives.{graded[0]} learns from graded relevance, but all "
             f"{len(weights)} pairs of split {cfg.data.train_split!r} of store {cfg.data.store} "
             f"have the loss weight {weights.min():g}: give scores that differ and a "
             "config.loss.score_to_weight other than 'constant', or use objectives.gcl"
+        )
+    if "one_to_k" in asked and len(cfg.data.query_fields) < 2:
+        raise DataError(
+            "config.loss.objectives.one_to_k contrasts a document with its texts in several "
+            f"languages, but there is one query field, {next(iter(cfg.data.query_fields))!r}: name "
+            "two or more text fields of the store in config.data.query_fields"
+        )
+    if "hard_negatives" in asked and not cfg.data.negatives and cfg.data.text_negatives == "none":
+        raise DataError(
+            "config.loss.objectives.hard_negatives needs negatives of the pairs: set "
+            "config.data.negatives to 'store' or to a folder made by `python -m gcl_jax.mine`, or "
+            "config.data.text_negatives to 'swap' or 'replace'"
         )
