@@ -1,4 +1,4 @@
-"""Which objective learns to rank best? All of them on the bundled benchmark, under equal conditions.
+"""Which objective learns to rank best? All of them on the bundled benchmark, side by side.
 
     python benchmarks/objectives.py --out=runs/objectives
 
@@ -31,7 +31,7 @@ from gcl_jax.metrics import paired_bootstrap
 CONFIG = Path(__file__).parents[1] / "configs" / "emoji_tiny.py"
 SPLITS = ("in_domain", "novel_query", "novel_document", "zero_shot")
 SHOWN = ("NDCG@10", "mERR", "mRBP9", "Recall@10")
-STEPS, BATCH = 150, 256
+STEPS, WARMUP, BATCH = 120, 30, 256
 BASELINE = "GCL"
 BIAS = f"model.init_logit_bias={-np.log(BATCH):.2f}"
 
@@ -78,6 +78,7 @@ def trained(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str
         f"--workdir={workdir}",
         f"--config.seed={seed}",
         f"--config.optim.steps={STEPS}",
+        f"--config.optim.warmup_steps={WARMUP}",
         f"--config.optim.batch_size={BATCH}",
         "--config.eval.every=0",
         *flags,
