@@ -15,12 +15,15 @@ from gcl_jax.config import (
     TrainConfig,
     VisionConfig,
 )
+from gcl_jax.loss_config import ObjectivesConfig
 
 # Five scripts, of which CLIP's byte pairs need few enough tokens: 0.7% of the names are cut.
 LANGUAGES = ("en", "ar", "de", "es", "fr", "ja", "ko", "ru", "zh")
 
 
 def get_config(languages: str = ",".join(LANGUAGES)) -> TrainConfig:
+    trained = languages.split(",")
+    one_to_k = float(len(trained) > 1)
     return TrainConfig(
         model=ModelConfig(
             embed_dim=128,
@@ -31,12 +34,15 @@ def get_config(languages: str = ",".join(LANGUAGES)) -> TrainConfig:
         ),
         data=DataConfig(
             store="emoji_languages",
-            query_fields=dict.fromkeys(languages.split(","), 1.0),
+            query_fields=dict.fromkeys(trained, 1.0),
             augmentation="crop",
             min_crop_area=0.8,
             cached_records=10_000,
         ),
-        loss=LossConfig(targets="known"),
+        # The drawings of an emoji share its names: none is a negative of another.
+        loss=LossConfig(
+            objectives=ObjectivesConfig(gcl=1 - one_to_k, one_to_k=one_to_k), mask_duplicates=True
+        ),
         optim=OptimConfig(lr=1e-3, warmup_steps=20, steps=150, batch_size=128, weight_decay=0.1),
         eval=EvalConfig(query_fields=LANGUAGES),
         checkpoint=CheckpointConfig(every=50),
