@@ -28,6 +28,9 @@ from gcl_jax.text import Tokenizer, load_tokenizer
 Batch = dict[str, dict[str, np.ndarray]]
 Side = Literal["query", "document"]
 
+# Records without image whose token ids stay in memory while training: below 100 MB.
+CACHED_TEXTS = 2**16
+
 
 class FieldEncoder:
     """Turns records of one side into model inputs, as `cfg.model` expects images and texts."""
@@ -49,9 +52,11 @@ class FieldEncoder:
         self._prefix: str = getattr(cfg.model.text, f"{side}_prefix")
         self._records = records
         self._kinds = {field: records.fields[field] for field in fields}
-        self._cached_records = cached_records
         self._scaling: dict[str, Any] = {}
         images = [field for field, kind in self._kinds.items() if kind == "image"]
+        if training and not images:
+            cached_records = max(cached_records, CACHED_TEXTS)
+        self._cached_records = cached_records
         if images:
             if cfg.model.vision is None:
                 raise ConfigError(
