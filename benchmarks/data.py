@@ -1,10 +1,14 @@
-"""How fast `gcl_jax.prepare` is and what memory it takes, on data made up here:
+"""How fast `gcl_jax.prepare` and the input pipeline are and what memory they take, on data made up
+here:
 
-    python benchmarks/data.py --pairs=1000000 --documents=200000          # texts
-    python benchmarks/data.py --pairs=20000 --documents=2000 --images     # and a JPEG a document
+    python benchmarks/data.py --pairs=1000000 --documents=200000 --train_steps=40     # texts
+    python benchmarks/data.py --pairs=20000 --documents=2000 --images --pipeline      # and JPEGs
+    python benchmarks/data.py --pairs=1000 --documents=100 --demo_steps=60
 
 Prints, and writes as JSON, rows a second (pairs, over the whole command) and the peak of the main
-process's resident memory.
+process's resident memory. `--train_steps` trains a small model on the store and adds its peak.
+`--pipeline` adds benchmarks/pipeline.py, a comparison with PyTorch. `--demo_steps` trains the demo
+(configs/emoji_tiny.py) and adds the share of the time that its loop waits for data.
 """
 
 import argparse
@@ -22,6 +26,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+ROOT = Path(__file__).resolve().parents[1]
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+}
 COMMAND = (
     "-m gcl_jax.prepare --out=store --pairs=pairs.csv --query_fields=query --id_column=id "
     "--score_column=score"
@@ -56,18 +64,45 @@ def write_images(folder: Path, documents: int) -> None:
 def measure(folder: Path, fields: str, workers: int) -> tuple[float, float]:
     """(seconds, MiB) of one `prepare` in `folder`."""
     command = [sys.executable, *COMMAND.split(), f"--document_fields={fields}"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
     began = time.monotonic()
     subprocess.run(
         [*command, f"--workers={workers}"],
         cwd=folder,
-        env=environment,
+        env=ENVIRONMENT,
         check=True,
         stdout=subprocess.DEVNULL,
     )
     seconds = time.monotonic() - began
     # The only child so far that was large.
     return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+
+
+TEXT_CONFIG = """from gcl_jax.config import *
+
+def get_config():
+    text = TextConfig(context_length=12, width=64, heads=2, layers=1)
+    return TrainConfig(
+        model=ModelConfig(embed_dim=64, vision=None, text=text),
+        data=DataConfig(store="store", document_fields={"title": 1.0}),
+        optim=OptimConfig(batch_size=512),
+    )
+"""
+
+
+def train(folder: Path, config: str, steps: int) -> tuple[float, float]:
+    """(peak MiB, share of the time that the loop waits for data, compilation left aside) of a run
+    of `config` with `folder` as its working directory."""
+    command = [sys.executable, "-m", "gcl_jax.train", f"--config={config}", "--workdir=run"]
+    flags = [f"--config.optim.steps={steps}", "--config.log_every=5", "--config.eval.every=0"]
+    child = subprocess.Popen([*command, *flags], cwd=folder, env=ENVIRONMENT)
+    _, status, usage = os.wait4(child.pid, 0)
+    if status:
+        raise SystemExit("training failed")
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()[1:]
+    rows = [json.loads(line) for line in lines]
+    seconds = [1 / row["pairs_per_second"] for row in rows]  # up to a factor
+    waits = [row["data_wait"] for row in rows]
+    return usage.ru_maxrss / 1024, float(np.average(waits, weights=seconds))
 
 
 def main() -> None:
@@ -77,7 +112,14 @@ def main() -> None:
     parser.add_argument("--images", action="store_true", help="give every document a JPEG")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--pipeline", action="store_true", help="compare with a DataLoader")
+    parser.add_argument("--image_size", type=int, default=224, help="of the model, for --pipeline")
+    parser.add_argument("--train_steps", type=int, default=0, help="train on the texts as well")
+    parser.add_argument("--demo_steps", type=int, default=0, help="train the demo as well")
     args = parser.parse_args()
+    if args.pipeline and not args.images:
+        parser.error("--pipeline needs --images")
+    measured = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pairs(folder, args.pairs, args.documents, args.images)
@@ -85,6 +127,18 @@ def main() -> None:
             write_images(folder, args.documents)
         fields = "image:image,title" if args.images else "title"
         seconds, peak = measure(folder, fields, args.workers)
+        if args.train_steps:
+            (folder / "config.py").write_text(TEXT_CONFIG)
+            measured["train_peak_MiB"] = round(train(folder, "config.py", args.train_steps)[0])
+        if args.demo_steps:
+            (folder / "demo").mkdir()
+            demo = ROOT / "configs" / "emoji_tiny.py"
+            wait = train(folder / "demo", str(demo), args.demo_steps)[1]
+            measured["demo_data_wait"] = round(wait, 5)
+        if args.pipeline:
+            from pipeline import compare
+
+            measured["pipeline"] = compare(folder, folder / "store", args.image_size, 7)
     figures = {
         "pairs": args.pairs,
         "documents": args.documents,
@@ -94,6 +148,7 @@ def main() -> None:
         "pairs_per_second": round(args.pairs / seconds),
         "documents_per_second": round(args.documents / seconds),
         "peak_MiB": round(peak),
+        **measured,
     }
     print(json.dumps(figures, indent=2))
     if args.json:

@@ -114,7 +114,11 @@ class DataConfig:
     `query_fields` and `document_fields` map a field of the store to its weight in the merged
     embedding (alpha and beta of the method); a field that is not named is not used. Left empty,
     they name all fields of the store with equal weights, and `train_split` its first split.
-    `cached_records` documents (and queries) stay decoded in memory, at their stored size.
+    `cached_records` documents (and queries) stay decoded in memory, before augmentation.
+    `sampler`: "uniform" visits every pair once an epoch in random order; "score" draws every row of
+    a batch anew, in proportion to the pair's score, and an epoch is as many draws as there are
+    pairs. `unique_queries` lets no two rows of a batch have the same query: "uniform" leaves out
+    what then has no place (others each epoch), "score" does not draw a query again.
     `pairs_per_query` above 1 brings that many pairs of a query together in a batch, which gives
     `loss.targets="known"` more than chance meetings; every epoch still visits each pair once.
     `negatives`: where hard negatives of the pairs lie, "store" (given with the data) or a folder
@@ -131,6 +135,8 @@ class DataConfig:
     max_score: float = 100.0
     num_workers: int = 0
     cached_records: int = 0
+    sampler: str = "uniform"
+    unique_queries: bool = False
     pairs_per_query: int = 1
     negatives: str = ""
     num_negatives: int = 1

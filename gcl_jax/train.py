@@ -45,6 +45,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     from gcl_jax import state as states
     from gcl_jax.checkpoint import Checkpointer
     from gcl_jax.data.pipeline import pair_weights, train_batches
+    from gcl_jax.data.sampling import pairs_per_epoch
     from gcl_jax.datasets import open_store
     from gcl_jax.embedding import Embedder
     from gcl_jax.losses.objectives import check_data
@@ -59,7 +60,9 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     store = open_store(cfg.data.store)
     cfg = store.resolve(cfg)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count())
-    steps = optim.total_steps(cfg.optim, len(store.pairs(cfg.data.train_split)))
+    pairs = store.pairs(cfg.data.train_split)
+    epoch = pairs_per_epoch(cfg, pairs)
+    steps = optim.total_steps(cfg.optim, epoch)
     tx = optim.make_optimizer(cfg.optim, steps, states.abstract_model(cfg.model)[1])
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     train_step = make_train_step(cfg, tx, mesh)
@@ -93,6 +96,12 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
         else:
             state = states.init_state(cfg, tx, mesh, warm_start(cfg, mesh) if cfg.init_from else {})
             print(f"starting from {cfg.init_from or 'random parameters'}", file=sys.stderr)
+        if epoch < len(pairs):
+            print(
+                f"config.data.unique_queries leaves {len(pairs) - epoch} of {len(pairs)} pairs out "
+                "of each epoch, others every time",
+                file=sys.stderr,
+            )
         embedder = Embedder(cfg, state.params, mesh)
         config.save(cfg, workdir / "config.json")
         start = start or 0
@@ -100,10 +109,15 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
 
         bar = logs.progress(steps, unit="step", description="train", initial=start)
         with logs.MetricWriter(workdir) as writer, bar:
-            clock, logged = time.perf_counter(), start
+            clock, logged, waited = time.perf_counter(), start, 0.0
             metrics: dict[str, jax.Array] = {}
             for step in range(start + 1, steps + 1):
-                batch = sharding.to_global(next(batches), mesh) | known
+                # The previous step is still running: its batch's successor is fetched and sent to
+                # the device meanwhile.
+                asked = time.perf_counter()
+                rows = next(batches)
+                waited += time.perf_counter() - asked
+                batch = sharding.to_global(rows, mesh) | known
                 previous, (state, metrics) = metrics, train_step(state, batch)
                 # One step ahead keeps the device busy; more would each hold their own memory.
                 jax.block_until_ready(previous)
@@ -111,10 +125,12 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                 if step % cfg.log_every == 0 or step == steps:
                     scalars = {name: float(value) for name, value in metrics.items()}
                     now = time.perf_counter()
-                    pairs = cfg.optim.batch_size * (step - logged)
-                    scalars["pairs_per_second"] = pairs / (now - clock)
+                    scalars["pairs_per_second"] = (
+                        cfg.optim.batch_size * (step - logged) / (now - clock)
+                    )
+                    scalars["data_wait"] = waited / (now - clock)
                     scalars["learning_rate"] = float(schedule(step - 1))
-                    clock, logged = now, step
+                    clock, logged, waited = now, step, 0.0
                     writer.write(step, scalars)
                     bar.set_postfix_str(
                         f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
@@ -123,7 +139,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                     averaged = embedder.with_params(states.averaged_params(state))
                     summaries = evaluate.evaluate_in_training(cfg, store, averaged)
                     writer.write(step, summaries)
-                    clock, logged = time.perf_counter(), step
+                    clock, logged, waited = time.perf_counter(), step, 0.0
                 checkpointer.check_for_errors()
                 if caught.signum or step % cfg.checkpoint.every == 0 or step == steps:
                     checkpointer.save(step, state, batches.get_state())

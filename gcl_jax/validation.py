@@ -24,6 +24,7 @@ CHOICES = {
     "model.text.proj": ("linear", "linear_bias", "mlp", "none"),
     "data.augmentation": ("none", "crop", "crop_flip"),
     "data.text_negatives": ("none", "swap", "replace"),
+    "data.sampler": ("uniform", "score"),
     "loss.targets": ("diagonal", "known"),
     "loss.weight_norm": ("none", "mean", "sum"),
     "loss.dtype": ("float32", "bfloat16"),
@@ -163,6 +164,15 @@ def _validate_data(cfg: TrainConfig) -> None:
             )
         require(not weights or sum(weights.values()) > 0, f"data.{side}: all weights are 0")
     require(0 < cfg.data.min_crop_area <= 1, "data.min_crop_area must lie in (0, 1]")
+    if cfg.data.pairs_per_query > 1:
+        together = (
+            f"data.pairs_per_query={cfg.data.pairs_per_query} brings a query's pairs together"
+        )
+        require(not cfg.data.unique_queries, f"{together}, and unique_queries forbids that")
+        require(
+            cfg.data.sampler == "uniform",
+            f"{together}, which sampler={cfg.data.sampler!r} cannot; leave one at its default",
+        )
 
 
 def _validate_loss(cfg: TrainConfig) -> None:

@@ -52,6 +52,7 @@ def test_unknown_preset_and_key_and_missing_file(tmp_path):
         ("model.preprocess.resize_mode", "crop", "must be one of"),
         ("model.preprocess.fill_color", 256, "in 0..255"),
         ("data.augmentation", "mixup", "must be one of"),
+        ("data.sampler", "scores", "must be one of"),
         ("loss.score_to_weight", "cubic", "choose one of constant"),
         ("optim.batch_size", 1, "no negatives"),
         ("optim.lr", 0.0, "above 0"),
@@ -82,3 +83,13 @@ def test_dataclasses_are_slotted():
     with pytest.raises(AttributeError):
         TrainConfig().lerning_rate = 1.0
     assert dataclasses.is_dataclass(TrainConfig)
+
+
+@pytest.mark.parametrize(("key", "value"), [("sampler", "score"), ("unique_queries", True)])
+def test_samplers_that_exclude_each_other_are_refused(key, value):
+    cfg = config.TrainConfig()
+    cfg.data.pairs_per_query = 2
+    setattr(cfg.data, key, value)
+    with pytest.raises(ConfigError, match=rf"config\.data\.pairs_per_query=2 .*{key}") as error:
+        validate(cfg)
+    assert "\n" not in str(error.value)

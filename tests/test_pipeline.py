@@ -10,6 +10,7 @@ from gcl_jax.data.pipeline import _PairExamples, corpus_batches, train_batches
 from gcl_jax.data.transforms import ImageTransform, decode_image
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.text import load_tokenizer
+from gcl_jax.validation import validate
 
 
 def taken(batches, n):
@@ -64,30 +65,80 @@ def test_same_seed_same_batches_and_another_seed_others(tiny_config, tiny_store)
     assert any((a["query_id"] != b["query_id"]).any() for a, b in zip(first, other, strict=True))
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_resumes_at_any_step(tiny_config, tiny_store, together):
+SAMPLERS = {
+    "uniform": {},
+    "together": {"pairs_per_query": 3},
+    "unique": {"unique_queries": True},
+    "score": {"sampler": "score"},
+    "score, unique": {"sampler": "score", "unique_queries": True},
+}
+
+
+@pytest.fixture(params=SAMPLERS)
+def sampler_config(request, tiny_config):
+    """Of every sampler; batches of four, of which the 24 pairs of four queries make six."""
+    tiny_config.optim.batch_size = 4
     tiny_config.data.augmentation = "crop_flip"
-    tiny_config.data.pairs_per_query = together
-    whole = taken(train_batches(tiny_config, tiny_store), 7)
-    for stop in (1, 3, 6):
-        batches = train_batches(tiny_config, tiny_store)
+    for key, value in SAMPLERS[request.param].items():
+        setattr(tiny_config.data, key, value)
+    validate(tiny_config)
+    return tiny_config
+
+
+def test_resumes_at_any_step(sampler_config, tiny_store):
+    whole = taken(train_batches(sampler_config, tiny_store), 14)
+    for stop in range(14):
+        batches = train_batches(sampler_config, tiny_store)
         for _ in range(stop):
             next(batches)
         position = batches.get_state()
         batches.close()
-        resumed = train_batches(tiny_config, tiny_store)
+        resumed = train_batches(sampler_config, tiny_store)
         resumed.set_state(position)
-        assert_equal(whole[stop:], taken(resumed, 7 - stop))
+        assert_equal(whole[stop : stop + 2], taken(resumed, len(whole[stop : stop + 2])))
 
 
-@pytest.mark.parametrize("together", [1, 3])
-def test_shards_are_disjoint_and_make_the_global_batch(tiny_config, tiny_store, together):
-    tiny_config.data.pairs_per_query = together
-    whole = taken(train_batches(tiny_config, tiny_store), 3)
-    shards = [taken(train_batches(tiny_config, tiny_store, i, 2), 3) for i in range(2)]
-    for step in range(3):
-        merged = np.stack([shards[i][step]["document_id"] for i in range(2)], axis=1).ravel()
-        np.testing.assert_array_equal(merged, whole[step]["document_id"])
+@pytest.mark.parametrize(
+    ("sampler_config", "workers", "start"),
+    [("uniform", 4, 7), ("together", 2, 0), ("unique", 1, 0), ("score, unique", 2, 3)],
+    indirect=["sampler_config"],
+)
+def test_worker_processes_make_the_same_batches(sampler_config, tiny_store, workers, start):
+    """Also when they go on from a step in the second epoch."""
+    whole = taken(train_batches(sampler_config, tiny_store), 10)
+    sampler_config.data.num_workers = workers
+    batches = train_batches(sampler_config, tiny_store)
+    batches.set_state({"global_next_index": 4 * start})
+    assert_equal(whole[start:], taken(batches, 10 - start))
+
+
+def test_hosts_share_the_batches_of_one(sampler_config, tiny_store):
+    """Also when their number changes, at the end of an epoch and within one."""
+    whole = taken(train_batches(sampler_config, tiny_store), 10)
+    position = {"global_next_index": 0}
+    for hosts, start, stop in ((2, 0, 4), (4, 4, 6), (1, 6, 8), (2, 8, 10)):
+        shards = []
+        for host in range(hosts):
+            batches = train_batches(sampler_config, tiny_store, host, hosts)
+            batches.set_state(position)
+            shards.append([next(batches) for _ in range(start, stop)])
+            after = batches.get_state()
+            batches.close()
+        position = after
+        for step, parts in enumerate(zip(*shards, strict=True), start):
+            merged = jax.tree.map(
+                lambda *x: np.stack(x, axis=1).reshape(-1, *x[0].shape[1:]), *parts
+            )
+            assert_equal(merged, whole[step])
+
+
+def test_no_query_comes_twice_in_a_batch(tiny_config, tiny_store):
+    tiny_config.data.unique_queries, tiny_config.optim.batch_size = True, 4
+    for batch in taken(train_batches(tiny_config, tiny_store), 6):
+        assert sorted(batch["query_id"]) == [0, 1, 2, 3]
+    tiny_config.optim.batch_size = 6
+    with pytest.raises(ConfigError, match=r"unique_queries: a batch of 6 .* 'in_domain' has 4"):
+        train_batches(tiny_config, tiny_store)
 
 
 def test_corpus_batches_keep_order_and_pad_the_last(tiny_config, tiny_store):

@@ -93,11 +93,26 @@ def test_loss_falls_and_everything_is_written(cfg, tiny_store, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 40
+    assert all(0 <= row["data_wait"] < 1 for row in rows if "loss" in row)
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     evaluated = [row for row in rows if "in_domain/NDCG@10" in row]
     assert [row["step"] for row in evaluated] == [20]
     assert list(tmp_path.glob("events.out.tfevents.*"))
     assert config.load(tmp_path / "config.json") == tiny_store.resolve(cfg)
+
+
+def test_an_epoch_of_unique_queries_is_shorter(cfg, tmp_path, capsys, monkeypatch):
+    """One query has 21 of 28 pairs, the seven others one each: a single batch of eight, so three
+    epochs are three steps."""
+    from gcl_jax.data.store import Pairs, RankedStore
+
+    query = np.array([0] * 20 + list(range(8)), np.int32)
+    skewed = Pairs(query, (np.arange(28) % 12).astype(np.int32), np.full(28, 90, np.float32))
+    monkeypatch.setattr(RankedStore, "pairs", lambda self, split: skewed)
+    cfg.data.unique_queries, cfg.optim.steps, cfg.optim.epochs = True, 0, 3
+    train(cfg, tmp_path)
+    assert "unique_queries leaves 20 of 28 pairs out" in capsys.readouterr().err
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_finished_run_is_left_alone(cfg, tmp_path):

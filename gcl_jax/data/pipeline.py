@@ -24,10 +24,11 @@ from typing import Any, Literal
 import grain
 import grain.experimental
 import numpy as np
+from absl import flags
 
 from gcl_jax.config import TextConfig, TrainConfig
 from gcl_jax.data.negatives import PairNegatives
-from gcl_jax.data.sampling import PairShuffle
+from gcl_jax.data.sampling import sampled
 from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
 from gcl_jax.errors import ConfigError, DataError
@@ -36,6 +37,9 @@ from gcl_jax.text import Tokenizer, load_tokenizer
 
 Batch = dict[str, dict[str, np.ndarray]]
 Side = Literal["query", "document"]
+
+# Records without image whose token ids stay in memory while training: below 100 MB.
+CACHED_TEXTS = 2**16
 
 
 class FieldEncoder:
@@ -48,15 +52,21 @@ class FieldEncoder:
         records: Records,
         fields: Sequence[str],
         cached_records: int = 0,
+        training: bool = False,
     ):
-        """Raises `ConfigError` for an image field of a model without image tower, and for a
+        """For `training`, images may be decoded at a smaller scale if `cfg.data` augments them.
+
+        Raises `ConfigError` for an image field of a model without image tower, and for a
         tokenizer that is not the model's."""
         self._cfg = cfg
         self._prefix: str = getattr(cfg.model.text, f"{side}_prefix")
         self._records = records
         self._kinds = {field: records.fields[field] for field in fields}
-        self._cached_records = cached_records
+        self._scaling: dict[str, Any] = {}
         images = [field for field, kind in self._kinds.items() if kind == "image"]
+        if training and not images:
+            cached_records = max(cached_records, CACHED_TEXTS)
+        self._cached_records = cached_records
         if images:
             if cfg.model.vision is None:
                 raise ConfigError(
@@ -65,6 +75,9 @@ class FieldEncoder:
                 )
             self._image_size = cfg.model.vision.image_size
             self._transform = ImageTransform(self._image_size, cfg.model.preprocess)
+            if training and cfg.data.augmentation != "none":
+                size, area = self._image_size, cfg.data.min_crop_area
+                self._scaling = {"crop_size": size, "min_area": area}
         if len(images) < len(fields):
             _check_tokenizer(cfg.model.text, self._tokenizer)
 
@@ -96,7 +109,7 @@ class FieldEncoder:
                 loaded[field] = self._tokenizer([self._prefix + value])[0]
             else:
                 try:
-                    loaded[field] = decode_image(value)
+                    loaded[field] = decode_image(value, **self._scaling)
                 except DataError as error:
                     raise DataError(f"record {record['id']!r}, field {field!r}: {error}") from None
         if all(value is None for value in loaded.values()):
@@ -175,10 +188,10 @@ class _PairExamples:
         self._weights = pair_weights(cfg, self._pairs)
         fields, cached = cfg.data, cfg.data.cached_records
         self._encode_query = FieldEncoder(
-            cfg, "query", store.queries, list(fields.query_fields), cached
+            cfg, "query", store.queries, list(fields.query_fields), cached, training=True
         )
         self._encode_document = FieldEncoder(
-            cfg, "document", store.documents, list(fields.document_fields), cached
+            cfg, "document", store.documents, list(fields.document_fields), cached, training=True
         )
         encoders = {"query": self._encode_query, "document": self._encode_document}
         self._negatives = PairNegatives(cfg, store, encoders)
@@ -206,19 +219,18 @@ class _PairExamples:
 
 
 def train_batches(cfg: TrainConfig, store: RankedStore, shard: int = 0, num_shards: int = 1):
-    """An endless iterator over this host's share of the global batches, shuffled anew each epoch.
+    """An endless iterator over this host's share of the global batches, sampled anew each epoch as
+    `cfg.data` says.
 
     Batches depend only on (config, store, step, num_shards). `get_state()` and `set_state()` save
     and restore the position, exactly and on any number of shards.
     """
     source = _PairExamples(cfg, store)
-    examples = grain.MapDataset.source(source).seed(cfg.seed)
-    if cfg.data.pairs_per_query > 1:
-        query = store.pairs(cfg.data.train_split).query
-        examples = PairShuffle(examples, query, cfg.data.pairs_per_query, cfg.seed)
-    else:
-        examples = examples.shuffle()
+    pairs = grain.MapDataset.source(source).seed(cfg.seed)
+    examples = sampled(pairs, cfg, store.pairs(cfg.data.train_split))
     examples = examples.repeat().random_map(source.example)
+    if cfg.data.num_workers and not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # grain asks absl's flags, which a notebook never parses.
     workers = grain.multiprocessing.MultiprocessingOptions(num_workers=cfg.data.num_workers)
     iterator = grain.experimental.ElasticIterator(
         examples,

@@ -1,9 +1,114 @@
-"""The order in which an epoch visits the training pairs."""
+"""Which training pairs come, in which order: `config.data`'s samplers.
 
+    uniform                     every pair once an epoch, in random order
+    uniform, pairs_per_query    the same, with pairs of a query side by side
+    uniform, unique_queries     the same, no query twice in a batch; what has no place is left out
+    score                       every row of a batch drawn anew, in proportion to the score
+    score, unique_queries       the same, but a query that the batch has already is not drawn again
+
+All are deterministic in (seed, place in the stream), so a stream resumes anywhere and any number of
+hosts may share it.
+"""
+
+import bisect
 import functools
+import threading
+from collections.abc import Callable
 
 import grain
 import numpy as np
+from jaxtyping import Float, Int
+
+from gcl_jax.config import TrainConfig
+from gcl_jax.data.store import Pairs
+from gcl_jax.errors import ConfigError
+
+# Makes the rows of one block of the stream.
+Draw = Callable[[np.random.Generator], Int[np.ndarray, " block"]]
+
+
+def sampled(rows: grain.MapDataset, cfg: TrainConfig, pairs: Pairs) -> grain.MapDataset:
+    """The elements of `rows`, whose element i is pair i, as `cfg.data` samples them. Its length is
+    that of an epoch; later epochs lie behind.
+
+    Raises:
+        ConfigError: `unique_queries` with fewer queries than a batch has rows.
+    """
+    data, size = cfg.data, cfg.optim.batch_size
+    length = pairs_per_epoch(cfg, pairs)
+    if data.sampler == "score":
+        draw = functools.partial(draw_pairs, Proportional(pairs.score), size)
+        if data.unique_queries:
+            draw = functools.partial(draw_queries, QueryProportional(pairs), size)
+        return Blocks(rows, draw, size, length, cfg.seed)
+    if data.unique_queries:
+        order = functools.partial(unique_order, pairs.query, size, length // size)
+    elif data.pairs_per_query > 1:
+        order = functools.partial(pair_order, pairs.query, data.pairs_per_query)
+    else:
+        return rows.shuffle()
+    return Blocks(rows, order, length, length, cfg.seed)
+
+
+def pairs_per_epoch(cfg: TrainConfig, pairs: Pairs) -> int:
+    """How many rows an epoch has: all pairs, or those that have a place under `unique_queries`.
+
+    Raises:
+        ConfigError: `unique_queries` with fewer queries than a batch has rows.
+    """
+    if not cfg.data.unique_queries:
+        return len(pairs)
+    size, counts = cfg.optim.batch_size, np.bincount(pairs.query)
+    if (queries := np.count_nonzero(counts)) < size:
+        raise ConfigError(
+            f"config.data.unique_queries: a batch of {size} pairs needs as many queries, and split "
+            f"{cfg.data.train_split!r} has {queries}; lower config.optim.batch_size"
+        )
+    if cfg.data.sampler == "score":
+        return len(pairs)
+    return size * _unique_batches(counts, size)
+
+
+class Blocks(grain.MapDataset):
+    """An endless stream of elements of `parent`, of which `length` are called an epoch.
+
+    It comes in blocks of `block`: those of block k are at the places that `draw` returns with a
+    generator seeded by (seed, k). An order of 32-bit integers takes 4 bytes a pair and, at ten
+    million pairs, seconds to make, once an epoch.
+    """
+
+    _MUTATES_ELEMENT_SPEC = False
+
+    def __init__(self, parent: grain.MapDataset, draw: Draw, block: int, length: int, seed: int):
+        super().__init__(parent)
+        self._draw, self._block, self._length, self._seed = draw, block, length, seed
+
+    def __len__(self) -> int:
+        return self._length
+
+    @functools.cached_property
+    def _rows(self):
+        """Of a block; three are kept, for the threads that read ahead."""
+
+        def rows(block: int) -> np.ndarray:
+            return self._draw(np.random.default_rng((self._seed, block))).astype(np.int32)
+
+        return functools.lru_cache(maxsize=3)(rows)
+
+    def __getstate__(self) -> dict:
+        """Without the cache, which a worker process makes anew."""
+        return {name: value for name, value in vars(self).items() if name != "_rows"}
+
+    def __getitem__(self, index):
+        if isinstance(index, slice):
+            return self.slice(index)
+        block, place = divmod(index, self._block)
+        with _ONE_THREAD:  # The others wait for a block instead of making it as well.
+            rows = self._rows(block)
+        return self._parent[int(rows[place])]
+
+
+_ONE_THREAD = threading.Lock()
 
 
 def pair_order(query: np.ndarray, together: int, rng: np.random.Generator) -> np.ndarray:
@@ -15,46 +120,98 @@ def pair_order(query: np.ndarray, together: int, rng: np.random.Generator) -> np
     """
     n = len(query)
     dealt = np.lexsort((rng.random(n), query))
-    by_query = query[dealt]
-    starts = np.flatnonzero(np.diff(by_query, prepend=by_query[:1] - 1))
-    rank = np.arange(n) - np.repeat(starts, np.diff(starts, append=n))
+    rank, _ = _ranks(query[dealt])
     run = np.cumsum(rank % together == 0) - 1
     place = rng.permutation(run[-1] + 1)[run] if n else run
     return dealt[np.argsort(place, kind="stable")]
 
 
-class PairShuffle(grain.MapDataset):
-    """Shuffles `parent`, whose element i is pair i, anew in every epoch, as `pair_order` says.
+def _ranks(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(int64 (n,): each element's place in its run of equal ones; where the runs start)."""
+    n = len(groups)
+    starts = np.flatnonzero(np.diff(groups, prepend=groups[:1] - 1))
+    return np.arange(n) - np.repeat(starts, np.diff(starts, append=n)), starts
 
-    The permutation of an epoch takes 8 bytes a pair and, at ten million pairs, seconds to make; it
-    is made once an epoch. (grain's own `shuffle`, which needs neither, serves `together` = 1.)
+
+def _unique_batches(counts: np.ndarray, size: int) -> int:
+    """The most batches of `size` rows that can be filled with no query twice in one, when query q
+    has counts[q] pairs: in m batches it finds at most m places."""
+    too_many = lambda m: np.minimum(counts, m).sum() < m * size
+    return bisect.bisect_left(range(1, counts.sum() // size + 1), True, key=too_many)
+
+
+def unique_order(
+    query: np.ndarray, size: int, batches: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Distinct places of pairs, int64 (batches * size,): every `size` of them, from the start on,
+    are of distinct queries. `batches` may be as many as `_unique_batches` says.
+
+    Left out, at random: what a query has beyond `batches` pairs, and what then fills no batch.
     """
+    # All pairs in a line, those of a query side by side: any `batches` of them, in a row, can go to
+    # one batch each, and a query that reaches into the next row of the line avoids those it has.
+    line = rng.permutation(query.max() + 1).astype(np.uint64)[query] << np.uint64(32)
+    line = np.argsort(line | rng.integers(2**32, size=len(query), dtype=np.uint64))
+    rank, _ = _ranks(query[line])
+    line = line[rank < batches]
+    surplus = rng.choice(len(line), len(line) - batches * size, replace=False)
+    rows = np.delete(line, surplus).reshape(size, batches)
+    ranks = _ranks(query[rows.ravel()])[0].reshape(rows.shape)
+    order = np.empty((batches, size), np.int64)
+    batch = np.empty(0, np.int64)
+    for column, (row, rank) in enumerate(zip(rows, ranks, strict=True)):
+        before = rank[0]  # as many pairs of this row's first query stand in the previous one
+        has, batch = batch[len(batch) - before :], rng.permutation(batches)
+        if before:
+            taken = np.zeros(batches, bool)
+            taken[has] = True
+            free = batch[~taken[batch]]
+            here = np.count_nonzero(rank == before + np.arange(batches))
+            batch[:here] = free[:here]
+            batch[here:] = rng.permutation(np.concatenate([free[here:], has]))
+        order[batch, column] = row
+    return order.ravel()
 
-    _MUTATES_ELEMENT_SPEC = False
 
-    def __init__(self, parent: grain.MapDataset, query: np.ndarray, together: int, seed: int):
-        super().__init__(parent)
-        self._query, self._together, self._seed = query, together, seed
+class Proportional:
+    """Draws places in proportion to `weight`, float (n,), all positive; 8 bytes each."""
 
-    def __len__(self) -> int:
-        return len(self._parent)
+    def __init__(self, weight: Float[np.ndarray, " n"]):
+        self.cumulative = np.cumsum(weight, dtype=np.float64)
 
-    @functools.cached_property
-    def _order(self):
-        """Of an epoch; two are kept, as reading ahead crosses from one to the next."""
+    def at(self, height: Float[np.ndarray, " k"]) -> Int[np.ndarray, " k"]:
+        """The places whose stretches of the cumulative weight hold `height`."""
+        found = np.searchsorted(self.cumulative, height, side="right")
+        return np.minimum(found, len(self.cumulative) - 1)
 
-        def order(epoch: int) -> np.ndarray:
-            rng = np.random.default_rng((self._seed, epoch))
-            return pair_order(np.asarray(self._query), self._together, rng)
 
-        return functools.lru_cache(maxsize=2)(order)
+def draw_pairs(pairs: Proportional, size: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 (size,): each row independently, in proportion to the score."""
+    return pairs.at(rng.random(size) * pairs.cumulative[-1])
 
-    def __getstate__(self) -> dict:
-        """Without the cache, which a worker process makes anew."""
-        return {name: value for name, value in vars(self).items() if name != "_order"}
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return self.slice(index)
-        epoch, place = divmod(index, len(self))
-        return self._parent[int(self._order(epoch)[place]) + epoch * len(self)]
+class QueryProportional(Proportional):
+    """The same over pairs sorted by query, with the stretch of every query."""
+
+    def __init__(self, pairs: Pairs):
+        self.by_query = np.argsort(pairs.query, kind="stable").astype(np.int32)
+        super().__init__(pairs.score[self.by_query])
+        _, starts = _ranks(pairs.query[self.by_query])
+        self.starts = np.append(starts, len(pairs))
+        self.edges = np.append(0.0, self.cumulative)[self.starts]
+
+
+def draw_queries(pairs: QueryProportional, size: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 (size,): as `draw_pairs`, but drawn again where the query came before.
+
+    The queries come out as they do from that when every one gets an exponential time of arrival at
+    the rate of its scores, and the first `size` are taken.
+    """
+    rate = np.diff(pairs.edges)
+    arrival = rng.exponential(size=len(rate)) / rate
+    first = np.argpartition(arrival, size - 1)[:size]
+    queries = first[np.argsort(arrival[first])]
+    low, high = pairs.edges[queries], pairs.edges[queries + 1]
+    drawn = pairs.at(low + rng.random(size) * (high - low))
+    # The sum may round up to where the next query starts.
+    return pairs.by_query[np.minimum(drawn, pairs.starts[queries + 1] - 1)]
