@@ -29,6 +29,7 @@ from pathlib import Path
 
 from gcl_jax.errors import DataError, reported_in_one_line
 
+HOW = ("out", "workers", "beam")  # arguments that leave the store's content alone
 FIELD_KINDS = ("text", "image")
 NEEDED: dict[str, tuple[str, ...]] = {  # per source
     "tables": ("pairs", "query_fields", "document_fields", "id_column", "score_column"),
@@ -37,6 +38,7 @@ NEEDED: dict[str, tuple[str, ...]] = {  # per source
     "folder": ("data",),
     "emoji": (),
 }
+LOCAL_BEAM = "--direct_running_mode=multi_processing --direct_num_workers=0"  # a process per core
 TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".tar", ".txt")
 
 
@@ -95,6 +97,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=os.cpu_count() or 1,
         metavar="N",
         help="threads that read and check images (default: one per core)",
+    )
+    add(
+        "--beam",
+        nargs="?",
+        const=LOCAL_BEAM,
+        metavar="OPTIONS",
+        help="write the records with Apache Beam, for data too large for one machine: its "
+        f'pipeline\'s options, e.g. --beam="--runner=FlinkRunner ..."; alone, "{LOCAL_BEAM}"',
     )
     add = parser.add_argument_group("tables").add_argument
     add("--pairs", type=Path, nargs="+", metavar="FILE", help="files with one scored pair a row")
@@ -163,7 +173,9 @@ def prepare(args: argparse.Namespace):
         return existing
     bad_rows = BadRows(args.on_error)
     source = make_source(args, bad_rows)
-    return write_store(source, args.out, bad_rows, plan=plan, workers=max(1, args.workers))
+    beam = None if args.beam is None else shlex.split(args.beam)
+    workers = max(1, args.workers)
+    return write_store(source, args.out, bad_rows, plan=plan, workers=workers, beam=beam)
 
 
 def make_source(args: argparse.Namespace, bad_rows):
@@ -221,7 +233,7 @@ def fingerprint(args: argparse.Namespace) -> str:
     tables. Image files are taken as unchanging."""
     from gcl_jax.data.store import VERSION
 
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
+    options = {k: v for k, v in vars(args).items() if k not in HOW}
     given = (*(args.pairs or ()), *args.documents, *(args.data or ()))
     paths = given if args.captions is None else (*given, args.captions)
     files = [(str(file), *_size_and_time(file)) for path in paths for file in _tables(path)]
