@@ -20,16 +20,14 @@ A store is complete or absent. The same command again continues a run that was k
 """
 
 import argparse
-import hashlib
-import json
 import os
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 
 from gcl_jax.datasets import BUNDLED
 from gcl_jax.errors import DataError, reported_in_one_line
 
+HOW = ("out", "workers", "beam")  # arguments that leave the store's content alone
 FIELD_KINDS = ("text", "image")
 NEEDED: dict[str, tuple[str, ...]] = {  # per source
     "tables": ("pairs", "query_fields", "document_fields", "id_column", "score_column"),
@@ -38,7 +36,7 @@ NEEDED: dict[str, tuple[str, ...]] = {  # per source
     "folder": ("data",),
     **dict.fromkeys(BUNDLED, ()),
 }
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".tar", ".txt")
+LOCAL_BEAM = "--direct_running_mode=multi_processing --direct_num_workers=0"  # a process per core
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -97,6 +95,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=os.cpu_count() or 1,
         metavar="N",
         help="threads that read and check images (default: one per core)",
+    )
+    add(
+        "--beam",
+        nargs="?",
+        const=LOCAL_BEAM,
+        metavar="OPTIONS",
+        help="write the records with Apache Beam, for data too large for one machine: its "
+        f'pipeline\'s options, e.g. --beam="--runner=FlinkRunner ..."; alone, "{LOCAL_BEAM}"',
     )
     add = parser.add_argument_group("tables").add_argument
     add("--pairs", type=Path, nargs="+", metavar="FILE", help="files with one scored pair a row")
@@ -169,13 +175,18 @@ def prepare(args: argparse.Namespace):
     """
     from gcl_jax.datasets.bad_rows import BadRows
     from gcl_jax.datasets.builder import finished_store, write_store
+    from gcl_jax.datasets.plan import fingerprint
 
-    plan = fingerprint(args)
+    given = (*(args.pairs or ()), *args.documents, *(args.data or ()))
+    options = {name: value for name, value in vars(args).items() if name not in HOW}
+    plan = fingerprint(options, given if args.captions is None else (*given, args.captions))
     if existing := finished_store(args.out, plan):
         return existing
     bad_rows = BadRows(args.on_error)
     source = make_source(args, bad_rows)
-    return write_store(source, args.out, bad_rows, plan=plan, workers=max(1, args.workers))
+    beam = None if args.beam is None else shlex.split(args.beam)
+    workers = max(1, args.workers)
+    return write_store(source, args.out, bad_rows, plan=plan, workers=workers, beam=beam)
 
 
 def make_source(args: argparse.Namespace, bad_rows):
@@ -229,32 +240,6 @@ def make_source(args: argparse.Namespace, bad_rows):
         split=args.split,
         seed=args.seed,
     )
-
-
-def fingerprint(args: argparse.Namespace) -> str:
-    """Changes with whatever decides what the store holds: arguments, and size and time of the
-    tables. Image files are taken as unchanging."""
-    from gcl_jax.data.store import VERSION
-
-    options = {k: v for k, v in vars(args).items() if k not in ("out", "workers")}
-    given = (*(args.pairs or ()), *args.documents, *(args.data or ()))
-    paths = given if args.captions is None else (*given, args.captions)
-    files = [(str(file), *_size_and_time(file)) for path in paths for file in _tables(path)]
-    content = json.dumps([VERSION, options, files], default=str, sort_keys=True)
-    return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _tables(path: Path) -> Iterator[Path]:
-    """`path`, or in a folder all files that may be tables."""
-    if path.is_dir():
-        yield from sorted(file for file in path.rglob("*") if file.suffix in TABLE_SUFFIXES)
-    elif path.exists():
-        yield path
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def summary(store) -> str:

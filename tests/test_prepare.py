@@ -433,6 +433,21 @@ def test_existing_store_is_left_alone(folder):
     assert content(RankedStore(folder / "store")) == expected(folder)
 
 
+def test_every_process_writes_the_same_bytes(folder):
+    """Whatever order protobuf draws for the fields of a record in this process."""
+    columns = [f"field{i}" for i in range(8)]
+    row = {"query": "q", "id": "a", "score": 5} | {column: column for column in columns}
+    pairs = write_table(folder / "pairs.csv", [row])
+    fields = ["--query_fields=query", f"--document_fields={','.join(columns)}", "--id_column=id"]
+    run(folder, pairs, fields=" ".join(fields))
+    here = tree(folder / "store")
+    shutil.rmtree(folder / "store")
+    command = [sys.executable, "-m", "gcl_jax.prepare", f"--pairs={pairs}", *fields]
+    command += [f"--out={folder / 'store'}", "--score_column=score"]
+    subprocess.run(command, capture_output=True, check=True)
+    assert tree(folder / "store") == here
+
+
 @pytest.mark.parametrize("left_out", [0, 20])
 def test_order_over_shards(folder, monkeypatch, left_out):
     """Records keep their order over several shards, of which the last may stay empty."""

@@ -99,6 +99,13 @@ class BadRows:
         entry: dict[str, str | int] = {"file": str(place.file), "row": place.row}
         self.skipped.append(entry | {"reason": error.reason.label, "detail": error.detail})
 
+    def report_again(self, skipped: list[dict]) -> None:
+        """Reports what an earlier run, or another process, had to skip; raises as `report`."""
+        for skip in skipped:
+            reason = next(reason for reason in Reason if reason.label == skip["reason"])
+            place = Place(Path(skip["file"]), skip["row"])
+            self.report(place, RowError(reason, skip["detail"]))
+
     @contextlib.contextmanager
     def at(self, place: Place) -> Iterator[None]:
         """Reports a `RowError` raised inside as one of the row at `place`."""

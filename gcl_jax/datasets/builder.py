@@ -8,7 +8,7 @@ import json
 import operator
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TextIO
 
@@ -84,10 +84,13 @@ def write_store(
     *,
     plan: str = "",
     workers: int = 1,
+    beam: Sequence[str] | None = None,
 ) -> store.RankedStore:
     """Writes `source` to the directory `out`, which is complete or absent: it is built beside its
     place, in OUT.incomplete, and renamed at the end. What `bad_rows` skipped is listed in
-    OUT/skipped.jsonl. `workers` threads read and decode images.
+    OUT/skipped.jsonl. `workers` threads read and decode images; or the workers of an Apache Beam
+    pipeline with the options `beam` write the records, `documents()` and `queries()` being read
+    twice then.
 
     A run that was cut short is continued by the next one of the same `plan`, a fingerprint of all
     that the store depends on; without a plan, and after a `UserError`, work starts afresh.
@@ -104,7 +107,7 @@ def write_store(
                 return existing
             _keep_if_same_plan(building, plan)
             bad_rows = bad_rows or BadRows()
-            read = _write_records(source, building, bad_rows, workers)
+            read = _write_records(source, building, bad_rows, workers, beam)
             _write_rest(source, building / "store", bad_rows, read, plan)
         except UserError:
             shutil.rmtree(building)
@@ -141,8 +144,18 @@ def _keep_if_same_plan(building: Path, plan: str) -> None:
 
 
 def _write_records(
-    source: Source, building: Path, bad_rows: BadRows, workers: int
+    source: Source,
+    building: Path,
+    bad_rows: BadRows,
+    workers: int,
+    beam: Sequence[str] | None,
 ) -> dict[str, Part]:
+    if beam is not None:
+        from gcl_jax.datasets.on_beam import write_parts
+
+        folder = building / "parts"
+        write_parts("documents", source.document_fields, source.documents(), folder, beam)
+        write_parts("queries", source.query_fields, source.queries(), folder, beam)
     sides = {
         "documents": (source.document_fields, source.documents()),
         "queries": (source.query_fields, source.queries()),

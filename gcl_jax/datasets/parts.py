@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.writer import ExampleWriter
+from tensorflow_datasets.proto import tf_example_pb2
 
 from gcl_jax import logs
 from gcl_jax.data import store
@@ -54,6 +56,17 @@ class Part:
     skipped: list[dict] = dataclasses.field(default_factory=list)
 
 
+class _CanonicalWriter(ExampleWriter):
+    """Writes equal records as equal bytes: of its own accord protobuf serialises the fields of a
+    record in an order that changes from process to process."""
+
+    def write(self, path, examples):
+        parse = tf_example_pb2.Example.FromString
+        return super().write(
+            path, ((key, parse(x).SerializeToString(deterministic=True)) for key, x in examples)
+        )
+
+
 class PartBuilder(tfds.core.ShardBasedBuilder):
     """A TFDS data set of one split, `corpus`, and one shard, in the order given.
 
@@ -72,6 +85,9 @@ class PartBuilder(tfds.core.ShardBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(builder=self, features=self._features, disable_shuffling=True)
+
+    def _example_writer(self) -> ExampleWriter:
+        return _CanonicalWriter(file_format=self.info.file_format)
 
     def _shard_iterators_per_split(self, dl_manager) -> dict[str, list[Callable]]:
         return {"corpus": [self._examples]}
@@ -94,8 +110,8 @@ class PartsWriter:
     data set that they make together in OUT/KIND."""
 
     def __init__(self, kind: str, fields: dict[str, str], folder: Path, bad_rows: BadRows):
-        self._kind, self._fields = kind, fields
-        self._folder, self._bad_rows = folder, bad_rows
+        self.kind, self.folder = kind, folder
+        self._fields, self._bad_rows = fields, bad_rows
 
     def write(self, records: Records, out: Path, bar, workers: int) -> Part:
         """What became of all records together.
@@ -107,28 +123,39 @@ class PartsWriter:
         total = Part(missing=dict.fromkeys(self._fields, 0))
         count = -(-operator.length_hint(records) // RECORDS_PER_PART)
         parts: list[Part] = []
-        with ThreadPoolExecutor(workers) as pool, _silent_tfds():
+        with ThreadPoolExecutor(workers) as pool, silent_tfds():
             while len(parts) < count or not parts or parts[-1].read == RECORDS_PER_PART:
                 items = itertools.islice(remaining, RECORDS_PER_PART)
-                parts.append(self._part(len(parts), items, total.read, bar, pool))
+                parts.append(self.write_part(len(parts), items, total.read, bar, pool))
                 total.read += parts[-1].read
                 total.left_out += parts[-1].left_out
                 for field, missing in parts[-1].missing.items():
                     total.missing[field] += missing
-        self._join(parts, out / self._kind / store.VERSION)
+        self._join(parts, out / self.kind / store.VERSION)
         total.ids = [id for part in parts for id in part.ids]
-        _write_ids(total.ids, out / self._kind / "ids.arrow")
+        _write_ids(total.ids, out / self.kind / "ids.arrow")
         return total
 
     def _part_folder(self, number: int) -> Path:
-        return self._folder / f"{self._kind}-{number:05}"
+        return self.folder / f"{self.kind}-{number:05}"
 
-    def _part(self, number: int, items: Iterator, start: int, bar, pool: Executor) -> Part:
-        folder = self._part_folder(number)
-        note = folder / "part.json"
-        if note.exists():
+    def _note(self, number: int) -> Path:
+        return self._part_folder(number) / "part.json"
+
+    def is_done(self, number: int) -> bool:
+        """Whether part `number` is there, complete."""
+        return self._note(number).exists()
+
+    def write_part(self, number: int, items: Iterator, start: int, bar, pool: Executor) -> Part:
+        """Makes part `number` of `items`, which begin at position `start`, if it is not done.
+
+        Raises:
+            DataError: a record that cannot be loaded, with the strict policy.
+        """
+        folder, note = self._part_folder(number), self._note(number)
+        if self.is_done(number):
             part = Part(**json.loads(note.read_text()))
-            self._bad_rows.skipped += part.skipped
+            self._bad_rows.report_again(part.skipped)
             collections.deque(itertools.islice(items, part.read), maxlen=0)
             bar.update(part.read)
             return part
@@ -136,7 +163,7 @@ class PartsWriter:
         part = Part(missing=dict.fromkeys(self._fields, 0))
         skipped_before = len(self._bad_rows.skipped)
         records = self._records(part, items, start, bar, pool)
-        PartBuilder(self._kind, self._fields, records, folder).download_and_prepare()
+        PartBuilder(self.kind, self._fields, records, folder).download_and_prepare()
         part.skipped = self._bad_rows.skipped[skipped_before:]
         unfinished = folder / "part.json.unfinished"
         unfinished.write_text(json.dumps(dataclasses.asdict(part)))
@@ -162,7 +189,7 @@ class PartsWriter:
     def _join(self, parts: list[Part], out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
         template = tfds.core.ShardedFileTemplate(
-            data_dir=out, dataset_name=self._kind, split="corpus", filetype_suffix="array_record"
+            data_dir=out, dataset_name=self.kind, split="corpus", filetype_suffix="array_record"
         )
         size = 0
         for number in range(len(parts)):
@@ -214,7 +241,7 @@ def _write_ids(ids: list[str], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _silent_tfds() -> Iterator[None]:
+def silent_tfds() -> Iterator[None]:
     """Without the messages of TFDS on stdout and its own progress bars."""
     logs.quiet_libraries()
     tfds.disable_progress_bar()

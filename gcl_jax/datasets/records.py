@@ -94,7 +94,9 @@ class Records:
         for number, (place, cells) in zip(self.order, self._rows(), strict=True):
             record = {"id": ids[number], **dict(zip(self._fields, cells, strict=True))}
             if any(record[field] for field in images):
-                yield functools.partial(self._load, place, record)
+                yield functools.partial(
+                    _load, self._fields, self._image_root, place=place, record=record
+                )
             else:
                 yield record | dict.fromkeys(images, b"")
 
@@ -115,22 +117,23 @@ class Records:
     def _place(self, number: int) -> Place:
         return Place(self._files[self._file[number]], self._row[number])
 
-    def _load(self, place: Place, record: Record) -> Loaded:
-        """`record` with its images in place of their paths; runs in any thread."""
-        errors = []
-        root, confined = self._image_root or place.file.parent, self._image_root is not None
-        for field, kind in self._fields.items():
-            if kind == "image":
-                cell, record[field] = record[field], b""
-                try:
-                    if cell:
-                        record[field] = load_image(cell, root, confined)
-                except RowError as error:
-                    errors.append((place, error))
-        if any(record[field] for field in self._fields):
-            return Loaded(record, errors)
-        errors.append((place, RowError(Reason.NOTHING_LEFT, repr(record["id"]))))
-        return Loaded(None, errors)
+
+def _load(fields: dict[str, str], image_root: Path | None, place: Place, record: Record) -> Loaded:
+    """`record` with its images in place of their paths; runs in any thread, or process."""
+    errors = []
+    root, confined = image_root or place.file.parent, image_root is not None
+    for field, kind in fields.items():
+        if kind == "image":
+            cell, record[field] = record[field], b""
+            try:
+                if cell:
+                    record[field] = load_image(cell, root, confined)
+            except RowError as error:
+                errors.append((place, error))
+    if any(record[field] for field in fields):
+        return Loaded(record, errors)
+    errors.append((place, RowError(Reason.NOTHING_LEFT, repr(record["id"]))))
+    return Loaded(None, errors)
 
 
 class _Cells:
