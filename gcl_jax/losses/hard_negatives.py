@@ -59,10 +59,15 @@ def _contrast(batch: Merged) -> Float[Array, ""]:
     def named(tile: Tile, _axis: int) -> list[Channel]:
         real = (tile.rows.number[:, None] > 0) & (tile.columns.number > 0)
         targets = jnp.where(real, tile.targets, 0.0)
-        # A hard negative of one pair may be relevant to another.
-        mined_here = same_ids(tile.rows.query_id, tile.columns.query_id)
-        mined_here |= same_ids(tile.rows.document_id, tile.columns.document_id)
-        extra = tile.valid & ((tile.targets == 0) | mined_here)
+        # A hard negative of one pair may be relevant to another: known so, or its own partner.
+        same_query = same_ids(tile.rows.query_id, tile.columns.query_id)
+        same_document = same_ids(tile.rows.document_id, tile.columns.document_id)
+        of_documents = tile.columns.number == 0
+        mined_here = jnp.where(of_documents, same_query, same_document)
+        relevant = tile.targets > 0
+        if tile.mask_duplicates:
+            relevant |= jnp.where(of_documents, same_document, same_query)
+        extra = tile.valid & (mined_here | ~relevant)
         return [Channel(jnp.where(real, tile.members, extra), targets)]
 
     term = Term("", "", rows, columns)
