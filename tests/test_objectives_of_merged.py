@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from conftest import make_cpu_mesh
 from scipy.special import logsumexp
-from test_contrastive import assert_close, compiled, make_rows, mixed_rows, unit_rows
+from test_contrastive import assert_close, make_rows, mixed_rows, unit_rows
 from test_objectives import value_and_numeric_gradients
-from test_targets import DOCUMENTS, QUERIES, scored_batch
+from test_targets import DOCUMENTS, QUERIES, compiled, scored_batch
 
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.fused import fused_loss
