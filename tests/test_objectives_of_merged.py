@@ -83,10 +83,8 @@ def one_to_k_by_hand(_q, d, scale, texts, present, rows, mask, text_to_text):
     """texts (k, n, d) and present (k, n), by language."""
     language, pair = np.nonzero(present & rows.valid)
     texts, of_text = texts[language, pair], jax.tree.map(lambda x: x[pair], rows)
-    d, rows, own = (
-        d[rows.valid],
-        *(jax.tree.map(lambda x: x[rows.valid], (rows, np.arange(N)[:, None] == pair))),
-    )
+    own = np.arange(N)[:, None] == pair
+    d, rows, own = jax.tree.map(lambda x: x[rows.valid], (d, rows, own))
     z = np.where(duplicates(rows, of_text) & ~own & mask, MASKED, scale * d @ texts.T)
     to_text, to_document = (
         np.where(own, logsumexp(z, axis=axis, keepdims=True) - z, 0).sum(axis) for axis in (1, 0)
@@ -108,7 +106,7 @@ def contrast_by_hand(z, t, extra):
 
 
 def margins_by_hand(q, d, scale, negatives, rows, max_margin):
-    """{side: (h,)}."""
+    """{side: (h,)}, the mean lead of the pairs over each of their negatives."""
     margins = {}
     for side, (x, there, _) in negatives.items():
         there = there & rows.valid[:, None]
@@ -337,8 +335,9 @@ def test_fused_loss_of_perfect_and_orthogonal_pairs(one_device):
 
 def test_mixed_loss_of_one_perfect_pair(one_device):
     x = unit_rows(np.random.default_rng(0), 1)
-    batch = merged(x, x, SCALE, make_rows(1), key=jax.random.key(0), **one_device)
-    np.testing.assert_allclose(mixed_loss(batch, 0.2, 0.5), np.log(2), rtol=1e-6)
+    key = jax.random.key(0)
+    loss = jax.jit(lambda x: mixed_loss(merged(x, x, 1, make_rows(1), key=key, **one_device), 1, 1))
+    np.testing.assert_allclose(loss(x), np.log(2), rtol=1e-6)
 
 
 def test_mixed_loss_is_drawn_by_its_key(one_device):

@@ -22,7 +22,8 @@ def hard_negatives_loss(
     intra-modal contrast), all weighted by w_i, negatives that are missing left out everywhere:
 
     contrast: the loss of `gcl_losses`, in which every query is also contrasted with the hard
-    negative documents of all pairs, every document with all hard negative queries;
+    negative documents of all pairs, every document with all hard negative queries, but for those of
+    other pairs that are known to be relevant to it or, if duplicates are masked, its own partner;
     cross-modal rank: mean over a pair's negatives of relu(margin_h + Z_negative - Z_pair), with
     margin_h the batch's mean of Z_pair - Z_negative for the h-th negative, in [0, `max_margin`]
     (a constant to gradients; the authors take the last batch's, which a checkpoint would have to
