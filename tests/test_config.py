@@ -9,6 +9,7 @@ import pytest
 from gcl_jax import config, presets
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import ConfigError
+from gcl_jax.loss_config import LossConfig, ObjectivesConfig
 from gcl_jax.validation import validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -54,6 +55,17 @@ def test_unknown_preset_and_key_and_missing_file(tmp_path):
         ("data.augmentation", "mixup", "must be one of"),
         ("data.sampler", "scores", "must be one of"),
         ("loss.score_to_weight", "cubic", "choose one of constant"),
+        ("loss.objectives", ObjectivesConfig(gcl=0.0), "all weights are 0"),
+        ("loss.objectives.fused", -1.0, "weight of 0 or more"),
+        ("loss.objectives.gcl", float("nan"), "weight of 0 or more"),
+        ("loss.listnet.temperature", -0.1, "0 or more"),
+        ("loss.listmle.levels", 0, "1 or more"),
+        ("loss.rince.levels", 0, "1 or more"),
+        ("loss.rince.spread", 0.5, "1 or more"),
+        ("loss.one_to_k.text_to_text", -0.5, "0 or more"),
+        ("loss.hard_negatives.max_margin", -1.0, "0 or more"),
+        ("loss.mixed.temperature", 0.0, "above 0"),
+        ("loss.mixed.beta", 0.0, "above 0"),
         ("optim.batch_size", 1, "no negatives"),
         ("optim.lr", 0.0, "above 0"),
         ("checkpoint.every", 0, "1 or more"),
@@ -70,6 +82,26 @@ def test_what_cannot_work_is_refused_by_name(key, value, message):
         validate(cfg)
     assert f"config.{key}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("sigmoid", {}, "config.model.init_logit_bias must be set for loss.objectives.sigmoid"),
+        ("bixse", {}, "config.model.init_logit_bias must be set for loss.objectives.bixse"),
+        ("listnet", {}, "config.loss.targets must be 'known' for loss.objectives.listnet"),
+        ("listmle", {}, "config.loss.targets must be 'known' for loss.objectives.listmle"),
+        ("rince", {}, "config.loss.targets must be 'known' for loss.objectives.rince"),
+        ("fused", {"weight_norm": "mean"}, "config.loss.weight_norm='mean' is of loss.objectives"),
+    ],
+)
+def test_what_an_objective_needs_is_named(name, options, message):
+    cfg = TrainConfig(loss=LossConfig(ObjectivesConfig(gcl=0.0, **{name: 1.0}), **options))
+    with pytest.raises(ConfigError, match=message) as error:
+        validate(cfg)
+    assert "\n" not in str(error.value)
+    cfg.model.init_logit_bias, cfg.loss.targets, cfg.loss.weight_norm = -10.0, "known", "none"
+    validate(cfg)
 
 
 def test_presets_clean_texts_as_their_models_were_trained():

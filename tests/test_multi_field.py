@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from conftest import make_cpu_mesh
 from test_contrastive import by_hand
+from test_objectives_of_merged import hard_negatives_by_hand, margins_by_hand
 
-from gcl_jax.config import DataConfig, LossConfig
+from gcl_jax.config import DataConfig
+from gcl_jax.loss_config import HardNegativesConfig, LossConfig, ObjectivesConfig
 from gcl_jax.losses.multi_field import multi_field_loss, pair_term_weights
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import merge_fields
@@ -150,7 +152,40 @@ def test_a_row_without_a_weighted_field_leaves_the_merged_term(mesh):
     assert not valid.all()
     _, terms = compute(queries, documents, batch, loss=LossConfig(), data=data, mesh=mesh)
     expected = by_hand(queries["query"], documents["image"], 20.0, pair_rows(batch, valid))
-    np.testing.assert_allclose(terms["merged"], expected, rtol=1e-5)
+    np.testing.assert_allclose(terms["gcl/merged"], expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
+def test_two_objectives_are_added_and_hard_negatives_merged_as_documents_are(mesh):
+    queries, documents, batch = random_batch(DATA)
+    rng, hard = np.random.default_rng(1), 3
+    negatives = {name: rng.normal(size=(N, hard, 4)).astype(np.float32) for name in documents}
+    present = {name: rng.random((N, hard)) < 0.6 for name in documents}
+    ids = rng.integers(N, 2 * N, size=(N, hard)).astype(np.int32)
+    batch |= {"negative_document_present": present, "negative_document_id": ids}
+
+    q = merged_by_hand(queries, batch["query_present"], DATA.query_fields)
+    d = merged_by_hand(documents, batch["document_present"], DATA.document_fields)
+    valid = np.logical_or(*present.values())
+    assert not valid.all()
+    merged = np.float64(merge_fields(negatives, present, DATA.document_fields))
+    given, rows = {"document": (merged, valid, ids)}, pair_rows(batch, np.ones(N, bool))
+    margins = margins_by_hand(q, d, 20.0, given, rows, 2.0)
+    by_negatives = hard_negatives_by_hand(q, d, 20.0, given, margins, rows, None, False, 0.4, 0.3)
+
+    alone, terms = compute(queries, documents, batch, loss=LossConfig(), data=DATA, mesh=mesh)
+    loss = LossConfig(
+        objectives=ObjectivesConfig(gcl=0.5, hard_negatives=2.0),
+        hard_negatives=HardNegativesConfig(rank=0.4, intra=0.3, max_margin=2.0),
+    )
+    arguments = {"query": queries, "document": documents, "negative_document": negatives}
+    both = jax.jit(functools.partial(multi_field_loss, loss=loss, data=DATA, mesh=mesh))
+    total, both_terms = both(arguments, batch, jnp.float32(20))
+    assert both_terms.keys() == terms.keys() | {"hard_negatives/merged"}
+    for name, value in terms.items():
+        np.testing.assert_allclose(both_terms[name], value, rtol=1e-6)
+    np.testing.assert_allclose(both_terms["hard_negatives/merged"], by_negatives, rtol=1e-5)
+    np.testing.assert_allclose(total, 0.5 * alone + 2 * by_negatives, rtol=1e-5)
 
 
 def test_bfloat16_products_come_close_and_are_not_the_same():

@@ -6,13 +6,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_cpu_mesh
 from scipy.special import log_expit, logsumexp
-from test_contrastive import assert_close, make_rows, numeric_gradient
+from test_contrastive import assert_close, make_rows, numeric_gradient, unit_rows
 from test_targets import scored_batch
 
+from gcl_jax.config import TrainConfig
+from gcl_jax.errors import DataError
+from gcl_jax.loss_config import LossConfig, ObjectivesConfig
+from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.listwise import listmle_losses, listnet_losses, rince_losses
 from gcl_jax.losses.logits import Logits, Term
+from gcl_jax.losses.objectives import OF_LOGITS as OBJECTIVES
+from gcl_jax.losses.objectives import check_grades
 from gcl_jax.losses.sigmoid import bixse_losses, sigmoid_losses
+from gcl_jax.losses.targets import KnownWeights
 
 N = 16
 SCALE, BIAS = 15.0, -4.0
@@ -120,9 +128,9 @@ def value_and_numeric_gradients(f, arguments):
 
 
 @functools.cache
-def graded_case(name, mask, is_known, constant=False):
+def graded_case(name, mask, is_known):
     """(arguments, rows, known, expected value, expected gradients)."""
-    q, d, rows, known = graded_batch(np.random.default_rng(0), N, constant)
+    q, d, rows, known = graded_batch(np.random.default_rng(0), N)
     known = known if is_known else None
     arguments = q, d, np.float32(SCALE), np.float32(BIAS)
     _, reference, options = OF_LOGITS[name]
@@ -151,3 +159,68 @@ def test_objectives_of_logits_follow_their_formulas(mesh, name, form, mask):
         assert_close(gradients[:3], by[:3], 1e-5)
         # A bias cancels in every softmax: what is left is the rounding of a sum over all logits.
         np.testing.assert_allclose(gradients[3], by[3], rtol=1e-5, atol=1e-6)
+
+
+def value_and_gradients(loss, rows, known, *arguments):
+    """By queries, documents, scale and bias, on one device."""
+    mesh = make_cpu_mesh(1, 1)
+
+    def of_arrays(q, d, scale, bias):
+        return loss(one_term(q, d, scale, rows, mesh, bias=bias, known=known))[0]
+
+    return jax.jit(jax.value_and_grad(of_arrays, argnums=(0, 1, 2, 3)))(*arguments)
+
+
+@pytest.mark.usefixtures("open_clip")
+def test_sigmoid_of_constant_weights_is_open_clips_loss():
+    import torch
+    from open_clip.loss import SigLipLoss
+
+    rng = np.random.default_rng(1)
+    arrays = unit_rows(rng, N, 8), unit_rows(rng, N, 8), np.float32(SCALE), np.float32(BIAS)
+    ours = value_and_gradients(sigmoid_losses, make_rows(N), None, *arrays)
+    tensors = [torch.tensor(x, requires_grad=True) for x in arrays]
+    loss = SigLipLoss()(*tensors)
+    loss.backward()
+    assert_close(ours, (loss.detach().numpy(), tuple(t.grad.numpy() for t in tensors)), 1e-5)
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+def test_bixse_of_constant_weights_is_the_sigmoid_loss(is_known):
+    q, d, rows, known = graded_batch(np.random.default_rng(0), N, constant=True)
+    given = rows, known if is_known else None, q, d, np.float32(SCALE), np.float32(BIAS)
+    ours, wanted = (value_and_gradients(loss, *given) for loss in (bixse_losses, sigmoid_losses))
+    assert_close(ours, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["listnet", "listmle", "rince"])
+def test_one_document_for_each_query_makes_listwise_losses_the_contrastive_one(name):
+    """A list of one has one level, the best: its weight takes no part."""
+    rng = np.random.default_rng(2)
+    valid, ids = rng.random(N) < 0.8, np.arange(N, dtype=np.int32)
+    q, d, scale = unit_rows(rng, N), unit_rows(rng, N), np.float32(SCALE)
+    weight = np.ones(N) if name == "rince" else rng.uniform(0.1, 1, N)
+    known = KnownWeights.of_pairs(ids, ids, np.float32(weight))
+    ours, by = value_and_gradients(
+        lambda logits: OBJECTIVES[name](logits, LossConfig()),
+        make_rows(N, weight, valid),
+        known,
+        *(q, d, scale, np.float32(0)),
+    )
+    contrast = jax.value_and_grad(gcl_loss_reference, argnums=(0, 1, 2))
+    assert_close((ours, by[:3]), contrast(q, d, scale, make_rows(N, valid=valid)), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["bixse", "listnet", "listmle", "rince"])
+def test_grades_that_are_all_the_same_are_refused(name):
+    cfg = TrainConfig(loss=LossConfig(objectives=ObjectivesConfig(**{name: 0.5})))
+    check_grades(cfg, np.float32([0.5, 1]))
+    with pytest.raises(DataError, match=f"config.loss.objectives.{name} .*all 3 pairs") as error:
+        check_grades(cfg, np.float32([0.5, 0.5, 0.5]))
+    assert "\n" not in str(error.value)
+
+
+def test_objectives_without_grades_take_any_weights():
+    names = ("gcl", "sigmoid", "one_to_k", "hard_negatives", "fused", "mixed")
+    cfg = TrainConfig(loss=LossConfig(objectives=ObjectivesConfig(**dict.fromkeys(names, 1.0))))
+    check_grades(cfg, np.ones(3, np.float32))

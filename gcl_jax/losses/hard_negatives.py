@@ -22,7 +22,8 @@ def hard_negatives_loss(
     intra-modal contrast), all weighted by w_i, negatives that are missing left out everywhere:
 
     contrast: the loss of `gcl_losses`, in which every query is also contrasted with the hard
-    negative documents of all pairs, every document with all hard negative queries;
+    negative documents of all pairs, every document with all hard negative queries, but for those of
+    other pairs that are known to be relevant to it or, if duplicates are masked, its own partner;
     cross-modal rank: mean over a pair's negatives of relu(margin_h + Z_negative - Z_pair), with
     margin_h the batch's mean of Z_pair - Z_negative for the h-th negative, in [0, `max_margin`]
     (a constant to gradients; the authors take the last batch's, which a checkpoint would have to
@@ -59,10 +60,15 @@ def _contrast(batch: Merged) -> Float[Array, ""]:
     def named(tile: Tile, _axis: int) -> list[Channel]:
         real = (tile.rows.number[:, None] > 0) & (tile.columns.number > 0)
         targets = jnp.where(real, tile.targets, 0.0)
-        # A hard negative of one pair may be relevant to another.
-        mined_here = same_ids(tile.rows.query_id, tile.columns.query_id)
-        mined_here |= same_ids(tile.rows.document_id, tile.columns.document_id)
-        extra = tile.valid & ((tile.targets == 0) | mined_here)
+        # A hard negative of one pair may be relevant to another: known so, or its own partner.
+        same_query = same_ids(tile.rows.query_id, tile.columns.query_id)
+        same_document = same_ids(tile.rows.document_id, tile.columns.document_id)
+        of_documents = tile.columns.number == 0
+        mined_here = jnp.where(of_documents, same_query, same_document)
+        relevant = tile.targets > 0
+        if tile.mask_duplicates:
+            relevant |= jnp.where(of_documents, same_document, same_query)
+        extra = tile.valid & (mined_here | ~relevant)
         return [Channel(jnp.where(real, tile.members, extra), targets)]
 
     term = Term("", "", rows, columns)

@@ -41,7 +41,8 @@ def one_to_k_loss(batch: Merged, text_to_text: float) -> Float[Array, ""]:
         languages = [side.number % len(fields) for side in (tile.rows, tile.columns)]
         same_text = same_query & (languages[0][:, None] == languages[1])
         partners = same_query & ~same_text
-        return [Channel(tile.valid & ~same_text, partners.astype(jnp.float32))]
+        members = (tile.kept & ~same_text) | partners
+        return [Channel(members, partners.astype(jnp.float32))]
 
     term = Term("documents", "texts", batch.rows, rows)
     sums = batch.logits({"documents": batch.documents}, {"texts": texts}, [term]).sums(across)
