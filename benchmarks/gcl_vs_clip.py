@@ -25,7 +25,7 @@ import numpy as np
 
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
-from gcl_jax.evaluate import judged_metrics, sample_judgements
+from gcl_jax.judgements import judged_metrics, sample_judgements
 from gcl_jax.results import summary
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)

@@ -26,8 +26,8 @@ from jaxtyping import Int
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
 from gcl_jax.embedding import Embedder
 from gcl_jax.errors import DataError, reported_in_one_line
-from gcl_jax.evaluate import load_run
 from gcl_jax.mining import Mining, mine_negatives
+from gcl_jax.runs import load_run
 
 SIDES = {"documents": ("document",), "queries": ("query",), "both": ("document", "query")}
 

@@ -186,8 +186,8 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_run(args: argparse.Namespace) -> None:
-    from gcl_jax.evaluate import load_model
     from gcl_jax.models.port import export_pretrained
+    from gcl_jax.runs import load_model
 
     cfg, params, _, _ = load_model(args.workdir)
     export_pretrained(

@@ -198,12 +198,12 @@ def find_examples(cfg: TrainConfig, store: RankedStore, index: SearchIndex) -> l
     """Ranks a few test queries of every split just as the evaluation does: the middle ones of
     equal parts of its sample, which goes from the most to the least judged query."""
     from gcl_jax import metrics
-    from gcl_jax.evaluate import sample_judgements
+    from gcl_jax.judgements import load_judgements
 
     document_rank = np.argsort(np.argsort(np.array(store.documents.ids)))
     examples = []
     for split in cfg.eval.splits:
-        judgements = sample_judgements(store, split, cfg.eval.max_queries)
+        judgements = load_judgements(cfg, store, split, cfg.eval.max_queries)
         sampled = len(judgements.queries)
         count = min(QUERIES_PER_SPLIT, sampled)
         chosen = (2 * np.arange(count) + 1) * sampled // (2 * count)
@@ -257,7 +257,7 @@ def write_report(workdir: Path) -> Path:
 
     import jax
 
-    from gcl_jax.evaluate import load_run
+    from gcl_jax.runs import load_run
 
     cfg, store, params, mesh, _ = load_run(workdir)
     searched = np.unique(np.concatenate([store.corpus(split) for split in cfg.eval.splits]))

@@ -208,7 +208,7 @@ def search_run(args: argparse.Namespace) -> None:
     queries = parse_queries(kinds, args.texts, args.query)
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
 
-    from gcl_jax.evaluate import load_run
+    from gcl_jax.runs import load_run
 
     cfg, store, params, mesh, _ = load_run(args.workdir, args.embed_dim)
     index = SearchIndex(cfg, store, params, mesh, rows)

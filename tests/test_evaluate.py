@@ -9,14 +9,15 @@ from gcl_jax import evaluate, metrics
 from gcl_jax.data.pipeline import corpus_batches
 from gcl_jax.data.store import Pairs
 from gcl_jax.datasets.builder import write_store
-from gcl_jax.embedding import FieldEmbeddings
+from gcl_jax.embedding import Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
+from gcl_jax.judgements import judged_metrics, sample_judgements
 from gcl_jax.retrieval import exact_top_k
 from gcl_jax.text import load_tokenizer
 
 
 def test_judgements_are_the_rescaled_pairs(tiny_store):
-    judgements = evaluate.sample_judgements(tiny_store, "novel_document", 100)
+    judgements = sample_judgements(tiny_store, "novel_document", 100)
     pairs, corpus = tiny_store.pairs("novel_document"), tiny_store.corpus("novel_document")
     grade = metrics.rescale_scores(pairs.score)
     expected = {(q, d): g for q, d, g in zip(pairs.query, pairs.document, grade, strict=True)}
@@ -33,13 +34,13 @@ def test_judgements_are_the_rescaled_pairs(tiny_store):
 
 
 def test_fewer_queries_are_sampled_when_asked(tiny_store):
-    judgements = evaluate.sample_judgements(tiny_store, "in_domain", 2)
+    judgements = sample_judgements(tiny_store, "in_domain", 2)
     assert len(judgements.queries) == len(set(judgements.queries)) == 2
 
 
 def test_metrics_of_a_ranking_equal_pytrec_eval(tiny_store):
     rng = np.random.default_rng(0)
-    judgements = evaluate.sample_judgements(tiny_store, "in_domain", 100)
+    judgements = sample_judgements(tiny_store, "in_domain", 100)
     corpus = tiny_store.corpus("in_domain")
     ids = np.array(tiny_store.documents.ids)
     # Rounded embeddings give many exact ties.
@@ -47,7 +48,7 @@ def test_metrics_of_a_ranking_equal_pytrec_eval(tiny_store):
     documents = rng.integers(-1, 2, (len(corpus), 3)).astype(np.float32)
     rank = np.argsort(np.argsort(ids))
     scores, found = exact_top_k(queries, documents, 1000)
-    got = evaluate.judged_metrics(judgements, scores, found, rank[corpus])
+    got = judged_metrics(judgements, scores, found, rank[corpus])
 
     names = [tiny_store.queries.ids[row] for row in judgements.queries]
     qrels = {
@@ -84,9 +85,9 @@ def test_queries_and_documents_are_embedded_with_their_prefixes(
         ones = {field: np.ones((len(indices), 4), np.float32) for field in fields}
         return FieldEmbeddings(ones, batch["present"])
 
-    monkeypatch.setattr(evaluate.Embedder, "embed", embed)
-    monkeypatch.setattr(evaluate.Embedder, "__init__", lambda *_: None)
-    embedder = evaluate.Embedder()
+    monkeypatch.setattr(Embedder, "embed", embed)
+    monkeypatch.setattr(Embedder, "__init__", lambda *_: None)
+    embedder = Embedder()
     evaluate.evaluate_splits(tiny_config, tiny_store, embedder, 100, quiet=True)
     documents, queries = seen
     tokenizer = load_tokenizer("clip", 8)

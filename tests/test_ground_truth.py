@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gcl_jax import evaluate, metrics
+from gcl_jax import metrics
 from gcl_jax.config import EvalConfig, TrainConfig
 from gcl_jax.data import overview
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError
+from gcl_jax.judgements import ground_truth_of, judged_metrics, load_judgements, sample_judgements
 from tests.test_prepare import tree
 from tests.test_sources import SPLITS, image, marqo, rows_of, write_layout_1, write_layout_2
 
@@ -77,7 +78,7 @@ def store(tmp_path_factory) -> RankedStore:
 def test_judgements_are_the_given_ones(store):
     """All queries however few are to be sampled, grades neither rescaled nor cut."""
     for split in SPLITS:
-        judged = evaluate.judgements(config(), store, split, max_queries=1)
+        judged = load_judgements(config(), store, split, max_queries=1)
         corpus, ids = store.corpus(split), store.documents.ids
         got = {
             store.queries.ids[query]: {
@@ -92,15 +93,15 @@ def test_judgements_are_the_given_ones(store):
 
 def test_which_ground_truth_is_used(store, tiny_store):
     """ "dev" and "sampled" when asked for; without any, the queries are sampled, as before."""
-    dev = evaluate.judgements(config(ground_truth="dev"), store, "zero_shot", 100)
+    dev = load_judgements(config(ground_truth="dev"), store, "zero_shot", 100)
     assert len(dev.queries) == 1
     with pytest.raises(DataError, match="no ground truth 'dev' for split 'in_domain'"):
-        evaluate.judgements(config(ground_truth="dev"), store, "in_domain", 100)
-    sampled = evaluate.sample_judgements(store, "in_domain", 3)
+        load_judgements(config(ground_truth="dev"), store, "in_domain", 100)
+    sampled = sample_judgements(store, "in_domain", 3)
     for cfg, opened in ((config(ground_truth="sampled"), store), (config(), tiny_store)):
-        assert evaluate.ground_truth_of(cfg, opened, "in_domain") == "sampled"
-        own = evaluate.judgements(cfg, opened, "in_domain", 3)
-        wanted = sampled if opened is store else evaluate.sample_judgements(opened, "in_domain", 3)
+        assert ground_truth_of(cfg, opened, "in_domain") == "sampled"
+        own = load_judgements(cfg, opened, "in_domain", 3)
+        wanted = sampled if opened is store else sample_judgements(opened, "in_domain", 3)
         np.testing.assert_array_equal(own.queries, wanted.queries)
         np.testing.assert_array_equal(own.grades, wanted.grades)
 
@@ -116,7 +117,7 @@ def test_a_store_of_an_earlier_version_is_read(store, tmp_path):
 
 def test_metrics_follow_the_given_grades(store):
     """A perfect ranking by the given grades has nDCG 1, by the pairs' scores it has not."""
-    judged = evaluate.judgements(config(), store, "in_domain", 100)
+    judged = load_judgements(config(), store, "in_domain", 100)
     corpus, rank = store.corpus("in_domain"), np.arange(6)
     wanted = grades_of("in_domain")
     grade = [
@@ -125,9 +126,9 @@ def test_metrics_follow_the_given_grades(store):
     ]
     scores = -np.sort(-np.array(grade, np.float32), axis=1)
     found = np.argsort(-np.array(grade), axis=1, kind="stable")
-    means = metrics.summarize(evaluate.judged_metrics(judged, scores, found, rank))
+    means = metrics.summarize(judged_metrics(judged, scores, found, rank))
     assert means["NDCG@10"] == pytest.approx(1)
-    means = metrics.summarize(evaluate.judged_metrics(judged, scores, found[:, ::-1], rank))
+    means = metrics.summarize(judged_metrics(judged, scores, found[:, ::-1], rank))
     assert means["NDCG@10"] < 0.9
 
 

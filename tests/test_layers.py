@@ -32,6 +32,8 @@ LAYERS = (
         "embedding",
         "retrieval",
         "results",
+        "judgements",
+        "runs",
         "mining",
         "evaluate",
     },

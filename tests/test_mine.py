@@ -10,13 +10,15 @@ from conftest import TinySource
 from test_pipeline import taken
 from test_search import untrained_run
 
-from gcl_jax import config, evaluate, mine, mining
+from gcl_jax import config, mine, mining
 from gcl_jax.data.negatives import pairs_fingerprint
 from gcl_jax.data.pipeline import train_batches
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets.builder import write_store
+from gcl_jax.embedding import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.mining import Mining, mine_negatives
+from gcl_jax.runs import load_run
 
 
 def make_problem(pairs=150, anchors=12, candidates=40, seed=0):
@@ -143,7 +145,7 @@ def test_from_a_run_to_a_batch(workdir, run_mine, tmp_path):
     options = ("--num_negatives=3", "--absolute_margin=1e-4", "--range_max=9")
     printed = run_mine(f"--out={out}", "--side=both", *options)
     assert not (tmp_path / "mined.incomplete").exists()
-    cfg, store, *_ = evaluate.load_run(workdir)
+    cfg, store, *_ = load_run(workdir)
     pairs = store.pairs("in_domain")
     documents = np.load(out / "in_domain" / "negative_documents.npy")
     queries = np.load(out / "in_domain" / "negative_queries.npy")
@@ -186,8 +188,8 @@ def test_from_a_run_to_a_batch(workdir, run_mine, tmp_path):
 
 def embedded_cosines(workdir):
     """{(query, document): cosine} as a matrix, of all records of the store."""
-    cfg, store, params, mesh, _ = evaluate.load_run(workdir)
-    embedder = evaluate.Embedder(cfg, params, mesh)
+    cfg, store, params, mesh, _ = load_run(workdir)
+    embedder = Embedder(cfg, params, mesh)
     sides = (
         ("query", store.queries, cfg.data.query_fields),
         ("document", store.documents, cfg.data.document_fields),

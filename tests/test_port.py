@@ -686,7 +686,7 @@ def run(*arguments: str) -> None:
 
 
 def test_a_model_is_imported_and_exported_again(tmp_path, tiny_store, capsys, clip_params):
-    from gcl_jax.evaluate import load_run
+    from gcl_jax.runs import load_run
 
     folder, workdir = tmp_path / "model", tmp_path / "run"
     cfg, params, _ = exported(tmp_path, "bert", "hugging_face")

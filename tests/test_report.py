@@ -17,6 +17,7 @@ from test_search import HostileSource, untrained_run
 from gcl_jax import evaluate, report, search
 from gcl_jax.errors import DataError
 from gcl_jax.logs import MetricWriter
+from gcl_jax.runs import load_run
 from gcl_jax.search import SearchIndex
 
 SPLITS = ("in_domain", "novel_query", "novel_document", "zero_shot")
@@ -101,7 +102,7 @@ def test_page_shows_evaluation_curves_and_examples(page, workdir):
 def test_examples_agree_with_the_evaluation(workdir, monkeypatch):
     """With every test query as an example, their mean nDCG@10 is the evaluation's."""
     monkeypatch.setattr(report, "QUERIES_PER_SPLIT", 4)
-    cfg, store, params, mesh, _ = evaluate.load_run(workdir)
+    cfg, store, params, mesh, _ = load_run(workdir)
     index = SearchIndex(cfg, store, params, mesh, np.arange(24))
     examples = report.find_examples(cfg, store, index)
     for split in SPLITS:

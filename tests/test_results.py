@@ -6,13 +6,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gcl_jax import evaluate, metrics, results
+from gcl_jax import metrics, results
+from gcl_jax.judgements import KS
 
 
 def random_result(languages: bool) -> results.SplitResult:
     def values(count: int) -> dict[str, np.ndarray]:
         grades = rng.integers(0, 2, (count, 1000)) * rng.integers(0, 101, (count, 1000))
-        return metrics.evaluate_rankings(grades, grades, evaluate.KS)
+        return metrics.evaluate_rankings(grades, grades, KS)
 
     rng = np.random.default_rng(0)
     return results.SplitResult(
@@ -35,7 +36,7 @@ def test_report_has_the_authors_keys():
         "mRBP8",
         "mRBP9",
     ]
-    assert set(report["ndcg"]) == {f"NDCG@{k}" for k in evaluate.KS}
+    assert set(report["ndcg"]) == {f"NDCG@{k}" for k in KS}
     assert {"mAP", "recall", "precision", "mrr"} <= set(report)
     assert report["fields"].keys() == {"title"}
     assert report["fields"]["title"]["mERR"] == result.documents["title"]["ERR"].mean()

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TinySource
 
-from gcl_jax import config, evaluate, search, state
+from gcl_jax import config, search, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import (
     DataConfig,
@@ -23,6 +23,7 @@ from gcl_jax.config import (
 )
 from gcl_jax.datasets.builder import Source, write_store
 from gcl_jax.errors import UserError
+from gcl_jax.runs import load_run
 
 HOSTILE = '<script>alert("x")</script>\x1b[31m\n'
 
@@ -111,7 +112,7 @@ def test_table_and_images(run_search, tmp_path):
 
 
 def test_index_keeps_ties_in_order_and_searches_within_a_corpus(workdir):
-    cfg, store, params, mesh, _ = evaluate.load_run(workdir)
+    cfg, store, params, mesh, _ = load_run(workdir)
     index = search.SearchIndex(cfg, store, params, mesh, np.arange(24))
     queries = [{"query": "find 3"}, {"query": "find 4"}]
     scores, rows = index.search(queries, 24)
@@ -127,7 +128,7 @@ def test_index_keeps_ties_in_order_and_searches_within_a_corpus(workdir):
 
 def test_prefixes_are_those_of_the_side(workdir):
     """A typed query is encoded as the query it is, a document as a document."""
-    cfg, store, params, mesh, _ = evaluate.load_run(workdir)
+    cfg, store, params, mesh, _ = load_run(workdir)
     rows = np.arange(24)
 
     def search_with(queries, **prefixes):

@@ -22,6 +22,7 @@ from gcl_jax import config, evaluate, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.datasets.builder import write_store
 from gcl_jax.errors import ConfigError, UserError
+from gcl_jax.runs import load_run
 from gcl_jax.train import Interrupted, train
 from gcl_jax.validation import validate
 
@@ -169,14 +170,14 @@ def test_a_text_only_run_is_where_a_lora_run_starts(text_cfg, tmp_path, monkeypa
     assert {"loss/gcl/merged@4", "loss/gcl/merged@16"} <= rows[0].keys()
     assert [row["step"] for row in rows if "in_domain/NDCG@10" in row] == [2, 4]
 
-    whole, averages = evaluate.load_run(base), final_params(text_cfg, base)
+    whole, averages = load_run(base), final_params(text_cfg, base)
     jax.tree.map(np.testing.assert_array_equal, whole.params, averages)
     monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={base}", "--embed_dim=4"])
     evaluate.main()
     cut = json.loads((base / "eval" / "in_domain@4.json").read_text())
     assert 0 < cut["summary"]["NDCG@10"] <= 1
     with pytest.raises(UserError, match="--embed_dim=17 is not from 1 to 16"):
-        evaluate.load_run(base, embed_dim=17)
+        load_run(base, embed_dim=17)
 
     lora = copy.deepcopy(text_cfg)
     lora.model.lora_rank, lora.init_from, lora.optim.steps = 2, str(base), 2

@@ -1,0 +1,59 @@
+"""A training run, opened for reading."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from gcl_jax import config, logs, sharding, state
+from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.config import MeshConfig, TrainConfig
+from gcl_jax.data.store import RankedStore
+from gcl_jax.datasets import open_store
+from gcl_jax.errors import UserError
+
+
+class Run(NamedTuple):
+    """A trained model at `step`, and the store that it was trained on, which the configuration is
+    resolved for."""
+
+    cfg: TrainConfig
+    store: RankedStore
+    params: state.Params
+    mesh: Mesh
+    step: int
+
+
+def load_model(workdir: Path) -> tuple[TrainConfig, state.Params, Mesh, int]:
+    """Configuration, newest parameters (as their moving averages, if there are any), a mesh and the
+    step of the training run in `workdir`, without its store.
+
+    Raises:
+        ConfigError, DataError: `workdir` is no run.
+    """
+    logs.quiet_libraries()
+    cfg = config.load(workdir / "config.json")
+    # All devices of this machine, whatever the run was trained on.
+    mesh = sharding.make_mesh(MeshConfig(), jax.device_count())
+    if jax.default_backend() != "gpu":
+        cfg.model.attention = "xla"
+    with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
+        params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
+        return cfg, params, mesh, checkpointer.latest_step() or 0
+
+
+def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
+    """The model in `workdir` and its store; `embed_dim` replaces that of its `config.eval`.
+
+    Raises:
+        ConfigError, DataError: `workdir` is no run, or its store is gone.
+        UserError: its embeddings are shorter than `embed_dim`.
+    """
+    cfg, params, mesh, step = load_model(workdir)
+    if embed_dim is not None:
+        if not 1 <= embed_dim <= cfg.model.embed_dim:
+            raise UserError(f"--embed_dim={embed_dim} is not from 1 to {cfg.model.embed_dim}")
+        cfg.eval.embed_dim = embed_dim
+    store = open_store(cfg.data.store)
+    return Run(store.resolve(cfg), store, params, mesh, step)
