@@ -18,7 +18,7 @@ from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.listwise import listmle_losses, listnet_losses, rince_losses
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.objectives import OF_LOGITS as OBJECTIVES
-from gcl_jax.losses.objectives import check_grades
+from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.sigmoid import bixse_losses, sigmoid_losses
 from gcl_jax.losses.targets import KnownWeights
 
@@ -211,16 +211,36 @@ def test_one_document_for_each_query_makes_listwise_losses_the_contrastive_one(n
     assert_close((ours, by[:3]), contrast(q, d, scale, make_rows(N, valid=valid)), 1e-5)
 
 
+def config_of(*names):
+    return TrainConfig(loss=LossConfig(objectives=ObjectivesConfig(**dict.fromkeys(names, 0.5))))
+
+
 @pytest.mark.parametrize("name", ["bixse", "listnet", "listmle", "rince"])
 def test_grades_that_are_all_the_same_are_refused(name):
-    cfg = TrainConfig(loss=LossConfig(objectives=ObjectivesConfig(**{name: 0.5})))
-    check_grades(cfg, np.float32([0.5, 1]))
+    check_data(config_of(name), np.float32([0.5, 1]))
     with pytest.raises(DataError, match=f"config.loss.objectives.{name} .*all 3 pairs") as error:
-        check_grades(cfg, np.float32([0.5, 0.5, 0.5]))
+        check_data(config_of(name), np.float32([0.5, 0.5, 0.5]))
     assert "\n" not in str(error.value)
 
 
 def test_objectives_without_grades_take_any_weights():
-    names = ("gcl", "sigmoid", "one_to_k", "hard_negatives", "fused", "mixed")
-    cfg = TrainConfig(loss=LossConfig(objectives=ObjectivesConfig(**dict.fromkeys(names, 1.0))))
-    check_grades(cfg, np.ones(3, np.float32))
+    check_data(config_of("gcl", "sigmoid", "fused", "mixed"), np.ones(3, np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("one_to_k", "query_fields", {"english": 0.5, "german": 0.5}),
+        ("hard_negatives", "negatives", "store"),
+        ("hard_negatives", "text_negatives", "swap"),
+    ],
+)
+def test_data_that_an_objective_lacks_are_named(name, key, value):
+    cfg, weights = config_of(name), np.ones(3, np.float32)
+    cfg.data.query_fields = {"query": 1.0}
+    message = f"config.loss.objectives.{name} .*config.data.{key}"
+    with pytest.raises(DataError, match=message) as error:
+        check_data(cfg, weights)
+    assert "\n" not in str(error.value)
+    setattr(cfg.data, key, value)
+    check_data(cfg, weights)
