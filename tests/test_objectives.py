@@ -142,7 +142,12 @@ def one_term(q, d, scale, rows, mesh, **options):
     return Logits({"": q}, {"": d}, scale, [Term("", "", rows)], mesh=mesh, block_size=5, **options)
 
 
-@pytest.mark.parametrize("form", ["gather", "ring"])
+@pytest.mark.parametrize(
+    ("mesh", "form"),
+    [((1, 1), "gather"), ((8, 1), "gather"), ((4, 2), "ring")],
+    indirect=["mesh"],
+    ids=["1x1", "8x1 gather", "4x2 ring"],
+)
 @pytest.mark.parametrize("name", OF_LOGITS)
 @pytest.mark.parametrize("mask", [False, True])
 def test_objectives_of_logits_follow_their_formulas(mesh, name, form, mask):
