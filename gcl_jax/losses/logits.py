@@ -187,7 +187,8 @@ def _backward(options, residual, cotangents):
             seen = one._replace(logits=logits)
             sides = (1, of_rows), (0, of_columns)
             sums = [added_up(seen, axis, options.named, tops) for axis, (tops, _) in sides]
-            products = jax.tree.map(jnp.vdot, sums, [by_sums for _, (_, by_sums) in sides])
+            given = [by_sums for _, (_, by_sums) in sides]
+            products = jax.tree.map(lambda a, b: jnp.sum(a * b), sums, given)
             return sum(jax.tree.leaves(products))
 
         return jax.grad(weighted)(one.logits)
