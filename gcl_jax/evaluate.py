@@ -1,7 +1,11 @@
 """Ranked evaluation of a run: `python -m gcl_jax.evaluate --workdir=runs/demo`.
 
 Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT.parquet, query by
-query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables.
+query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables. With --write_runs also
+the judgements and what was found, for trec_eval and its like.
+
+Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files; see `gcl_jax.trec`),
+two evaluated runs are compared by `--compare RUN_A RUN_B`.
 
 Protocol (arXiv 2404.08535 and its evaluation code): test queries and grades are the ground truth
 that came with the data; else grades are the split's scores rescaled to 1..100, up to
@@ -14,24 +18,47 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float
 
-from gcl_jax import metrics
+from gcl_jax import compare, metrics, scoring
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embedding import Embedder, FieldEmbeddings
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.judgements import KS, Judgements, ground_truth_of, load_judgements, ranked_grades
-from gcl_jax.results import SplitResult, as_report, format_tables, summary, write
+from gcl_jax.judgements import (
+    KS,
+    Judgements,
+    as_ranking,
+    ground_truth_of,
+    judged_metrics,
+    load_judgements,
+    ranked_grades,
+)
+from gcl_jax.results import (
+    SplitResult,
+    as_report,
+    format_tables,
+    summary,
+    write,
+    write_ranking,
+)
 from gcl_jax.retrieval import exact_top_k
 from gcl_jax.runs import load_run
 
+# What each way of calling the command has of its own.
+OPTIONS = {"workdir": ("max_queries", "embed_dim", "write_runs"), "qrels": ("run", "out")}
+
 
 def evaluate_splits(
-    cfg: TrainConfig, store: RankedStore, embedder: Embedder, max_queries: int, quiet: bool = False
+    cfg: TrainConfig,
+    store: RankedStore,
+    embedder: Embedder,
+    max_queries: int,
+    quiet: bool = False,
+    rankings: bool = False,
 ) -> dict[str, SplitResult]:
-    """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each."""
+    """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each; with
+    `rankings`, what was found too."""
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     judged = {s: load_judgements(cfg, store, s, max_queries) for s in cfg.eval.splits}
     query_fields = dict.fromkeys([*cfg.data.query_fields, *cfg.eval.query_fields])
@@ -55,6 +82,7 @@ def evaluate_splits(
             documents.take(np.searchsorted(document_rows, corpus)),
             document_rank[corpus],
             [store.queries.ids[row] for row in judged[split].queries],
+            [store.documents.ids[row] for row in corpus] if rankings else None,
         )
         for split, corpus in corpora.items()
     }
@@ -67,6 +95,7 @@ def evaluate_split(
     corpus: FieldEmbeddings,
     document_rank: np.ndarray,
     query_ids: list[str],
+    document_ids: list[str] | None = None,
 ) -> SplitResult:
     """The results of one split: merged queries and documents, every document field alone, and every
     query field of `cfg.eval.query_fields` alone, on the queries that have it.
@@ -74,24 +103,19 @@ def evaluate_split(
     Args:
         queries: of the (q,) test queries, in the order of `judgements` and `query_ids`.
         corpus: of the split's (n,) documents; `document_rank` is that of `judged_metrics`.
+        document_ids: of the corpus, if the result is to have the ranking.
     """
-
-    def grades(
-        judged: Judgements, asked: Float[np.ndarray, "q e"], searched: Float[np.ndarray, "n e"]
-    ) -> np.ndarray:
-        scores, found = exact_top_k(asked, searched, cfg.eval.top_k)
-        return ranked_grades(judged, scores, found, document_rank)
-
     asked = queries.merged(cfg.data.query_fields)
     searched = {"merged": corpus.merged(cfg.data.document_fields)}
     if len(cfg.data.document_fields) > 1:
         searched |= {field: corpus.merged({field: 1.0}) for field in cfg.data.document_fields}
+    hits = {name: exact_top_k(asked, x, cfg.eval.top_k) for name, x in searched.items()}
     by_documents = {
-        name: metrics.evaluate_rankings(
-            grades(judgements, asked, embeddings), judgements.grades, KS
-        )
-        for name, embeddings in searched.items()
+        name: judged_metrics(judgements, *found, document_rank) for name, found in hits.items()
     }
+    ranking = None
+    if document_ids is not None:
+        ranking = as_ranking(judgements, *hits["merged"], document_rank, query_ids, document_ids)
     by_query_field = {}
     ranks = np.full((len(query_ids), len(cfg.eval.query_fields)), np.nan)
     several = len({*cfg.data.query_fields, *cfg.eval.query_fields}) > 1
@@ -99,10 +123,13 @@ def evaluate_split(
         rows = np.flatnonzero(queries.present[field])
         if rows.size:
             judged = judgements.take(rows)
-            found = grades(judged, queries.take(rows).merged({field: 1.0}), searched["merged"])
-            by_query_field[field] = metrics.evaluate_rankings(found, judged.grades, KS)
-            ranks[rows, column] = metrics.first_relevant_rank(found)
-    return SplitResult(query_ids, by_documents, by_query_field, metrics.mean_rank_variance(ranks))
+            alone = queries.take(rows).merged({field: 1.0})
+            found = exact_top_k(alone, searched["merged"], cfg.eval.top_k)
+            grades = ranked_grades(judged, *found, document_rank)
+            by_query_field[field] = metrics.evaluate_rankings(grades, judged.grades, KS)
+            ranks[rows, column] = metrics.first_relevant_rank(grades)
+    variance = metrics.mean_rank_variance(ranks)
+    return SplitResult(query_ids, by_documents, by_query_field, variance, ranking)
 
 
 def evaluate_in_training(
@@ -117,28 +144,70 @@ def evaluate_in_training(
     }
 
 
+def evaluate_workdir(
+    workdir: Path, max_queries: int | None, embed_dim: int | None, write_runs: bool
+) -> None:
+    """Evaluates the newest checkpoint of a run, writes the files and prints the tables."""
+    cfg, store, params, mesh, step = load_run(workdir, embed_dim)
+    max_queries = cfg.eval.max_queries if max_queries is None else max_queries
+    if max_queries < 1:
+        raise UserError(f"--max_queries={max_queries} must be 1 or more")
+    embedder = Embedder(cfg, params, mesh)
+    results = evaluate_splits(cfg, store, embedder, max_queries, rankings=write_runs)
+    for split, result in results.items():
+        report = as_report(split, step, result)
+        report["ground_truth"] = ground_truth_of(cfg, store, split)
+        path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
+        write(path, report, result)
+        if result.ranking is not None:
+            write_ranking(path, result.ranking)
+    print(format_tables(results))
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m gcl_jax.evaluate", description=__doc__)
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", type=Path, help="directory of a training run")
+    what.add_argument("--qrels", type=Path, help="judgements, to score --run by")
+    what.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("RUN_A", "RUN_B"),
+        help="two directories with results: of runs, or --out of earlier calls",
+    )
+    parser.add_argument("--run", type=Path, help="with --qrels: what a system found")
+    parser.add_argument("--out", type=Path, help="with --qrels: directory to write the scores to")
     parser.add_argument(
         "--max_queries", type=int, help="sampled test queries per split (default: config)"
     )
     parser.add_argument(
         "--embed_dim", type=int, help="leading dimensions of the embeddings (default: config)"
     )
+    parser.add_argument(
+        "--write_runs",
+        action="store_true",
+        help="write eval/SPLIT.{qrels,run}.trec, .gt_results.json and .retrieval.json too",
+    )
     args = parser.parse_args()
     with reported_in_one_line():
-        cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim)
-        max_queries = cfg.eval.max_queries if args.max_queries is None else args.max_queries
-        if max_queries < 1:
-            raise UserError(f"--max_queries={max_queries} must be 1 or more")
-        results = evaluate_splits(cfg, store, Embedder(cfg, params, mesh), max_queries)
-        for split, result in results.items():
-            report = as_report(split, step, result)
-            report["ground_truth"] = ground_truth_of(cfg, store, split)
-            name = split if args.embed_dim is None else f"{split}@{args.embed_dim}"
-            write(args.workdir / "eval" / name, report, result)
-        print(format_tables(results))
+        for mode, names in OPTIONS.items():
+            for name in names if getattr(args, mode) is None else ():
+                if getattr(args, name) != parser.get_default(name):
+                    raise UserError(f"--{name} is an option of --{mode}")
+        if args.workdir is not None:
+            evaluate_workdir(args.workdir, args.max_queries, args.embed_dim, args.write_runs)
+        elif args.qrels is not None:
+            if args.run is None:
+                raise UserError("--qrels needs --run: the results to score")
+            print(scoring.score_files(args.qrels, args.run, args.out))
+        else:
+            a, b = args.compare
+            print(compare.as_text(a, b, compare.compare(a, b)))
 
 
 if __name__ == "__main__":

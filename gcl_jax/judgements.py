@@ -2,6 +2,7 @@
 arXiv 2404.08535 and its evaluation code; see `gcl_jax.evaluate`)."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -9,6 +10,7 @@ from gcl_jax import metrics
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.errors import DataError
+from gcl_jax.trec import Table
 
 KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
 
@@ -27,6 +29,15 @@ class Judgements:
 
     def take(self, rows: np.ndarray) -> "Judgements":
         return Judgements(self.queries[rows], self.documents[rows], self.grades[rows])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranking:
+    """What queries were judged by, and what they found: tables {query id: {document id: value}} of
+    grades, and of scores from the best document down."""
+
+    qrels: Table
+    run: Table
 
 
 def ground_truth_of(cfg: TrainConfig, store: RankedStore, split: str) -> str:
@@ -116,3 +127,25 @@ def ranked_grades(
     `judged_metrics`."""
     found = np.take_along_axis(found, metrics.trec_order(scores, document_rank[found]), axis=1)
     return metrics.lookup_grades(found, judgements.documents, judgements.grades)
+
+
+def as_ranking(
+    judgements: Judgements,
+    scores: np.ndarray,
+    found: np.ndarray,
+    document_rank: np.ndarray,
+    query_ids: Sequence[str],
+    document_ids: Sequence[str],
+) -> Ranking:
+    """Retrieved documents (see `judged_metrics`) under the ids of the (q,) queries and of the (n,)
+    documents of the corpus."""
+    ids = np.array(document_ids, object)
+    order = metrics.trec_order(scores, document_rank[found])
+    found, scores = (np.take_along_axis(x, order, axis=1) for x in (found, scores))
+    qrels, run = {}, {}
+    for row, query in enumerate(query_ids):
+        judged = judgements.documents[row] >= 0
+        documents, grades = judgements.documents[row, judged], judgements.grades[row, judged]
+        qrels[query] = dict(zip(ids[documents], grades.tolist(), strict=True))
+        run[query] = dict(zip(ids[found[row]], scores[row].tolist(), strict=True))
+    return Ranking(qrels, run)

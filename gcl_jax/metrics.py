@@ -10,7 +10,7 @@ graded form of arXiv 2404.08535 and its evaluation code; that code's score scale
 mean rank variance from arXiv 2406.18254.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 
 import numpy as np
@@ -20,6 +20,7 @@ from gcl_jax.errors import DataError
 KS = (1, 3, 5, 10, 100, 1000)
 PERSISTENCE = (0.7, 0.8, 0.9)  # of RBP
 BOOTSTRAP_BLOCK = 1 << 21  # random numbers at a time
+RUN_BLOCK = 1 << 22  # ranked documents at a time
 
 
 def evaluate_rankings(
@@ -139,20 +140,38 @@ def evaluate_run(
     As in trec_eval, scores are compared in float32, ties go by `trec_order`, and the queries are
     those with judgements and a run, even an empty one: (Q,) is in the order of qrels.
     """
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     queries = [query for query in qrels if qrels[query] and query in run]
-    # Python's order of strings is that of their UTF-8 bytes, trec_eval's
-    docs = sorted({doc for query in queries for doc in chain(qrels[query], run[query])})
-    index = {doc: i for i, doc in enumerate(docs)}
+    tables = [[table[query] for query in queries] for table in (qrels, run)]
+    docs = pa.array([*chain(*chain(*tables))], pa.large_string()).dictionary_encode()
+    place = np.empty(len(docs.dictionary), np.int64)  # among the ids sorted as UTF-8 bytes
+    place[pc.sort_indices(docs.dictionary)] = np.arange(len(place))
+    place = place[docs.indices]
 
-    def columns(table: Mapping[str, Mapping[str, float]], fill: float):
-        rows = [table[query] for query in queries]
-        ids = _padded([map(index.__getitem__, row) for row in rows], map(len, rows), -1, np.int64)
-        return ids, _padded([r.values() for r in rows], map(len, rows), fill, np.float64)
+    values = [np.fromiter(chain(*(row.values() for row in rows)), np.float64) for rows in tables]
+    lengths = [np.fromiter(map(len, rows), np.int64) for rows in tables]
+    starts = [np.concatenate([[0], size.cumsum()]) for size in lengths]
+    ids = np.split(place, [len(values[0])])
 
-    ranked, scores = columns(run, -np.inf)
-    judged_docs, judged = columns(qrels, 0)
-    ranked = np.take_along_axis(ranked, trec_order(scores, ranked), axis=1)
-    return evaluate_rankings(lookup_grades(ranked, judged_docs, judged), judged, ks)
+    def padded(table: int, part: slice, flat: np.ndarray, fill: float) -> np.ndarray:
+        size = lengths[table][part]
+        out = np.full((size.size, size.max(initial=0)), fill, flat.dtype)
+        first = starts[table][part.start]
+        out[np.arange(out.shape[1]) < size[:, None]] = flat[first : first + size.sum()]
+        return out
+
+    step = max(1, RUN_BLOCK // max(size.max(initial=1) for size in lengths))
+    parts = []
+    for start in range(0, max(1, len(queries)), step):
+        part = slice(start, start + step)
+        judged_docs, judged = padded(0, part, ids[0], -1), padded(0, part, values[0], 0)
+        ranked, scores = padded(1, part, ids[1], -1), padded(1, part, values[1], -np.inf)
+        ranked = np.take_along_axis(ranked, trec_order(scores, ranked), axis=1)
+        grades = lookup_grades(ranked, judged_docs, judged)
+        parts.append(evaluate_rankings(grades, judged, ks))
+    return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
 def summarize(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -254,13 +273,3 @@ def _at(cumulative: np.ndarray, k: int) -> np.ndarray:
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """a / b, 0 where b is 0."""
     return np.divide(a, b, out=np.zeros(np.broadcast_shapes(a.shape, b.shape)), where=b > 0)
-
-
-def _padded(
-    rows: Iterable[Iterable], lengths: Iterable[int], fill: float, dtype: type
-) -> np.ndarray:
-    """Rows of unequal length as one array (rows, longest)."""
-    lengths = np.fromiter(lengths, np.int64)
-    out: np.ndarray = np.full((lengths.size, lengths.max(initial=0)), fill, dtype)
-    out[np.arange(out.shape[1]) < lengths[:, None]] = np.fromiter(chain(*rows), dtype)
-    return out

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax import metrics
+from gcl_jax import metrics, trec
+from gcl_jax.judgements import Ranking
 
 PerQuery = Mapping[str, np.ndarray]
 
@@ -34,12 +35,14 @@ class SplitResult:
     documents: those of "merged" and of each document field alone, in the order of `query_ids`.
     query_fields: those of each query field alone, on the queries that have it; empty if there is
     but one field. rank_variance: `metrics.mean_rank_variance` over the query fields.
+    ranking: if it was asked for.
     """
 
     query_ids: list[str]
     documents: Mapping[str, PerQuery]
     query_fields: Mapping[str, PerQuery]
     rank_variance: Mapping[str, float]
+    ranking: Ranking | None = None
 
     @property
     def merged(self) -> PerQuery:
@@ -51,13 +54,19 @@ def summary(values: PerQuery, names: Mapping[str, str] = SUMMARY) -> dict[str, f
     return metrics.summarize({name: values[key] for name, key in names.items()})
 
 
+def means(values: PerQuery) -> dict[str, dict[str, float]]:
+    """Means over the queries in the authors' tables."""
+    by_name = metrics.summarize(values)
+    return {"summary": summary(values)} | {
+        table: {key: mean for key, mean in by_name.items() if key.startswith(f"{prefix}@")}
+        for table, prefix in TABLES.items()
+    }
+
+
 def as_report(split: str, step: int, result: SplitResult) -> dict:
     """One split's means at training step `step`: all of merged, the summary of each document field
     and of each query field alone."""
-    means = metrics.summarize(result.merged)
-    report: dict = {"split": split, "step": step, "summary": summary(result.merged)}
-    for table, prefix in TABLES.items():
-        report[table] = {key: x for key, x in means.items() if key.startswith(f"{prefix}@")}
+    report: dict = {"split": split, "step": step, **means(result.merged)}
     report["fields"] = {
         name: summary(values) for name, values in result.documents.items() if name != "merged"
     }
@@ -82,6 +91,19 @@ def write(path: Path, report: dict, result: SplitResult) -> None:
     os.replace(unfinished, path.with_name(f"{path.name}.parquet"))
     unfinished.write_text(json.dumps(report, indent=2) + "\n")
     os.replace(unfinished, path.with_name(f"{path.name}.json"))
+
+
+def write_ranking(path: Path, ranking: Ranking) -> None:
+    """PATH.qrels.trec and PATH.run.trec, and the same as the authors' evaluation names and writes
+    it, PATH.gt_results.json and PATH.retrieval.json. Raises `DataError` as `trec.write_qrels`."""
+
+    def file(suffix: str) -> Path:
+        return path.with_name(f"{path.name}.{suffix}")
+
+    trec.write_json(file("gt_results.json"), ranking.qrels)
+    trec.write_json(file("retrieval.json"), ranking.run)
+    trec.write_qrels(file("qrels.trec"), ranking.qrels)
+    trec.write_run(file("run.trec"), ranking.run, tag="gcl_jax")
 
 
 def format_tables(results: Mapping[str, SplitResult]) -> str:

@@ -9,9 +9,8 @@ from gcl_jax.data.store import Pairs
 from gcl_jax.datasets.bad_rows import BadRows, Place, Reason, RowError
 from gcl_jax.datasets.json_rows import corpus_entries
 from gcl_jax.datasets.records import Records
+from gcl_jax.trec import SEPARATOR
 
-# The evaluation code of Marqo-GS ends every text of a query's key with it.
-SEPARATOR = "_{!@#~}_"
 MAX_GRADE = 100
 _JUDGEMENT = np.dtype("i4, i4, f4, i8")
 _JUDGEMENT.names = ("query", "document", "score", "entry")

@@ -1,0 +1,187 @@
+"""Judgements and results in files: TREC's text formats, and JSON as the authors' evaluation has it.
+
+A table is {query: {document: value}}; in qrels the values are grades, in a run scores. Files:
+
+- JSON: one object of that shape (the authors' gt_results.json and retrieval.json). The mark that
+  their program puts at the end of a query's key is taken off.
+- TREC qrels, `query 0 document grade`, and TREC runs, `query Q0 document rank score tag`: columns
+  between blanks. As in trec_eval, the second column, the rank and the tag are not looked at.
+
+Any of them may be compressed by gzip. The content decides, not the file's name.
+"""
+
+import gzip
+import json
+import math
+import os
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from gcl_jax.errors import DataError
+
+Kind = Literal["qrels", "run"]
+Table = Mapping[str, Mapping[str, float]]
+
+COLUMNS = {
+    "qrels": ["query", "0", "document", "grade"],
+    "run": ["query", "Q0", "document", "rank", "score", "tag"],
+}
+VALUE = {"qrels": "grade", "run": "score"}
+SEPARATOR = "_{!@#~}_"  # the authors end every text of a query's key with it
+
+
+def read(path: Path, kind: Kind) -> dict[str, dict[str, float]]:
+    """The table in a file, queries and documents in its order.
+
+    Raises:
+        DataError: the file is empty or broken, a line has a wrong number of columns, a value is no
+            finite number, or a document is there twice for one query. Names the file and the line
+            (in JSON the query).
+    """
+    content = path.read_bytes()
+    if content[:2] == b"\x1f\x8b":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"{path}: broken gzip file ({error})") from None
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    if not content.strip():
+        raise DataError(f"{path}: the file is empty")
+    read_format = _read_json if content.lstrip()[:1] == b"{" else _read_trec
+    table = read_format(path, kind, content)
+    if not table:
+        raise DataError(f"{path}: there is no query in it")
+    return table
+
+
+def _read_trec(path: Path, kind: Kind, content: bytes) -> dict[str, dict[str, float]]:
+    columns, value_column = len(COLUMNS[kind]), COLUMNS[kind].index(VALUE[kind])
+    table: dict[bytes, dict[bytes, float]] = {}
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        cells = line.split()  # of bytes: at ASCII blanks only, an id may have others
+        if len(cells) == columns:
+            query, document, text = cells[0], cells[2], cells[value_column]
+            documents = table.setdefault(query, {})
+            if document in documents:
+                what = f"query {_shown(query)} has document {_shown(document)} a second time"
+                raise DataError(f"{path}, line {number}: {what}")
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if not math.isfinite(value) or b"_" in text:
+                what = f"{VALUE[kind]} {_shown(text)} is not a finite number"
+                raise DataError(f"{path}, line {number}: {what}")
+            documents[document] = value
+        elif cells:
+            wanted = " ".join(COLUMNS[kind])
+            what = f"{len(cells)} columns, where {kind} has {columns} ({wanted})"
+            raise DataError(f"{path}, line {number}: {what}")
+    try:
+        return {
+            query.decode(): {document.decode(): value for document, value in documents.items()}
+            for query, documents in table.items()
+        }
+    except UnicodeDecodeError as error:
+        number = 1 + content[: content.find(error.object)].count(b"\n")
+        what = f"id {_shown(error.object)} is not UTF-8"
+        raise DataError(f"{path}, line {number}: {what}") from None
+
+
+def _read_json(path: Path, kind: Kind, content: bytes) -> dict[str, dict[str, float]]:
+    try:
+        entries = json.loads(content, object_pairs_hook=tuple)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}, line {error.lineno}: broken JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: broken JSON ({error})") from None
+
+    def refuse(query: str, what: str) -> NoReturn:
+        raise DataError(f"{path}, query {query!r}: {what}")
+
+    table: dict[str, dict[str, float]] = {}
+    for key, pairs in entries:
+        query = key.removesuffix(SEPARATOR)
+        if query in table:
+            refuse(query, "it is there a second time")
+        if not isinstance(pairs, tuple):
+            refuse(query, f"no object {{document: {VALUE[kind]}}}")
+        documents = dict(pairs)
+        if len(documents) < len(pairs):
+            twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+            refuse(query, f"document {twice!r} is there a second time")
+        if not set(map(type, documents.values())) <= {int, float}:
+            name = next(n for n, value in pairs if type(value) not in (int, float))
+            refuse(query, f"the {VALUE[kind]} of document {name!r} is not a number")
+        try:
+            finite = all(map(math.isfinite, documents.values()))
+        except OverflowError:
+            finite = False
+        if not finite:
+            refuse(query, f"a {VALUE[kind]} is not a finite number")
+        try:
+            "".join([query, *documents]).encode()
+        except UnicodeEncodeError:
+            refuse(query, "an id has half a character (a lone surrogate)")
+        table[query] = documents
+    return table
+
+
+def write_qrels(path: Path, qrels: Table) -> None:
+    """Writes TREC qrels; blanks in ids as `write_run` does.
+
+    Raises:
+        DataError: a grade is no whole number, which the format asks for.
+    """
+    lines = []
+    for query, documents in qrels.items():
+        for document, grade in documents.items():
+            if grade != int(grade):
+                raise DataError(
+                    f"{path}: TREC qrels have whole grades; that of document {document!r} for "
+                    f"query {query!r} is {grade}"
+                )
+            lines.append(f"{_in_a_column(query)} 0 {_in_a_column(document)} {int(grade)}\n")
+    _write(path, lines)
+
+
+def write_run(path: Path, run: Table, tag: str) -> None:
+    """Writes a TREC run, ranks in the order of `run`. Scores keep float32's nine digits, and blanks
+    and "%" in ids become %20, %25 and so on: the columns stand between blanks."""
+    _write(
+        path,
+        (
+            f"{_in_a_column(query)} Q0 {_in_a_column(document)} {rank} {score:.9g} {tag}\n"
+            for query, documents in run.items()
+            for rank, (document, score) in enumerate(documents.items(), start=1)
+        ),
+    )
+
+
+def write_json(path: Path, table: Table) -> None:
+    """Writes a table as the authors' evaluation does, ids as they are."""
+    _write(path, [json.dumps(table, ensure_ascii=False)])
+
+
+def _write(path: Path, lines: Iterable[str]) -> None:
+    """The file is complete or as it was."""
+    unfinished = path.with_name(f"{path.name}.incomplete")
+    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+        file.writelines(lines)
+    os.replace(unfinished, path)
+
+
+def _in_a_column(name: str) -> str:
+    return re.sub(r"[\s%]", lambda match: _percent(match[0]), name)
+
+
+def _percent(character: str) -> str:
+    return "".join(f"%{byte:02X}" for byte in character.encode())
+
+
+def _shown(text: bytes) -> str:
+    return repr(text.decode(errors="replace"))
