@@ -51,7 +51,8 @@ def read(path: Path, kind: Kind) -> dict[str, dict[str, float]]:
     content = content.removeprefix(b"\xef\xbb\xbf")
     if not content.strip():
         raise DataError(f"{path}: the file is empty")
-    read_format = _read_json if content.lstrip()[:1] == b"{" else _read_trec
+    # An id in a TREC file may begin with a brace.
+    read_format = _read_json if re.match(rb'\s*\{\s*["}]', content) else _read_trec
     table = read_format(path, kind, content)
     if not table:
         raise DataError(f"{path}: there is no query in it")
