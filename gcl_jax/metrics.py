@@ -192,8 +192,12 @@ def trec_order(scores: np.ndarray, doc_rank: np.ndarray) -> np.ndarray:
       doc_rank: (Q, K) integers, -1 for padding.
     """
     with np.errstate(over="ignore"):
-        scores = np.asarray(scores).astype(np.float32)
-    return np.lexsort((-doc_rank, -scores), axis=1)
+        scores = np.fmax(np.asarray(scores).astype(np.float32), -np.inf)  # a NaN comes last
+    # One integer per document sorts faster than two keys: above, the bits of the float, which
+    # order as integers once those of negative numbers are turned round; below, the id's place.
+    bits = (scores + 0.0).view(np.int32).astype(np.int64)  # + 0: -0 ties with 0
+    descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return np.argsort((descending << 32) - doc_rank, axis=1)
 
 
 def lookup_grades(
@@ -212,9 +216,9 @@ def lookup_grades(
     row = np.arange(len(ranked))[:, None] * stride + 1
     keys, wanted = (row + judged_docs).ravel(), row + ranked  # one number per (query, document)
     order = keys.argsort()
-    place = order[np.minimum(np.searchsorted(keys, wanted, sorter=order), keys.size - 1)]
-    found = (keys[place] == wanted) & (ranked >= 0)
-    return np.where(found, np.asarray(judged_grades, np.float64).ravel()[place], 0)
+    keys, judged = keys[order], np.asarray(judged_grades, np.float64).ravel()[order]
+    place = np.minimum(np.searchsorted(keys, wanted), keys.size - 1)
+    return np.where((keys[place] == wanted) & (ranked >= 0), judged[place], 0)
 
 
 def rescale_scores(scores: np.ndarray) -> np.ndarray:

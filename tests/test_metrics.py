@@ -138,6 +138,25 @@ def test_graded_metrics_equal_exact_fractions(top):
             np.testing.assert_allclose(metrics[f"RBP{p}"][q], exact, rtol=1e-12)
 
 
+def test_order_of_odd_scores():
+    """Best first, then the greater place: with what rounds to infinity in float32, zeros of both
+    signs, padding, and what is no number, which comes last."""
+    rng = np.random.default_rng(0)
+    odd = np.array([0.0, -0.0, 1e39, -1e39, 1e-50, -1e-50, 3.4e38, -3.4e38, 1, -1, -np.inf])
+    scores = rng.choice(odd, (50, 30))
+    places = np.stack([rng.permutation(30) for _ in range(50)])
+    places[scores == -np.inf] = -1
+    order = trec_order(scores, places)
+    with np.errstate(over="ignore"):
+        compared = scores.astype(np.float32).tolist()
+    for row, score, place in zip(order, compared, places.tolist(), strict=True):
+        pairs = list(zip(score, place, strict=True))
+        assert [pairs[i] for i in row] == sorted(pairs, reverse=True)
+    np.testing.assert_array_equal(
+        trec_order(np.array([[np.nan, -5, 2]]), np.array([[7, 0, 2**31]])), [[2, 1, 0]]
+    )
+
+
 def test_arrays_and_dictionaries_agree():
     rng = np.random.default_rng(0)
     queries, docs, depth = 12, 50, 20
