@@ -131,7 +131,7 @@ def main() -> None:
     figures = {
         name: {
             "seconds": round(seconds, 3),
-            "times_the_loop's_speed": round(median["python_loop"] / seconds, 1),
+            "speedup_over_loop": round(median["python_loop"] / seconds, 1),
         }
         for name, seconds in median.items()
     }
