@@ -89,4 +89,4 @@ def test_the_config_takes_the_languages_to_train_on(capsys):
     assert len(cfg.eval.query_fields) == 9
     with pytest.raises(SystemExit):
         train.parse_flags(["train", "--config=nowhere.py:en", "--workdir=x"])
-    assert "nowhere.py:en: no such file" in capsys.readouterr().err
+    assert "nowhere.py: no such file" in capsys.readouterr().err
