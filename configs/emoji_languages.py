@@ -15,7 +15,7 @@ from gcl_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from gcl_jax.loss_config import ObjectivesConfig
+from gcl_jax.loss_config import ObjectivesConfig, OneToKConfig
 
 # Five scripts, of which CLIP's byte pairs need few enough tokens: 0.7% of the names are cut.
 LANGUAGES = ("en", "ar", "de", "es", "fr", "ja", "ko", "ru", "zh")
@@ -41,9 +41,11 @@ def get_config(languages: str = ",".join(LANGUAGES)) -> TrainConfig:
         ),
         # The drawings of an emoji share its names: none is a negative of another.
         loss=LossConfig(
-            objectives=ObjectivesConfig(gcl=1 - one_to_k, one_to_k=one_to_k), mask_duplicates=True
+            objectives=ObjectivesConfig(gcl=1 - one_to_k, one_to_k=one_to_k),
+            one_to_k=OneToKConfig(text_to_text=0.1),
+            mask_duplicates=True,
         ),
-        optim=OptimConfig(lr=1e-3, warmup_steps=20, steps=150, batch_size=128, weight_decay=0.1),
+        optim=OptimConfig(lr=2e-3, warmup_steps=20, steps=400, batch_size=128, weight_decay=0.1),
         eval=EvalConfig(query_fields=LANGUAGES),
         checkpoint=CheckpointConfig(every=50),
     )
