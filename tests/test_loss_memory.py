@@ -32,6 +32,8 @@ def tpu_mesh() -> Mesh:
 
     # Else libtpu asks the metadata server of a machine that is no TPU host.
     os.environ["TPU_SKIP_MDS_QUERY"] = "1"
+    # Nobody drives a chip here, so other processes may have loaded it too.
+    os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     devices = topologies.get_topology_desc(topology_name="v5e:4x4", platform="tpu").devices
     return Mesh(np.array(devices).reshape(8, 2), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
@@ -101,4 +103,4 @@ def test_memory_is_linear_and_documents_go_the_stated_way(form, is_known):
 @pytest.mark.parametrize(("form", "is_known"), [("gather", True), ("ring", False)])
 def test_on_a_tpu_slice_too(form, is_known):
     """Of batches so large that they do not fit into the vector memory, which is not counted."""
-    check(tpu_mesh(), (65536, 262144), form, is_known)
+    check(tpu_mesh(), (262144, 393216), form, is_known)
