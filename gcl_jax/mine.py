@@ -2,7 +2,8 @@
 not.
 
   python -m gcl_jax.mine --workdir=runs/demo --out=mined/demo
-  python -m gcl_jax.train ... --workdir=runs/harder --config.data.negatives=mined/demo
+  python -m gcl_jax.train ... --workdir=runs/harder --config.data.negatives=mined/demo \\
+      --config.loss.objectives.gcl=0 --config.loss.objectives.hard_negatives=1
 
 Documents are ranked by cosine for the query of every pair. From the ranks asked for, those serve
 that the training split has no score for (or one below --max_score and below the pair's own), and
@@ -186,6 +187,7 @@ def main() -> None:
         for side, rows in negatives.items():
             print(summary(side, rows, mining.num_negatives))
         print(f"train on them with --config.data.negatives={shlex.quote(str(args.out))}")
+        print("  --config.loss.objectives.gcl=0 --config.loss.objectives.hard_negatives=1")
 
 
 if __name__ == "__main__":

@@ -535,6 +535,7 @@ def test_what_a_side_draws_does_not_depend_on_negatives(cfg, store):
 def test_a_run_with_negatives(cfg, tmp_path):
     cfg.optim.steps, cfg.model.vision.layers = 2, 1
     cfg.data.text_negatives = "replace"
+    cfg.loss.objectives.gcl, cfg.loss.objectives.hard_negatives = 0.0, 1.0
     train(cfg, tmp_path / "run")
     logged = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert np.isfinite(json.loads(logged[-1])["loss"])

@@ -249,3 +249,10 @@ def test_data_that_an_objective_lacks_are_named(name, key, value):
     assert "\n" not in str(error.value)
     setattr(cfg.data, key, value)
     check_data(cfg, weights)
+
+
+def test_negatives_that_no_objective_looks_at_are_refused():
+    cfg = config_of("gcl")
+    cfg.data.text_negatives = "swap"
+    with pytest.raises(DataError, match=r"embedded for nothing .*objectives\.hard_negatives=1"):
+        check_data(cfg, np.ones(3, np.float32))

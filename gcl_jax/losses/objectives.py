@@ -57,7 +57,14 @@ def check_data(cfg: TrainConfig, weights: np.ndarray) -> None:
             f"languages, but there is one query field, {next(iter(cfg.data.query_fields))!r}: name "
             "two or more text fields of the store in config.data.query_fields"
         )
-    if "hard_negatives" in asked and not cfg.data.negatives and cfg.data.text_negatives == "none":
+    negatives = cfg.data.negatives or cfg.data.text_negatives != "none"
+    if negatives and "hard_negatives" not in asked:
+        raise DataError(
+            "config.data.negatives and text_negatives are embedded for nothing without an "
+            "objective that learns from them: set config.loss.objectives.hard_negatives=1, and "
+            "gcl=0, which it contains"
+        )
+    if "hard_negatives" in asked and not negatives:
         raise DataError(
             "config.loss.objectives.hard_negatives needs negatives of the pairs: set "
             "config.data.negatives to 'store' or to a folder made by `python -m gcl_jax.mine`, or "
