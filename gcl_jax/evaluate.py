@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from gcl_jax import metrics
+from gcl_jax import distributed, metrics
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
@@ -126,13 +126,17 @@ def main() -> None:
     parser.add_argument(
         "--embed_dim", type=int, help="leading dimensions of the embeddings (default: config)"
     )
+    distributed.add_arguments(parser)
     args = parser.parse_args()
-    with reported_in_one_line():
+    places = (getattr(args, name) for name in distributed.FLAGS)
+    with reported_in_one_line(), distributed.joined(*places):
         cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim)
         max_queries = cfg.eval.max_queries if args.max_queries is None else args.max_queries
         if max_queries < 1:
             raise UserError(f"--max_queries={max_queries} must be 1 or more")
         results = evaluate_splits(cfg, store, Embedder(cfg, params, mesh), max_queries)
+        if not distributed.is_first():
+            return
         for split, result in results.items():
             report = as_report(split, step, result)
             report["ground_truth"] = ground_truth_of(cfg, store, split)
