@@ -76,16 +76,16 @@ def main() -> int:
 def _wait(children: list[subprocess.Popen]) -> int:
     """The exit code of the first child that failed, or 0, once all have ended."""
     first, deadline = 0, float("inf")
-    while any(child.poll() is None for child in children):
-        failed = [rank for rank, child in enumerate(children) if child.returncode]
+    while None in (codes := [child.poll() for child in children]):
+        failed = [rank for rank, code in enumerate(codes) if code]
         if failed and not first:
-            first, deadline = children[failed[0]].returncode, time.monotonic() + GRACE_SECONDS
+            first, deadline = codes[failed[0]], time.monotonic() + GRACE_SECONDS
             print(f"process {failed[0]} ended with {first}; ending all", file=sys.stderr)
         if time.monotonic() > deadline:
             for child in children:
                 child.kill()
         time.sleep(0.1)
-    first = first or next((child.returncode for child in children if child.returncode), 0)
+    first = first or next((code for code in codes if code), 0)
     return first if first >= 0 else 128 - first
 
 
