@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
@@ -22,7 +23,7 @@ from gcl_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: all it writes goes there.")
-_DEFINE = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
+_DEFINE: dict[type, Callable] = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
 _PROCESSES = [_DEFINE[kind](name, None, text) for name, (kind, text) in distributed.FLAGS.items()]
 
 
