@@ -53,13 +53,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextlib.contextmanager
 def joined(
-    coordinator: str | None = None, num_processes: int | None = None, process_id: int | None = None
+    coordinator: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    graceful: bool = False,
 ) -> Iterator[None]:
     """Makes this process one of a run for the duration of the context, before any other use of jax.
 
     Without arguments, environment variables or a scheduler of several processes it does nothing. At
     the end the processes wait for each other. An exception other than SystemExit, which all must
     raise alike, is reported here and ends the process without waiting: the others may be stuck.
+    `graceful` leaves SIGTERM to `StopSignals`; otherwise it ends the process.
 
     Raises:
         ConfigError: the arguments or environment variables are incomplete or make no sense.
@@ -70,6 +75,7 @@ def joined(
         return
     import jax
 
+    jax.config.update("jax_enable_preemption_service", graceful)
     _initialize(rendezvous)
     try:
         yield

@@ -178,7 +178,7 @@ def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> Non
 def main(_argv: list[str]) -> None:
     with reported_in_one_line():
         validate(_CONFIG.value)
-        with distributed.joined(*(flag.value for flag in _PROCESSES)):
+        with distributed.joined(*(flag.value for flag in _PROCESSES), graceful=True):
             try:
                 train(_CONFIG.value, Path(str(_WORKDIR.value)))
             except Interrupted as stop:

@@ -1,36 +1,21 @@
 """Several processes: who joins whom, one run equal to that of one process, and lost processes."""
 
-import json
 import os
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from conftest import make_tiny_config
+from processes import ENVIRONMENT, PATIENCE_SECONDS, ROOT, logged, start_local, train_command
 
 from gcl_jax import config, distributed, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
-
-ROOT = Path(__file__).parents[1]
-ENVIRONMENT = os.environ | {
-    "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
-}
-CONFIG_FILE = """
-from pathlib import Path
-from gcl_jax import config
-
-def get_config():
-    return config.load(Path(__file__).with_suffix(".json"))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -39,35 +24,6 @@ def alone(monkeypatch):
     for name in (*os.environ,):
         if name.startswith(("JAX_COORDINATOR", "JAX_NUM_", "JAX_PROCESS_", "SLURM_")):
             monkeypatch.delenv(name)
-
-
-@pytest.fixture
-def config_file(tiny_store, tmp_path):
-    """A config file of three training steps, with augmentation and an evaluation."""
-    cfg = make_tiny_config()
-    cfg.data.store, cfg.data.augmentation = str(tiny_store.directory), "crop_flip"
-    cfg.optim.steps, cfg.checkpoint.every, cfg.log_every = 3, 2, 1
-    cfg.eval.every, cfg.eval.splits, cfg.eval.batch_size = 2, ("in_domain",), 16
-    path = tmp_path / "tiny.py"
-    path.write_text(CONFIG_FILE)
-    config.save(cfg, path.with_suffix(".json"))
-    return path
-
-
-def train_command(config_file, workdir, *flags):
-    command = [sys.executable, "-m", "gcl_jax.train"]
-    return [*command, f"--config={config_file}", f"--workdir={workdir}", *flags]
-
-
-def local(processes, devices, *command, **kwargs):
-    launcher = [sys.executable, str(ROOT / "launch/local.py")]
-    launcher += [f"--processes={processes}", f"--devices={devices}", "--", *command]
-    return subprocess.Popen(launcher, env=ENVIRONMENT, cwd=ROOT, text=True, **kwargs)
-
-
-def logged(workdir):
-    lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
 
 
 def final_params(config_file, workdir):
@@ -80,10 +36,10 @@ def final_params(config_file, workdir):
 def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
     for name, processes, devices in (("two", 2, 2), ("one", 1, 4)):
         workdir = tmp_path / name
-        run = local(
+        run = start_local(
             processes, devices, *train_command(config_file, workdir), stderr=subprocess.PIPE
         )
-        errors = run.communicate(timeout=300)[1]
+        errors = run.communicate(timeout=PATIENCE_SECONDS)[1]
         assert run.returncode == 0, errors
         assert errors.count("starting from random parameters") == 1
     rows = {name: logged(tmp_path / name) for name in ("one", "two")}
@@ -101,8 +57,8 @@ def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
     evaluation = [sys.executable, "-m", "gcl_jax.evaluate", f"--workdir={tmp_path / 'one'}"]
     outputs = []
     for processes in (1, 2):
-        run = local(processes, 2, *evaluation, stdout=subprocess.PIPE)
-        run.communicate(timeout=300)
+        run = start_local(processes, 2, *evaluation, stdout=subprocess.PIPE)
+        run.communicate(timeout=PATIENCE_SECONDS)
         assert run.returncode == 0
         outputs.append((tmp_path / "one/eval/in_domain.json").read_text())
     assert outputs[0] == outputs[1]
@@ -110,12 +66,12 @@ def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
 
 def test_sigterm_to_all_saves_one_step_on_all(config_file, tmp_path):
     workdir = tmp_path / "run"
-    flags = ["--config.optim.steps=100000", "--config.eval.every=0", "--config.checkpoint.every=0"]
-    flags[-1] = "--config.checkpoint.every=100000"
-    run = local(2, 1, *train_command(config_file, workdir, *flags), stderr=subprocess.PIPE)
+    flags = ["--config.optim.steps=100000", "--config.eval.every=0"]
+    flags += ["--config.checkpoint.every=100000"]
+    run = start_local(2, 1, *train_command(config_file, workdir, *flags), stderr=subprocess.PIPE)
     wait_for_steps(workdir, 1)
     run.send_signal(signal.SIGTERM)
-    errors = run.communicate(timeout=120)[1]
+    errors = run.communicate(timeout=PATIENCE_SECONDS)[1]
     assert run.returncode == 128 + signal.SIGTERM
     (line,) = [line for line in errors.splitlines() if "; run the same command" in line]
     (saved,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
@@ -132,7 +88,7 @@ def test_a_killed_process_ends_the_other_within_a_minute(config_file, tmp_path, 
     processes = [
         subprocess.Popen(
             train_command(config_file, tmp_path / "run", *place, f"--process_id={rank}", *steps),
-            env=ENVIRONMENT | {"JAX_PLATFORMS": "cpu"},
+            env=ENVIRONMENT,
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
@@ -154,7 +110,7 @@ def test_a_killed_process_ends_the_other_within_a_minute(config_file, tmp_path, 
 
 
 def wait_for_steps(workdir, steps):
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while not (workdir / "metrics.jsonl").exists() or len(logged(workdir)) < steps:
         assert time.monotonic() < deadline
         time.sleep(0.2)
@@ -166,7 +122,11 @@ def test_waiting_for_a_process_that_never_comes_ends_in_one_line():
         "with d.joined('localhost:1', 2, 1): pass"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_SECONDS,
     )
     assert result.returncode == 1
     assert "not all processes of the run met at localhost:1 within 2 s" in result.stderr

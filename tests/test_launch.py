@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
-from test_distributed import ENVIRONMENT, config_file, logged  # noqa: F401
+from processes import ENVIRONMENT, PATIENCE_SECONDS, ROOT, logged
 
-LAUNCH = Path(__file__).parents[1] / "launch"
-ROOT = LAUNCH.parent
+LAUNCH = ROOT / "launch"
 
 SRUN = f"""#!{sys.executable}
 import os, subprocess, sys
@@ -138,20 +137,19 @@ def slurm(tmp_path, srun, *flags):
         "PYTHON": sys.executable,
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": str(os.getpid()),  # jax makes a port of it
-        "JAX_PLATFORMS": "cpu",
     }
     result = subprocess.run(
         ["bash", str(LAUNCH / "slurm.sbatch"), *flags],
         env=environment,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=PATIENCE_SECONDS,
     )
     log = tmp_path / "scontrol.log"
     return result, log.read_text() if log.exists() else ""
 
 
-def test_slurm_script_trains_with_two_tasks(config_file, tmp_path):  # noqa: F811
+def test_slurm_script_trains_with_two_tasks(config_file, tmp_path):
     workdir = tmp_path / "run"
     flags = ["--config.optim.steps=2", "--config.eval.every=0", "--config.checkpoint.every=2"]
     result, requeued = slurm(
