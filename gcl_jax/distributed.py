@@ -75,6 +75,9 @@ def joined(
         return
     import jax
 
+    from gcl_jax import logs
+
+    logs.quiet_libraries()
     jax.config.update("jax_enable_preemption_service", graceful)
     _initialize(rendezvous)
     try:
