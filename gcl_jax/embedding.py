@@ -10,13 +10,13 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Bool, Float
 
-from gcl_jax import logs
+from gcl_jax import distributed, logs
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side, corpus_batches
 from gcl_jax.data.store import Records
 from gcl_jax.losses.matryoshka import truncated
 from gcl_jax.models.clip import merge_fields
-from gcl_jax.sharding import replicated, to_global
+from gcl_jax.sharding import local_rows, replicated, to_global
 from gcl_jax.state import Params, abstract_model, merge
 
 
@@ -52,9 +52,12 @@ class Embedder:
         # Rounded up to what splits evenly over the devices.
         self._batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size
 
-        def encode(params, inputs):
-            embeddings = merge(graphdef, params).encode_fields(inputs)
-            return truncated(embeddings, dim) if dim < cfg.model.embed_dim else embeddings
+        def encode(params, batch):
+            embeddings = merge(graphdef, params).encode_fields(batch["inputs"])
+            if dim < cfg.model.embed_dim:
+                embeddings = truncated(embeddings, dim)
+            # Other hosts have read it, too, so it comes back from the devices.
+            return embeddings, batch["present"]
 
         self._encode = jax.jit(encode, out_shardings=replicated(mesh))
 
@@ -78,14 +81,17 @@ class Embedder:
         with a progress bar unless `quiet`."""
         embeddings: dict[str, list] = {field: [] for field in fields}
         present: dict[str, list] = {field: [] for field in fields}
-        batches = corpus_batches(self._cfg, side, records, fields, indices, self._batch_size)
+        size = self._batch_size
+        local = local_rows(size, self._mesh)
+        batches = corpus_batches(self._cfg, side, records, fields, indices, size, local)
+        quiet = quiet or not distributed.is_first()
         bar = logs.progress(len(indices), unit="records", description=description, quiet=quiet)
         with bar:
             for batch, rows in batches:
-                encoded = self._encode(self._params, to_global(batch["inputs"], self._mesh))
+                encoded, had = self._encode(self._params, to_global(batch, self._mesh))
                 for field in fields:
                     embeddings[field].append(np.asarray(encoded[field])[:rows])
-                    present[field].append(batch["present"][field][:rows])
+                    present[field].append(np.asarray(had[field])[:rows])
                 bar.update(rows)
         return FieldEmbeddings(
             {field: np.concatenate(parts) for field, parts in embeddings.items()},

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax import compare, metrics, scoring
+from gcl_jax import compare, distributed, metrics, scoring
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
@@ -154,6 +154,8 @@ def evaluate_workdir(
         raise UserError(f"--max_queries={max_queries} must be 1 or more")
     embedder = Embedder(cfg, params, mesh)
     results = evaluate_splits(cfg, store, embedder, max_queries, rankings=write_runs)
+    if not distributed.is_first():
+        return
     for split, result in results.items():
         report = as_report(split, step, result)
         report["ground_truth"] = ground_truth_of(cfg, store, split)
@@ -193,6 +195,7 @@ def main() -> None:
         action="store_true",
         help="write eval/SPLIT.{qrels,run}.trec, .gt_results.json and .retrieval.json too",
     )
+    distributed.add_arguments(parser)
     args = parser.parse_args()
     with reported_in_one_line():
         for mode, names in OPTIONS.items():
@@ -200,7 +203,8 @@ def main() -> None:
                 if getattr(args, name) != parser.get_default(name):
                     raise UserError(f"--{name} is an option of --{mode}")
         if args.workdir is not None:
-            evaluate_workdir(args.workdir, args.max_queries, args.embed_dim, args.write_runs)
+            with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
+                evaluate_workdir(args.workdir, args.max_queries, args.embed_dim, args.write_runs)
         elif args.qrels is not None:
             if args.run is None:
                 raise UserError("--qrels needs --run: the results to score")

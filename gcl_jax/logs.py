@@ -18,13 +18,18 @@ def quiet_libraries() -> None:
 
 
 class MetricWriter:
-    """Appends scalars to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR."""
+    """Appends scalars to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR; writes nothing
+    if `quiet`."""
 
-    def __init__(self, workdir: Path):
-        self._jsonl = (workdir / "metrics.jsonl").open("a", buffering=1)
-        self._events = EventFileWriter(str(workdir))
+    def __init__(self, workdir: Path, *, quiet: bool = False):
+        self._quiet = quiet
+        if not quiet:
+            self._jsonl = (workdir / "metrics.jsonl").open("a", buffering=1)
+            self._events = EventFileWriter(str(workdir))
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
+        if self._quiet:
+            return
         self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
@@ -34,8 +39,9 @@ class MetricWriter:
         return self
 
     def __exit__(self, *_) -> None:
-        self._jsonl.close()
-        self._events.close()
+        if not self._quiet:
+            self._jsonl.close()
+            self._events.close()
 
 
 def truncate_metrics(workdir: Path, step: int) -> None:

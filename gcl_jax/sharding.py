@@ -63,6 +63,12 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
 
 
+def local_rows(n: int, mesh: Mesh) -> np.ndarray:
+    """Which rows of a global batch of `n` this host has to feed to `to_global`, in order."""
+    places = batch_sharding(mesh).addressable_devices_indices_map((n,))
+    return np.sort(np.concatenate([np.arange(n)[index] for index in places.values()]))
+
+
 def to_global(batch, mesh: Mesh):
     """This host's rows of every array in the pytree `batch` to global arrays, rows sharded."""
     sharding = batch_sharding(mesh)

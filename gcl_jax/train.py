@@ -1,27 +1,30 @@
 """Trains a model: `python -m gcl_jax.train --config=configs/emoji_tiny.py --workdir=runs/demo`.
 
-The same command continues a run that was interrupted. Every leaf of the config is a flag, e.g.
+The same command continues a run that was interrupted. On several hosts it is the same command on
+each (docs/pods.md). Every leaf of the config is a flag, e.g.
 --config.optim.lr=3e-4 or --config.data.store=stores/mine.
 """
 
 import contextlib
 import dataclasses
 import json
-import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from gcl_jax import config
+from gcl_jax import config, distributed
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import ConfigError, reported_in_one_line
 from gcl_jax.validation import validate
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file with get_config().")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: all it writes goes there.")
+_DEFINE: dict[type, Callable] = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
+_PROCESSES = [_DEFINE[kind](name, None, text) for name, (kind, text) in distributed.FLAGS.items()]
 
 
 class Interrupted(Exception):
@@ -73,13 +76,20 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
         weights = known_weights(cfg, store)
         known = {"known": jax.device_put(weights, sharding.replicated(mesh))}
 
-    workdir.mkdir(parents=True, exist_ok=True)
+    first = distributed.is_first()
+    if first:
+        workdir.mkdir(parents=True, exist_ok=True)
     # Unclosed, the threads that prefetch from an endless data set outlive the training.
     with (
         contextlib.closing(batches),
         Checkpointer(workdir, cfg.checkpoint) as checkpointer,
-        _SignalCatcher() as caught,
+        distributed.StopSignals() as signals,
     ):
+        if not checkpointer.directory.is_dir():
+            raise ConfigError(
+                f"--workdir={workdir} must lie on storage that all processes share: process "
+                f"{jax.process_index()} does not see what process 0 writes there"
+            )
         start = checkpointer.latest_step()
         if start == 0:
             raise ConfigError(
@@ -92,23 +102,23 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
             cfg.init_from = started.init_from
             state, position = checkpointer.restore(states.abstract_state(cfg, tx, mesh))
             batches.set_state(position)
-            print(f"continuing {workdir} from step {start} of {steps}", file=sys.stderr)
+            distributed.announce(f"continuing {workdir} from step {start} of {steps}")
         else:
             state = states.init_state(cfg, tx, mesh, warm_start(cfg, mesh) if cfg.init_from else {})
-            print(f"starting from {cfg.init_from or 'random parameters'}", file=sys.stderr)
+            distributed.announce(f"starting from {cfg.init_from or 'random parameters'}")
         if epoch < len(pairs):
-            print(
+            distributed.announce(
                 f"config.data.unique_queries leaves {len(pairs) - epoch} of {len(pairs)} pairs out "
-                "of each epoch, others every time",
-                file=sys.stderr,
+                "of each epoch, others every time"
             )
         embedder = Embedder(cfg, state.params, mesh)
-        config.save(cfg, workdir / "config.json")
         start = start or 0
-        logs.truncate_metrics(workdir, start)
+        if first:
+            config.save(cfg, workdir / "config.json")
+            logs.truncate_metrics(workdir, start)
 
-        bar = logs.progress(steps, unit="step", description="train", initial=start)
-        with logs.MetricWriter(workdir) as writer, bar:
+        bar = logs.progress(steps, unit="step", description="train", initial=start, quiet=not first)
+        with logs.MetricWriter(workdir, quiet=not first) as writer, bar:
             clock, logged, waited = time.perf_counter(), start, 0.0
             metrics: dict[str, jax.Array] = {}
             for step in range(start + 1, steps + 1):
@@ -141,10 +151,11 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                     writer.write(step, summaries)
                     clock, logged, waited = time.perf_counter(), step, 0.0
                 checkpointer.check_for_errors()
-                if caught.signum or step % cfg.checkpoint.every == 0 or step == steps:
+                signum = signals.stop_after(step)
+                if signum or step % cfg.checkpoint.every == 0 or step == steps:
                     checkpointer.save(step, state, batches.get_state())
-                if caught.signum and step < steps:
-                    raise Interrupted(caught.signum, step)
+                if signum and step < steps:
+                    raise Interrupted(signum, step)
 
 
 def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> None:
@@ -164,35 +175,15 @@ def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> Non
             )
 
 
-class _SignalCatcher:
-    """Notes SIGINT and SIGTERM instead of dying, so that the step ends and its state is saved; a
-    second signal ends the program at once."""
-
-    signum = 0
-
-    def __enter__(self) -> "_SignalCatcher":
-        self._previous = {s: signal.signal(s, self._catch) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def _catch(self, signum: int, _frame) -> None:
-        if self.signum:
-            raise KeyboardInterrupt
-        self.signum = signum
-        print("\nstopping after this step and saving", file=sys.stderr)
-
-    def __exit__(self, *_) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-
 def main(_argv: list[str]) -> None:
     with reported_in_one_line():
         validate(_CONFIG.value)
-        try:
-            train(_CONFIG.value, Path(str(_WORKDIR.value)))
-        except Interrupted as stop:
-            print(stop, file=sys.stderr)
-            sys.exit(stop.exit_code)
+        with distributed.joined(*(flag.value for flag in _PROCESSES), graceful=True):
+            try:
+                train(_CONFIG.value, Path(str(_WORKDIR.value)))
+            except Interrupted as stop:
+                distributed.announce(str(stop))
+                sys.exit(stop.exit_code)
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -20,6 +20,7 @@ import io
 import jax
 import numpy as np
 import parity
+import processes
 import pytest
 from jax.sharding import AxisType, Mesh
 from PIL import Image
@@ -130,6 +131,23 @@ def png(rng: np.random.Generator) -> bytes:
 def tiny_store(tmp_path_factory) -> RankedStore:
     """`TinySource`, written once; open it elsewhere by its `directory`."""
     return write_store(TinySource(), tmp_path_factory.mktemp("stores") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def compile_cache(tmp_path_factory) -> None:
+    """What one of the processes that tests start has compiled, the others need not."""
+    folder = tmp_path_factory.mktemp("compiled")
+    processes.ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+@pytest.fixture
+def config_file(tiny_config, tiny_store, tmp_path, compile_cache):
+    """A config file of three training steps, with augmentation and an evaluation."""
+    cfg = tiny_config
+    cfg.data.store, cfg.data.augmentation = str(tiny_store.directory), "crop_flip"
+    cfg.optim.steps, cfg.checkpoint.every, cfg.log_every = 3, 2, 1
+    cfg.eval.every, cfg.eval.splits, cfg.eval.batch_size = 2, ("in_domain",), 16
+    return processes.write_config(cfg, tmp_path / "tiny.py")
 
 
 def make_tiny_batch(cfg: TrainConfig) -> dict:

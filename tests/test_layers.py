@@ -22,7 +22,7 @@ LAYERS = (
         "text",
         "score_weights",
     },
-    {"data", "datasets", "sharding", "logs"},
+    {"data", "datasets", "sharding", "logs", "distributed"},
     {"models", "losses", "optim"},
     {
         "state",

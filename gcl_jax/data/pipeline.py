@@ -250,14 +250,16 @@ def corpus_batches(
     fields: Sequence[str],
     indices: np.ndarray,
     batch_size: int,
+    local: np.ndarray | slice = slice(None),
 ) -> Iterator[tuple[Batch, int]]:
     """Yields ({"inputs", "present"}, rows) for the records `indices` in order, without
-    augmentation; the last batch repeats its last record up to `batch_size`, `rows` are real."""
+    augmentation; the last batch repeats its last record up to `batch_size`, `rows` are real.
+    `local` picks the rows of each batch that this host reads."""
     encode = FieldEncoder(cfg, side, records, fields)
     for start in range(0, len(indices), batch_size):
         chunk = indices[start : start + batch_size]
         padded = np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")
-        inputs, present = zip(*(encode(i) for i in padded), strict=True)
+        inputs, present = zip(*(encode(i) for i in padded[local]), strict=True)
         batch = {
             name: {field: np.stack([row[field] for row in rows]) for field in fields}
             for name, rows in (("inputs", inputs), ("present", present))
