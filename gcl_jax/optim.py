@@ -30,8 +30,9 @@ EMBEDDINGS = {
 
 
 def total_steps(cfg: OptimConfig, num_pairs: int) -> int:
-    """`cfg.steps`, or as many steps as `cfg.epochs` over `num_pairs` need (at least 1)."""
-    return cfg.steps or max(1, round(cfg.epochs * num_pairs / cfg.batch_size))
+    """`cfg.steps`, or as many as `cfg.examples` or `cfg.epochs` over `num_pairs` need (1 at the
+    least)."""
+    return cfg.steps or max(1, round((cfg.examples or cfg.epochs * num_pairs) / cfg.batch_size))
 
 
 def lr_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -159,6 +160,12 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
         return jax.tree.map(jnp.multiply, updates, multipliers), state
 
     return optax.GradientTransformation(init, update)
+
+
+def updates_done(state: optax.OptState) -> jax.Array:
+    """int32 scalar: how many updates this state of `make_optimizer` has made; the schedule of the
+    learning rate counts these, not steps."""
+    return optax.tree.get_all_with_path(state, "count")[0][1]
 
 
 def in_float32(tree):

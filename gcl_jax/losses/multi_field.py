@@ -64,7 +64,7 @@ def multi_field_loss(
                 name, embeddings, batch, logit_scale, logit_bias, loss, data, mesh
             )
         elif weight:
-            merged = _merged(embeddings, batch, logit_scale, loss, data, mesh)
+            merged = merged_batch(embeddings, batch, logit_scale, loss, data, mesh)
             weighted = OF_MERGED[name](merged, loss)
             terms = {"merged": weighted}
         else:
@@ -113,7 +113,15 @@ def _terms(name, embeddings, batch, logit_scale, logit_bias, loss, data, mesh):
     return sum((weights[term] * value for term, value in values.items()), jnp.float32(0)), values
 
 
-def _merged(embeddings, batch, logit_scale, loss, data, mesh) -> Merged:
+def merged_batch(
+    embeddings: Embeddings,
+    batch: Mapping,
+    logit_scale: jax.Array,
+    loss: LossConfig,
+    data: DataConfig,
+    mesh: Mesh,
+) -> Merged:
+    """The batch with one embedding for each query and document; arguments of `multi_field_loss`."""
     fields = {"query": data.query_fields, "document": data.document_fields}
     own = {
         side: merge_fields(embeddings[side], batch[f"{side}_present"], weights)
