@@ -145,7 +145,8 @@ class DataConfig:
 
 @dataclasses.dataclass(slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay; `steps` wins over `epochs` when it is set.
+    """AdamW with linear warm-up and cosine decay, as long as `steps` say, or if that is 0 as many
+    `examples` (pairs), or if that is 0 too as many `epochs`.
 
     `freeze`: regular expressions; a parameter whose dotted path one of them matches from its start
     is not trained ("visual" is the image tower, "text.transformer.blocks.[0-5][.]" the text
@@ -159,6 +160,7 @@ class OptimConfig:
     lr: float = 2e-5
     warmup_steps: int = 100
     epochs: float = 5.0
+    examples: int = 0
     steps: int = 0
     batch_size: int = 256
     weight_decay: float = 0.02
@@ -209,9 +211,25 @@ class CheckpointConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class SickConfig:
+    """A step whose loss or gradients are not finite is skipped and counted. After `patience` of
+    them in a row the run goes back to its newest checkpoint, and on with the data that follow, at
+    most `rollbacks` times; then it stops. A loss more than `spike` standard deviations above its
+    running mean is reported (0: never)."""
+
+    patience: int = 10
+    rollbacks: int = 2
+    spike: float = 8.0
+
+
+@dataclasses.dataclass(slots=True)
 class TrainConfig:
     """One run, whole. A run without a checkpoint of its own starts from `init_from`: pretrained
-    weights (a file, a Hugging Face or open_clip folder, a hub id) or the workdir of another run."""
+    weights (a file, a Hugging Face or open_clip folder, a hub id) or the workdir of another run.
+
+    Metrics are logged every `log_every` steps, also to Weights & Biases if `wandb` names a project.
+    A process that makes no progress for `hang_seconds` ends itself (0: never).
+    """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -220,9 +238,12 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    sick: SickConfig = dataclasses.field(default_factory=SickConfig)
     init_from: str = ""
     seed: int = 0
     log_every: int = 10
+    wandb: str = ""
+    hang_seconds: int = 1800
 
 
 def from_dict(kind: type, values: dict):

@@ -1,15 +1,20 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events, one progress line."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events, one progress line; and whose words
+do not."""
 
+import hashlib
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import tqdm
 from absl import logging
-from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+from gcl_jax.errors import ConfigError
 
 
 def quiet_libraries() -> None:
@@ -18,38 +23,76 @@ def quiet_libraries() -> None:
 
 
 class MetricWriter:
-    """Appends scalars to WORKDIR/metrics.jsonl and to TensorBoard events in WORKDIR; writes nothing
-    if `quiet`."""
+    """Appends scalars to WORKDIR/metrics.jsonl, to TensorBoard events in WORKDIR and, if `wandb`
+    names a project, to Weights & Biases; writes nothing if `quiet`.
 
-    def __init__(self, workdir: Path, *, quiet: bool = False):
+    Args:
+        config: shown beside the numbers in Weights & Biases.
+
+    Raises:
+        ConfigError: `wandb` is set, and the package is not installed.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        wandb: str = "",
+        config: Mapping | None = None,
+        *,
+        quiet: bool = False,
+    ):
         self._quiet = quiet
-        if not quiet:
-            self._jsonl = (workdir / "metrics.jsonl").open("a", buffering=1)
-            self._events = EventFileWriter(str(workdir))
+        self._wandb = None
+        if quiet:
+            return
+        self._path = workdir / "metrics.jsonl"
+        self._events = EventFileWriter(str(workdir))
+        if wandb:
+            self._wandb = _wandb_run(wandb, workdir, config)
 
-    def write(self, step: int, scalars: dict[str, float]) -> None:
+    def restart(self, start: int) -> None:
+        """`start` steps are done: what was written of later ones, before a kill, is dropped from
+        metrics.jsonl, and superseded in TensorBoard."""
         if self._quiet:
             return
-        self._jsonl.write(json.dumps({"step": step, **scalars}) + "\n")
+        if self._path.exists():
+            lines = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
+            self._path.write_text("".join(f"{line}\n" for line in lines))
+        log = SessionLog(status=SessionLog.START)
+        self._events.add_event(Event(step=start + 1, wall_time=time.time(), session_log=log))
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        if self._quiet:
+            return
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **scalars}) + "\n")
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
         self._events.add_event(event)
+        if self._wandb:
+            self._wandb.log(dict(scalars), step=step)
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_) -> None:
         if not self._quiet:
-            self._jsonl.close()
             self._events.close()
+        if self._wandb:
+            self._wandb.finish()
 
 
-def truncate_metrics(workdir: Path, step: int) -> None:
-    """Drops the lines of metrics.jsonl after `step`, which a resumed run writes again."""
-    path = workdir / "metrics.jsonl"
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+def _wandb_run(project: str, workdir: Path, config: Mapping | None):
+    try:
+        import wandb
+    except ImportError:
+        raise ConfigError(
+            f"config.wandb={project!r} needs the package: pip install wandb"
+        ) from None
+    # The same run of the project, however often this one is interrupted.
+    name = workdir.absolute().name
+    made = {"id": hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16], "name": name}
+    return wandb.init(project=project, dir=workdir, config=config, resume="allow", **made)
 
 
 def _step(line: str) -> float:

@@ -1,5 +1,7 @@
-"""One training step: embed, contrast over the global batch, update."""
+"""One training step: embed, contrast over the global batch, update if all that is finite."""
 
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import jax
@@ -11,11 +13,12 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import pair_weights
 from gcl_jax.data.store import RankedStore
 from gcl_jax.gradient_cache import cached_value_and_grad, check_chunks
+from gcl_jax.losses.accuracy import in_batch_accuracy
 from gcl_jax.losses.matryoshka import over_dims
 from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.models.clip import CLIP, Fields
-from gcl_jax.optim import apply_updates, in_float32, trained_part, with_part
+from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
 from gcl_jax.sharding import replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
@@ -56,6 +59,11 @@ def make_train_step(
     """The compiled step (state, global batch) -> (state, metrics); the old state's memory is
     reused.
 
+    A step whose loss or gradients are not finite changes nothing but the count of steps; all
+    devices know of it alike. Metrics, float32 scalars: "loss", "loss/TERM", "gradient_norm" before
+    clipping, "logit_scale", "skipped_steps" so far, and at every `log_every`th step
+    "accuracy/DIRECTION" of `in_batch_accuracy`, else NaN.
+
     Raises:
         ConfigError: the batch does not fall into equal chunks on the devices.
     """
@@ -64,6 +72,7 @@ def make_train_step(
     vision = cfg.model.vision
     drops_patches = vision is not None and vision.patch_dropout > 0
     objective = over_dims(multi_field_loss, cfg.loss.matryoshka_dims)
+    settings = {"loss": cfg.loss, "data": cfg.data, "mesh": mesh}
 
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
         def encode(trained, inputs, key):
@@ -72,15 +81,17 @@ def make_train_step(
 
         def loss_fn(trained, embeddings, batch):
             params = with_part(state.params, trained)
-            return objective(
-                embeddings,
-                batch,
-                jnp.exp(params["logit_scale"]),
-                params.get("logit_bias", 0.0),
-                loss=cfg.loss,
-                data=cfg.data,
-                mesh=mesh,
-            )
+            scale, bias = jnp.exp(params["logit_scale"]), params.get("logit_bias", 0.0)
+            loss, terms = objective(embeddings, batch, scale, bias, **settings)
+            terms = {f"loss/{name}": value for name, value in terms.items()}
+            return loss, terms | accuracy(jax.lax.stop_gradient(embeddings), batch)
+
+        def accuracy(embeddings, batch):
+            measured = functools.partial(in_batch_accuracy, embeddings, batch, **settings)
+            unknown = jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan), jax.eval_shape(measured))
+            logged = (state.step + 1) % cfg.log_every == 0
+            shares = jax.lax.cond(logged, measured, lambda: unknown)
+            return {f"accuracy/{name}": share for name, share in shares.items()}
 
         # Of the step alone, so that a resumed run draws what an uninterrupted one does.
         dropping, rounding, mixing = jax.random.split(
@@ -91,21 +102,28 @@ def make_train_step(
         rest = {"key": mixing} | {name: x for name, x in batch.items() if name not in EMBEDDED}
         value_and_grad = cached_value_and_grad(encode, loss_fn, cfg.optim.chunks, mesh)
         (loss, terms), gradients = value_and_grad(in_float32(trained), inputs, rest, dropping)
-        updates, opt_state = tx.update(gradients, state.opt_state, trained)
-        trained = apply_updates(trained, updates, rounding)
-        if "logit_scale" in trained:
-            trained["logit_scale"] = jnp.minimum(trained["logit_scale"], cfg.model.max_logit_scale)
-        ema = state.ema
-        if ema is not None:
-            ema = optax.incremental_update(in_float32(trained), ema, 1 - cfg.optim.ema_decay)
-        metrics = {
+        norm = optax.tree.norm(gradients)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def updated() -> TrainState:
+            updates, opt_state = tx.update(gradients, state.opt_state, trained)
+            new = apply_updates(trained, updates, rounding)
+            if "logit_scale" in new:
+                new["logit_scale"] = jnp.minimum(new["logit_scale"], cfg.model.max_logit_scale)
+            ema = state.ema
+            if ema is not None:
+                ema = optax.incremental_update(in_float32(new), ema, 1 - cfg.optim.ema_decay)
+            return TrainState(state.step, with_part(state.params, new), opt_state, ema)
+
+        new = jax.tree.map(functools.partial(jnp.where, finite), updated(), state)
+        new = dataclasses.replace(new, step=state.step + 1)
+        metrics = terms | {
             "loss": loss,
-            "gradient_norm": optax.tree.norm(gradients),
+            "gradient_norm": norm,
             "logit_scale": jnp.exp(state.params["logit_scale"]),
+            "skipped_steps": new.step - updates_done(new.opt_state),
         }
-        metrics |= {f"loss/{name}": value for name, value in terms.items()}
-        params = with_part(state.params, trained)
-        return TrainState(state.step + 1, params, opt_state, ema), metrics
+        return new, metrics
 
     return jax.jit(
         train_step,

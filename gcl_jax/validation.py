@@ -42,6 +42,7 @@ AT_LEAST_ONE = {
     "mesh": ("fsdp",),
     "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
     "checkpoint": ("every", "keep"),
+    "sick": ("patience",),
 }
 AT_LEAST_ZERO = {
     "model": ("lora_rank",),
@@ -50,7 +51,8 @@ AT_LEAST_ZERO = {
     "loss.listnet": ("temperature",),
     "loss.one_to_k": ("text_to_text",),
     "loss.hard_negatives": ("rank", "intra", "max_margin"),
-    "optim": ("steps", "warmup_steps", "clip_norm"),
+    "optim": ("steps", "examples", "warmup_steps", "clip_norm"),
+    "sick": ("rollbacks", "spike"),
 }
 
 
@@ -77,6 +79,7 @@ def validate(cfg: TrainConfig) -> None:
     _validate_optim(cfg)
     require(cfg.mesh.data == -1 or cfg.mesh.data >= 1, "mesh.data must be -1 or 1 or more")
     require(cfg.log_every >= 1, "log_every must be 1 or more")
+    require(cfg.hang_seconds >= 0, "hang_seconds must be 0 or more")
     require(
         cfg.eval.embed_dim <= cfg.model.embed_dim,
         f"eval.embed_dim={cfg.eval.embed_dim} is more than model.embed_dim={cfg.model.embed_dim}",
@@ -228,7 +231,8 @@ def _validate_optim(cfg: TrainConfig) -> None:
     optim = cfg.optim
     require(optim.batch_size >= 2, "optim.batch_size must be 2 or more: one pair has no negatives")
     require(optim.lr > 0, f"optim.lr={optim.lr} must be above 0")
-    require(optim.steps > 0 or optim.epochs > 0, "optim: set epochs or steps above 0")
+    asked = max(optim.steps, optim.examples, optim.epochs)
+    require(asked > 0, "optim: set epochs, examples or steps above 0")
     require(0 < optim.layer_decay <= 1, f"optim.layer_decay={optim.layer_decay} must lie in (0, 1]")
     require(0 <= optim.ema_decay < 1, f"optim.ema_decay={optim.ema_decay} must lie in [0, 1)")
     for pattern in optim.freeze:

@@ -16,7 +16,7 @@ ENVIRONMENT = {
     for name, value in os.environ.items()
     if not name.startswith(("JAX_COORDINATOR", "JAX_NUM_", "JAX_PROCESS_", "SLURM_"))
 } | {
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0",
     "JAX_PLATFORMS": "cpu",
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -48,9 +48,9 @@ def final_params(cfg, workdir):
 
 def interrupt_at(step, monkeypatch):
     """Sends this process a real SIGINT while training step `step` is under way."""
-    from gcl_jax import step as step_module
+    from gcl_jax import setup
 
-    make = step_module.make_train_step
+    make = setup.make_train_step
 
     def make_interrupted(*args):
         train_step = make(*args)
@@ -62,7 +62,7 @@ def interrupt_at(step, monkeypatch):
 
         return interrupted
 
-    monkeypatch.setattr(step_module, "make_train_step", make_interrupted)
+    monkeypatch.setattr(setup, "make_train_step", make_interrupted)
 
 
 @pytest.mark.parametrize("step", [1, 3])
