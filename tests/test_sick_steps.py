@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_cpu_mesh, make_tiny_batch
+from injected import Injected
 from processes import PATIENCE_SECONDS, logged, start_local
 
 from gcl_jax import optim, setup, step
@@ -74,24 +75,6 @@ def test_a_sick_step_changes_nothing_but_the_count(tiny_config, poisonable):
     assert 0 <= accuracy[3] <= 1
 
 
-class Injected:
-    """Batches, of which some have a weight that is not a number."""
-
-    def __init__(self, batches, sick):
-        self._batches, self._sick, self._drawn = batches, sick, 0
-
-    def __getattr__(self, name):
-        return getattr(self._batches, name)
-
-    def __next__(self):
-        self._drawn += 1
-        rows = next(self._batches)
-        if self._drawn in self._sick:
-            rows["weight"] = rows["weight"].copy()
-            rows["weight"][1] = np.nan
-        return rows
-
-
 @pytest.fixture(scope="module")
 def compiled():
     """Steps are compiled once for all runs of this module."""
@@ -147,7 +130,7 @@ def test_many_in_a_row_go_back_to_the_last_sound_checkpoint(trained, tmp_path, c
 
 def test_a_run_that_does_not_recover_stops_with_a_diagnosis(trained, tmp_path, capsys):
     with pytest.raises(
-        SickRun, match="4 steps in a row, 5 to 8 .*sick_steps.jsonl.*lower config.optim.lr"
+        SickRun, match=r"in 4 steps in a row, 5 to 8 .*sick_steps.*are finite: look"
     ):
         trained(range(5, 100))
     assert capsys.readouterr().err.count("going back to step 4") == 1
@@ -165,7 +148,7 @@ def test_nan_on_one_host_is_skipped_by_both(config_file, tmp_path):
         "from gcl_jax import distributed, setup, train\n"
         "from gcl_jax.config import load\n"
         "from pathlib import Path\n"
-        "from test_sick_steps import Injected\n"
+        "from injected import Injected\n"
         "if __name__ == '__main__':\n"
         "    batches = setup.train_batches\n"
         "    with distributed.joined(graceful=True):\n"
@@ -176,7 +159,7 @@ def test_nan_on_one_host_is_skipped_by_both(config_file, tmp_path):
     script, workdir = tmp_path / "injected.py", tmp_path / "run"
     script.write_text(program)
     command = [sys.executable, str(script), str(config_file.with_suffix(".json")), str(workdir)]
-    run = start_local(2, 1, *command, "--config.eval.every=0", stderr=subprocess.PIPE)
+    run = start_local(2, 1, *command, stderr=subprocess.PIPE)
     errors = run.communicate(timeout=PATIENCE_SECONDS)[1]
     assert run.returncode == 0, errors
     assert [row["skipped_steps"] for row in logged(workdir) if "loss" in row] == [0, 1, 1]

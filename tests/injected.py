@@ -1,0 +1,21 @@
+"""Faults on purpose."""
+
+import numpy as np
+
+
+class Injected:
+    """Batches, of which some have a weight that is not a number."""
+
+    def __init__(self, batches, sick):
+        self._batches, self._sick, self._drawn = batches, sick, 0
+
+    def __getattr__(self, name):
+        return getattr(self._batches, name)
+
+    def __next__(self):
+        self._drawn += 1
+        rows = next(self._batches)
+        if self._drawn in self._sick:
+            rows["weight"] = rows["weight"].copy()
+            rows["weight"][1] = np.nan
+        return rows
