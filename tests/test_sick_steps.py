@@ -156,7 +156,7 @@ def test_nan_on_one_host_is_skipped_by_both(config_file, tmp_path):
         "        setup.train_batches = lambda *args: Injected(batches(*args), sick)\n"
         "        train.train(load(Path(sys.argv[1])), Path(sys.argv[2]))\n"
     )
-    script, workdir = tmp_path / "injected.py", tmp_path / "run"
+    script, workdir = tmp_path / "program.py", tmp_path / "run"
     script.write_text(program)
     command = [sys.executable, str(script), str(config_file.with_suffix(".json")), str(workdir)]
     run = start_local(2, 1, *command, stderr=subprocess.PIPE)
