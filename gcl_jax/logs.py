@@ -49,7 +49,9 @@ def truncate_metrics(workdir: Path, step: int) -> None:
     path = workdir / "metrics.jsonl"
     if path.exists():
         lines = [line for line in path.read_text().splitlines() if _step(line) <= step]
-        path.write_text("".join(f"{line}\n" for line in lines))
+        unfinished = path.with_name(f"{path.name}.incomplete")
+        unfinished.write_text("".join(f"{line}\n" for line in lines))
+        unfinished.replace(path)
 
 
 def _step(line: str) -> float:

@@ -52,6 +52,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     from gcl_jax.datasets import open_store
     from gcl_jax.embedding import Embedder
     from gcl_jax.losses.objectives import check_data
+    from gcl_jax.retention import require_metric
     from gcl_jax.step import known_weights, make_train_step
     from gcl_jax.warm_start import warm_start
 
@@ -62,6 +63,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
         )
     store = open_store(cfg.data.store)
     cfg = store.resolve(cfg)
+    require_metric(cfg)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count())
     pairs = store.pairs(cfg.data.train_split)
     epoch = pairs_per_epoch(cfg, pairs)
@@ -82,7 +84,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
     # Unclosed, the threads that prefetch from an endless data set outlive the training.
     with (
         contextlib.closing(batches),
-        Checkpointer(workdir, cfg.checkpoint) as checkpointer,
+        Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer,
         distributed.StopSignals() as signals,
     ):
         if not checkpointer.directory.is_dir():
@@ -100,7 +102,9 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
             started = config.load(workdir / "config.json")
             check_same_run(cfg, started, workdir)
             cfg.init_from = started.init_from
-            state, position = checkpointer.restore(states.abstract_state(cfg, tx, mesh))
+            restored = checkpointer.restore(states.abstract_state(cfg, tx, mesh))
+            assert restored is not None  # `start` says that there is one
+            start, state, position = restored
             batches.set_state(position)
             distributed.announce(f"continuing {workdir} from step {start} of {steps}")
         else:
@@ -145,6 +149,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                     bar.set_postfix_str(
                         f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
                     )
+                summaries: dict[str, float] = {}
                 if cfg.eval.every and step % cfg.eval.every == 0 and step < steps:
                     averaged = embedder.with_params(states.averaged_params(state))
                     summaries = evaluate.evaluate_in_training(cfg, store, averaged)
@@ -153,7 +158,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                 checkpointer.check_for_errors()
                 signum = signals.stop_after(step)
                 if signum or step % cfg.checkpoint.every == 0 or step == steps:
-                    checkpointer.save(step, state, batches.get_state())
+                    checkpointer.save(step, state, batches.get_state(), summaries)
                 if signum and step < steps:
                     raise Interrupted(signum, step)
 
