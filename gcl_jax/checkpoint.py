@@ -1,142 +1,302 @@
-"""Checkpoints of a run: state and data position together, written in the background by orbax."""
+"""Checkpoints of a run: written in the background by orbax, verified when they are read.
 
-import functools
-from collections.abc import Collection, Mapping
+WORKDIR/checkpoints/STEP is there whole or not at all. It holds the arrays of the state in `state`,
+and in `about/metadata`, as JSON: the position in the data, the resolved configuration, the metrics
+of an evaluation at that step, and shape, dtype and digest of every array. Random keys need no
+place: every step derives its own from the configuration's seed and its number.
+
+Beside the steps lie `damaged`, those that did not verify, and `deleted`, those on their way out.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import logging
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeVar
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
-from gcl_jax.config import CheckpointConfig
-from gcl_jax.errors import DataError
+from gcl_jax.config import CheckpointConfig, TrainConfig
+from gcl_jax.distributed import announce, is_first
+from gcl_jax.errors import DataError, UserError
+from gcl_jax.integrity import Damaged, digests
+from gcl_jax.retention import preservation_policy
+from gcl_jax.saved import Saved, attempt, contents, named, require_fit
 from gcl_jax.state import Params, TrainState
+
+T = TypeVar("T")
+
+# Why a save fails without anybody's fault, as the operating system words it.
+_NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
+
+
+class Restored(NamedTuple):
+    """A checkpoint: `state` after `step`, and the `data` position to go on from."""
+
+    step: int
+    state: TrainState
+    data: dict
 
 
 class Checkpointer:
     """Saves and restores under WORKDIR/checkpoints; use as a context manager, which waits for the
-    last write. `read_only` leaves a run that is still training alone."""
+    last write.
 
-    def __init__(self, workdir: Path, cfg: CheckpointConfig, *, read_only: bool = False):
+    All processes of a run must make the same calls. `config` is stored with every checkpoint.
+    `read_only` changes nothing on disk: for a run that may still be training.
+    """
+
+    def __init__(
+        self,
+        workdir: Path,
+        cfg: CheckpointConfig,
+        *,
+        config: TrainConfig | None = None,
+        read_only: bool = False,
+    ):
         self.directory = (workdir / "checkpoints").absolute()
-        if read_only and not self.directory.is_dir():
-            raise DataError(f"{self.directory} does not exist; train first")
+        self._cfg, self._config, self._read_only = cfg, config, read_only
+        self._damaged: set[int] = set()
+        self._scores: dict[int, float | None] = {}
+        self._saving: concurrent.futures.Future | None = None
+        if read_only:
+            if not self.directory.is_dir():
+                raise DataError(f"{self.directory} does not exist; train first")
+            return
+        # It logs stack traces of what is raised here in one line.
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_not_of_orbax)
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else cfg.keep,
-            cleanup_tmp_directories=not read_only,
-            create=not read_only,
-            read_only=read_only,
+            preservation_policy=preservation_policy(cfg, self._score),
+            cleanup_tmp_directories=True,
+            # Renamed first: a kill in the midst of deleting must not leave half a checkpoint.
+            todelete_subdir="deleted",
+            # What it would read here may be damaged.
+            lightweight_initialize=True,
         )
-        self._manager = ocp.CheckpointManager(
-            self.directory, options=options, item_names=("state", "data")
-        )
+        self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._background = concurrent.futures.ThreadPoolExecutor(1)
+        self._finish()
 
     def __enter__(self) -> "Checkpointer":
         return self
 
     def __exit__(self, *_) -> None:
-        self._manager.close()
+        if self._read_only:
+            return
+        try:
+            self._wait()
+        finally:
+            self._background.shutdown()
+            with contextlib.suppress(Exception):
+                self._manager.wait_until_finished()  # raises in this thread what `_wait` reported
+            self._manager.close()
 
     def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+        """The newest complete checkpoint on disk that is not known to be damaged; alike on all
+        processes."""
+        step = max(self._steps(), default=-1)
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        return None if step < 0 else step
 
-    def save(self, step: int, state: TrainState, data_state: dict) -> None:
-        """Starts a save unless this step has one; returns before it is on disk."""
-        if step == self.latest_step():
-            return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(_as_tree(state)), data=ocp.args.JsonSave(data_state)
-            ),
-        )
+    def best_step(self) -> int:
+        """The step with the largest `config.checkpoint.best`, the later of two equals.
+
+        Raises:
+            DataError: no checkpoint has that metric.
+        """
+        scores = {step: self._score(step) for step in self._steps()}
+        ranked = [(score, step) for step, score in scores.items() if score is not None]
+        if not ranked:
+            raise DataError(
+                f"no checkpoint in {self.directory} has the metric that config.checkpoint.best="
+                f"{self._cfg.best!r} names"
+            )
+        return max(ranked)[1]
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        data_state: dict,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Starts a save unless this step has one; returns before it is on disk, when `state` may be
+        donated. `metrics`: of the evaluation at this step, if there was one.
+
+        Raises:
+            UserError: this save or the one before it failed; earlier checkpoints are intact.
+        """
+        if step not in self._manager.all_steps():
+            self._write(step, named(state), data_state, dict(metrics or {}))
 
     def save_params(self, params: Params) -> None:
         """Saves parameters alone as step 0: a model to evaluate or start from, not to continue."""
-        state = {"step": np.int32(0), "params": params}
-        self._manager.save(0, args=ocp.args.Composite(state=ocp.args.StandardSave(state)))
+        self._write(0, {f"params.{name}": x for name, x in named(params).items()}, {}, {})
 
     def check_for_errors(self) -> None:
-        """Raises what a save in the background ran into, such as a full disk."""
-        self._manager.check_for_errors()
+        """Raises what a save in the background has run into, as `save` does."""
+        if self._saving is not None and self._saving.done():
+            self._wait()
 
-    def restore(self, abstract: TrainState) -> tuple[TrainState, dict]:
-        """The newest checkpoint as (state, data position), placed as the shardings of `abstract`
-        say, whatever mesh wrote it."""
-        restored = _restore(
-            self._manager,
-            self._latest(),
-            state=ocp.args.StandardRestore(_as_tree(abstract)),
-            data=ocp.args.JsonRestore(),
-        )
-        return TrainState(**restored["state"]), restored["data"]
+    def restore(self, abstract: TrainState) -> Restored | None:
+        """The newest checkpoint that verifies, placed as the shardings of `abstract` say, whatever
+        mesh wrote it; None if there is no checkpoint. Damaged ones that are newer are reported on
+        stderr and moved to `damaged`. Waits for a save under way.
 
-    def restore_params(self, abstract: Params, optional: Collection[str] = ()) -> Params:
-        """The parameters of the newest checkpoint, as their moving averages where it has them.
+        Raises:
+            DataError: a checkpoint of another configuration, or no checkpoint verifies.
+        """
+        self._wait()
+        wanted = named(abstract)
+
+        def read(step: int) -> Restored:
+            saved = Saved(self._folder(step))
+            require_fit(str(self._folder(step)), wanted, saved.arrays, dtypes=True)
+            leaves = saved.read(wanted).values()
+            state = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
+            return Restored(step, state, saved.data)
+
+        return self._newest(read)
+
+    def restore_params(
+        self, abstract: Params, optional: Collection[str] = (), step: int | None = None
+    ) -> Params:
+        """The parameters of `step`, or else of the newest checkpoint that verifies, as their moving
+        averages where it has them. Damaged ones that are newer are reported on stderr.
 
         Args:
             abstract: ShapeDtypeStructs with shardings: where each parameter goes, in which dtype.
             optional: dotted names that are left out if the checkpoint lacks them.
 
         Raises:
-            DataError: parameters that are missing, left over or of another shape, all named.
+            DataError: parameters that are missing, left over or of another shape, all named; no
+                such checkpoint, or none that verifies.
         """
-        step = self._latest()
-        manager = ocp.CheckpointManager(
-            self.directory, item_handlers={"state": ocp.PyTreeCheckpointHandler()}
-        )
-        with manager:
-            saved = manager.item_metadata(step)["state"].tree
-            wanted, has = _flat(abstract), _flat(saved["params"])
-            wanted = {name: x for name, x in wanted.items() if name in has or name not in optional}
-            require_fit(f"{self.directory}/{step}", wanted, has)
-            averages = _flat(saved.get("ema", {}))
-            parts = {name: "ema" if name in averages else "params" for name in wanted}
-            item = _nested({f"{parts[name]}.{name}": x for name, x in wanted.items()})
-            restore_args = ocp.checkpoint_utils.construct_restore_args(item)
-            args = ocp.args.PyTreeRestore(item, restore_args=restore_args, partial_restore=True)
-            restored = _flat(_restore(manager, step, state=args)["state"])
-        return _nested({name: restored[f"{part}.{name}"] for name, part in parts.items()})
 
-    def _latest(self) -> int:
-        step = self.latest_step()
-        if step is None:
+        def read(step: int) -> Params:
+            saved = Saved(self._folder(step))
+            split = {name: name.partition(".")[::2] for name in saved.arrays}
+            has = {
+                name: saved.arrays[key] for key, (part, name) in split.items() if part == "params"
+            }
+            wanted = {n: x for n, x in named(abstract).items() if n in has or n not in optional}
+            require_fit(str(self._folder(step)), wanted, has)
+            keys = {n: next(k for k in (f"ema.{n}", f"params.{n}") if k in split) for n in wanted}
+            found = saved.read({keys[n]: x for n, x in wanted.items()})
+            params = {n: found[keys[n]].astype(x.dtype) for n, x in wanted.items()}
+            return traverse_util.unflatten_dict(params, sep=".")
+
+        params = self._newest(read) if step is None else self._exactly(step, read)
+        if params is None:
             raise DataError(f"{self.directory} holds no complete checkpoint; train first")
-        return step
+        return params
+
+    def _newest(self, read: Callable[[int], T]) -> T | None:
+        """What `read` makes of the newest checkpoint that it does not find `Damaged`."""
+        problems: dict[int, str] = {}
+        while (step := self.latest_step()) is not None:
+            result, problem = attempt(read, step)
+            if not problem:
+                if problems and not self._read_only:
+                    self._move_aside(problems)
+                return result
+            self._damaged.add(step)
+            # A run that is still training may have deleted it meanwhile.
+            if self._folder(step).is_dir():
+                problems[step] = problem
+                announce(f"warning: {self._folder(step)} is damaged and passed over: {problem}")
+        if problems:
+            listed = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
+            raise DataError(f"no checkpoint in {self.directory} is undamaged: {listed}")
+        return None
+
+    def _exactly(self, step: int, read: Callable[[int], T]) -> T | None:
+        if step not in self._steps():
+            there = ", ".join(map(str, sorted(self._steps()))) or "none"
+            raise DataError(f"{self.directory} has no checkpoint of step {step}; it has {there}")
+        result, problem = attempt(read, step)
+        if problem:
+            raise DataError(f"{self._folder(step)} is damaged: {problem}")
+        return result
+
+    def _move_aside(self, steps: Collection[int]) -> None:
+        """Out of the way of the same steps, which will be saved again."""
+        if is_first():
+            aside = self.directory / "damaged"
+            aside.mkdir(exist_ok=True)
+            for step in steps:
+                target = tempfile.mkdtemp(prefix=f"{step}.", dir=aside)
+                self._folder(step).replace(target)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
+        self._damaged -= set(steps)
+        self._manager.reload()
+
+    def _write(
+        self, step: int, arrays: dict[str, jax.Array], data: dict, metrics: dict[str, float]
+    ) -> None:
+        found = digests(arrays)
+        self._wait()
+        self._scores[step] = self._score_of(metrics)
+        config = dataclasses.asdict(self._config) if self._config else {}
+        args = contents(arrays, np.asarray(found), data, metrics, config)
+        try:
+            self._manager.save(step, args=args, force=True)
+        except Exception as error:
+            raise self._failure(error) from error
+        self._saving = self._background.submit(self._finish)
+
+    def _finish(self) -> None:
+        """After a save, or what an earlier run left of one: deletes the deleted."""
+        self._manager.wait_until_finished()
+        if is_first():
+            shutil.rmtree(self.directory / "deleted", ignore_errors=True)
+
+    def _wait(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving is not None and (error := saving.exception()):
+            raise self._failure(error) from error
+
+    def _failure(self, error: BaseException) -> UserError:
+        text = str(error)
+        first = text.partition("\n")[0] or type(error).__name__
+        reason = next((reason for reason in _NO_ROOM if reason in text), first)
+        return UserError(
+            f"cannot save a checkpoint in {self.directory}: {reason}; those in it are intact"
+        )
+
+    def _folder(self, step: int) -> Path:
+        return self.directory / str(step)
+
+    def _steps(self) -> set[int]:
+        names = (path.name for path in self.directory.iterdir() if path.name.isdecimal())
+        return {int(name) for name in names} - self._damaged
+
+    def _score(self, step: int) -> float | None:
+        """The `config.checkpoint.best` of a step, None if it has none."""
+        if step not in self._scores:
+            self._scores[step] = None
+            with contextlib.suppress(Damaged):
+                self._scores[step] = self._score_of(Saved(self._folder(step)).metrics)
+        return self._scores[step]
+
+    def _score_of(self, metrics: Mapping[str, float]) -> float | None:
+        score = metrics.get(self._cfg.best, math.nan)
+        return None if math.isnan(score) else score
 
 
-_flat = functools.partial(traverse_util.flatten_dict, sep=".")
-_nested = functools.partial(traverse_util.unflatten_dict, sep=".")
-
-
-def require_fit(source: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    """Raises `DataError`, naming every parameter, unless `found` has those of `wanted`, in their
-    shapes, and no other. Both are {dotted name: whatever has a shape}."""
-    shapes = {name: tuple(x.shape) for name, x in found.items()}
-    problems = [
-        *(f"no {name}" for name in wanted if name not in shapes),
-        *(f"surplus {name}" for name in shapes if name not in wanted),
-        *(
-            f"{name} has shape {shapes[name]}, not {tuple(x.shape)}"
-            for name, x in wanted.items()
-            if name in shapes and shapes[name] != tuple(x.shape)
-        ),
-    ]
-    if problems:
-        raise DataError(f"{source} does not fit this configuration: {'; '.join(problems)}")
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, **items):
-    try:
-        return manager.restore(step, args=ocp.args.Composite(**items))
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise DataError(
-            f"{manager.directory}/{step} does not fit this configuration or is damaged: {reason}"
-        ) from error
-
-
-def _as_tree(state: TrainState) -> dict:
-    tree = {"step": state.step, "params": state.params, "opt_state": state.opt_state}
-    return tree if state.ema is None else tree | {"ema": state.ema}
+def _not_of_orbax(record) -> bool:
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()

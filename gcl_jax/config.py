@@ -204,10 +204,15 @@ class EvalConfig:
 
 @dataclasses.dataclass(slots=True)
 class CheckpointConfig:
-    """A checkpoint every `every` steps, and at the end; the last `keep` stay."""
+    """A checkpoint every `every` steps, and at the end. The last `keep` stay, and those of every
+    `keep_every`-th step (0: none), and the `keep_best` with the largest `best`: a metric of the
+    evaluation during training, such as "in_domain/NDCG@10" (empty: none)."""
 
     every: int = 200
     keep: int = 3
+    keep_every: int = 0
+    best: str = ""
+    keep_best: int = 1
 
 
 @dataclasses.dataclass(slots=True)
@@ -269,8 +274,10 @@ def from_dict(kind: type, values: dict):
 
 
 def save(cfg: TrainConfig, path: Path) -> None:
-    """Writes `cfg` as JSON."""
-    path.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    """Writes `cfg` as JSON; the file is complete or as it was."""
+    unfinished = path.with_name(f"{path.name}.incomplete")
+    unfinished.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
+    unfinished.replace(path)
 
 
 def load(path: Path) -> TrainConfig:

@@ -57,7 +57,9 @@ class MetricWriter:
             return
         if self._path.exists():
             lines = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
-            self._path.write_text("".join(f"{line}\n" for line in lines))
+            unfinished = self._path.with_name(f"{self._path.name}.incomplete")
+            unfinished.write_text("".join(f"{line}\n" for line in lines))
+            unfinished.replace(self._path)
         log = SessionLog(status=SessionLog.START)
         self._events.add_event(Event(step=start + 1, wall_time=time.time(), session_log=log))
 

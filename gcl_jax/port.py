@@ -72,7 +72,7 @@ def import_model(
             setattr(cfg.data, side, _embeddable(made, side, store.info[side], cfg.data.store))
     cfg = store.resolve(cfg)
     params = load_pretrained(source, made)
-    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+    with Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer:
         checkpointer.save_params(params)
     config.save(cfg, workdir / "config.json")
     return cfg

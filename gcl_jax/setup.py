@@ -20,6 +20,7 @@ from gcl_jax.datasets import open_store
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.retention import require_metric
 from gcl_jax.state import TrainState, abstract_model, abstract_state, init_state
 from gcl_jax.step import Metrics, known_weights, make_train_step
 from gcl_jax.warm_start import warm_start
@@ -59,6 +60,7 @@ def set_up(cfg: TrainConfig) -> Training:
         )
     store = open_store(cfg.data.store)
     cfg = store.resolve(cfg)
+    require_metric(cfg)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count())
     pairs = store.pairs(cfg.data.train_split)
     epoch = pairs_per_epoch(cfg, pairs)
@@ -119,9 +121,10 @@ def start_or_continue(
     started = config.load(workdir / "config.json")
     check_same_run(cfg, started, workdir)
     cfg.init_from = started.init_from
-    state, position = checkpointer.restore(abstract_state(cfg, training.tx, training.mesh))
+    restored = checkpointer.restore(abstract_state(cfg, training.tx, training.mesh))
+    assert restored is not None  # `latest` says that there is one
+    step, state, position = restored
     training.batches.set_state(position)
-    step = int(state.step)
     distributed.announce(f"continuing {workdir} from step {step} of {steps}")
     return step, state
 

@@ -67,7 +67,7 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
     # Unclosed, the threads that prefetch from an endless data set outlive the training.
     with (
         contextlib.closing(batches),
-        Checkpointer(workdir, cfg.checkpoint) as checkpointer,
+        Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer,
         distributed.StopSignals() as signals,
     ):
         step, state = start_or_continue(training, checkpointer, workdir)
@@ -100,13 +100,17 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
                 checkpointer.check_for_errors()
                 if len(monitor.sick) >= cfg.sick.patience and not signum:
                     reason = diagnosis(monitor.sick, state.params, workdir)
-                    if monitor.rollbacks == cfg.sick.rollbacks or not checkpointer.latest_step():
+                    del state  # with the restored one it may not fit into memory
+                    abstract = abstract_state(cfg, training.tx, training.mesh)
+                    allowed = monitor.rollbacks < cfg.sick.rollbacks
+                    restored = checkpointer.restore(abstract) if allowed else None
+                    if not restored:
                         raise SickRun(reason)
-                    state, _ = checkpointer.restore(abstract_state(cfg, training.tx, training.mesh))
-                    step = int(state.step)
+                    step, state, _ = restored
                     distributed.announce(f"\n{reason}; going back to step {step}")
                     monitor.roll_back(step)
                     continue
+                summaries: dict[str, float] = {}
                 if evaluating:
                     with monitor.pause():
                         averaged = embedder.with_params(averaged_params(state))
@@ -114,7 +118,7 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
                     writer.write(step, summaries)
                 # What a rollback returns to must be sound, so not in the midst of skipped steps.
                 if saving and (signum or step == steps or not monitor.sick):
-                    checkpointer.save(step, state, batches.get_state())
+                    checkpointer.save(step, state, batches.get_state(), summaries)
                 if signum and step < steps:
                     raise Interrupted(signum, step)
 

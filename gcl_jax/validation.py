@@ -41,13 +41,14 @@ AT_LEAST_ONE = {
     "loss.rince": ("levels",),
     "mesh": ("fsdp",),
     "eval": ("max_queries", "max_queries_in_training", "top_k", "batch_size"),
-    "checkpoint": ("every", "keep"),
+    "checkpoint": ("every", "keep", "keep_best"),
     "sick": ("patience",),
 }
 AT_LEAST_ZERO = {
     "model": ("lora_rank",),
     "data": ("num_workers", "cached_records"),
     "eval": ("every", "embed_dim"),
+    "checkpoint": ("keep_every",),
     "loss.listnet": ("temperature",),
     "loss.one_to_k": ("text_to_text",),
     "loss.hard_negatives": ("rank", "intra", "max_margin"),
@@ -77,6 +78,7 @@ def validate(cfg: TrainConfig) -> None:
     _validate_data(cfg)
     _validate_loss(cfg)
     _validate_optim(cfg)
+    _validate_checkpoint(cfg)
     require(cfg.mesh.data == -1 or cfg.mesh.data >= 1, "mesh.data must be -1 or 1 or more")
     require(cfg.log_every >= 1, "log_every must be 1 or more")
     require(cfg.hang_seconds >= 0, "hang_seconds must be 0 or more")
@@ -240,3 +242,18 @@ def _validate_optim(cfg: TrainConfig) -> None:
             re.compile(pattern)
         except re.error as error:
             raise ConfigError(f"config.optim.freeze: {pattern!r} is no pattern: {error}") from None
+
+
+def _validate_checkpoint(cfg: TrainConfig) -> None:
+    every, keep_every = cfg.checkpoint.every, cfg.checkpoint.keep_every
+    require(
+        keep_every % every == 0,
+        f"checkpoint.keep_every={keep_every} is no multiple of checkpoint.every={every}: there is "
+        "no checkpoint of such a step to keep",
+    )
+    require(
+        not cfg.checkpoint.best or (cfg.eval.every > 0 and cfg.eval.every % every == 0),
+        f"eval.every={cfg.eval.every} must be a multiple of checkpoint.every={every} for "
+        f"checkpoint.best={cfg.checkpoint.best!r}: only a step that is evaluated and saved can be "
+        "the best",
+    )

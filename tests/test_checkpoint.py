@@ -1,24 +1,35 @@
 """A checkpoint gives back the same bits on any mesh, or one line that says why not."""
 
+import resource
+import shutil
+
 import jax
 import numpy as np
 import pytest
+from conftest import make_tiny_config
 
 from gcl_jax import sharding
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import CheckpointConfig, MeshConfig
-from gcl_jax.errors import DataError
+from gcl_jax.errors import ConfigError, DataError, UserError
 from gcl_jax.optim import make_optimizer
-from gcl_jax.state import abstract_model, abstract_state, averaged_params
+from gcl_jax.retention import require_metric
+from gcl_jax.saved import Saved
+from gcl_jax.state import TrainState, abstract_model, abstract_state, averaged_params
+from gcl_jax.validation import validate
+
+
+def small(cfg, keep=1):
+    """Small arrays, all of them sharded where a mesh has an fsdp axis."""
+    cfg.model.text.vocab_size = 64
+    cfg.checkpoint = CheckpointConfig(keep=keep)
+    return cfg
 
 
 @pytest.fixture
 def cfg(tiny_config, monkeypatch):
-    """Small arrays, all of them sharded where a mesh has an fsdp axis."""
     monkeypatch.setattr(sharding, "MIN_SHARDED_SIZE", 2)
-    tiny_config.model.text.vocab_size = 64
-    tiny_config.checkpoint = CheckpointConfig(keep=1)
-    return tiny_config
+    return small(tiny_config)
 
 
 def abstract(cfg, mesh=None):
@@ -33,13 +44,30 @@ def random_state(cfg, seed):
     return jax.tree.map(lambda x: jax.device_put(bits(x), x.sharding), abstract(cfg))
 
 
-@pytest.fixture
-def workdir(cfg, tmp_path):
-    """Of a run that saved at steps 3 and 9 and keeps one checkpoint."""
-    with Checkpointer(tmp_path, cfg.checkpoint) as checkpointer:
-        for step in (3, 9):
+def save(workdir, cfg, *steps):
+    with Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer:
+        for step in steps:
             checkpointer.save(step, random_state(cfg, step), {"position": 8 * step})
-    return tmp_path
+
+
+def kept(workdir):
+    """What lies in the folder of checkpoints."""
+    return sorted(path.name for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A run that saved at steps 3 and 9 and keeps both; to be copied."""
+    workdir = tmp_path_factory.mktemp("saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "MIN_SHARDED_SIZE", 2)
+        save(workdir, small(make_tiny_config(), keep=2), 3, 9)
+    return workdir
+
+
+@pytest.fixture
+def workdir(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "run")
 
 
 @pytest.mark.parametrize("mesh", [MeshConfig(8, 1), MeshConfig(4, 2)], ids=["8x1", "4x2"])
@@ -47,7 +75,7 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit_on_any_mesh(cfg, workdir, 
     target, saved = abstract(cfg, mesh), random_state(cfg, 9)
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         assert checkpointer.latest_step() == 9
-        state, position = checkpointer.restore(target)
+        _, state, position = checkpointer.restore(target)
         params = checkpointer.restore_params(target.params)
     assert position == {"position": 72}
     jax.tree.map(np.testing.assert_array_equal, state, saved)
@@ -55,10 +83,6 @@ def test_the_newest_checkpoint_comes_back_bit_for_bit_on_any_mesh(cfg, workdir, 
     placement = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
     assert placement(state) == placement(target)
     assert placement(params) == placement(target.params)
-
-
-def test_only_the_newest_stay(workdir):
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["9"]
 
 
 def assert_refused(workdir, cfg, message):
@@ -74,8 +98,12 @@ def assert_refused(workdir, cfg, message):
             assert "\n" not in str(refusal.value)
 
 
-def test_no_checkpoint_is_a_data_error(cfg, tmp_path):
-    assert_refused(tmp_path, cfg, "no complete checkpoint")
+def test_without_a_checkpoint_there_is_nothing_to_restore(cfg, tmp_path):
+    with Checkpointer(tmp_path, cfg.checkpoint) as checkpointer:
+        assert checkpointer.latest_step() is None
+        assert checkpointer.restore(abstract(cfg)) is None
+        with pytest.raises(DataError, match="no complete checkpoint"):
+            checkpointer.restore_params(abstract(cfg).params)
 
 
 @pytest.mark.parametrize(("part", "key"), [("vision", "layers"), ("text", "width")])
@@ -83,6 +111,19 @@ def test_a_changed_model_is_a_data_error(cfg, workdir, part, key):
     section = getattr(cfg.model, part)
     setattr(section, key, 2 * getattr(section, key))
     assert_refused(workdir, cfg, r"checkpoints/9 does not fit this configuration.*shape")
+    assert kept(workdir) == ["3", "9"]
+
+
+def test_another_dtype_is_refused_by_a_run_and_converted_for_reading(cfg, workdir):
+    target, saved = abstract(cfg), random_state(cfg, 9)
+    half = lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding)
+    target = TrainState(target.step, jax.tree.map(half, target.params), target.opt_state)
+    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+        with pytest.raises(DataError, match="params.logit_scale is float32, not bfloat16"):
+            checkpointer.restore(target)
+        params = checkpointer.restore_params(target.params)
+    expected = jax.tree.map(lambda x: x.astype("bfloat16"), saved.params)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
 def test_missing_and_surplus_parameters_are_all_named(cfg, workdir):
@@ -111,8 +152,7 @@ def test_moving_averages_come_back_and_replace_the_parameters(cfg, tmp_path, mes
     saved, target = random_state(cfg, 1), abstract(cfg, mesh)
     with Checkpointer(tmp_path, cfg.checkpoint) as checkpointer:
         checkpointer.save(1, saved, {})
-        checkpointer._manager.wait_until_finished()
-        state, _ = checkpointer.restore(target)
+        _, state, _ = checkpointer.restore(target)
         params = checkpointer.restore_params(target.params)
     jax.tree.map(np.testing.assert_array_equal, state, saved)
     placement = lambda tree: jax.tree.map(lambda x: x.sharding, tree)
@@ -131,3 +171,215 @@ def test_a_checkpoint_without_moving_averages_is_refused_by_a_run_that_keeps_the
     ):
         checkpointer.restore(abstract(cfg))
     assert "\n" not in str(refusal.value)
+
+
+def test_bfloat16_moments_go_to_one_device_and_to_4x2_and_back(cfg, tmp_path):
+    """Parameters, moments and averages, whose bits are the same after each journey."""
+    cfg.optim.ema_decay = 0.5
+    state = random_state(cfg, 0)
+    half = lambda x: x.astype("bfloat16") if x.dtype == np.float32 else x
+    state = TrainState(state.step, state.params, jax.tree.map(half, state.opt_state), state.ema)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    several = abstract(cfg, MeshConfig(4, 2))
+    moved = state
+    for target in (jax.tree.map(lambda x: one, state), several, abstract(cfg)):
+        place = lambda x, y: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=getattr(y, "sharding", y)
+        )
+        with Checkpointer(tmp_path / "run", cfg.checkpoint) as checkpointer:
+            step = (checkpointer.latest_step() or 0) + 1
+            checkpointer.save(step, moved, {})
+            moved = checkpointer.restore(jax.tree.map(place, state, target)).state
+        jax.tree.map(np.testing.assert_array_equal, moved, state)
+        assert (
+            jax.tree.leaves(moved)[0].sharding
+            == jax.tree.leaves(jax.tree.map(place, state, target))[0].sharding
+        )
+
+
+def largest_file(folder):
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
+    )
+
+
+def truncate(folder):
+    file = largest_file(folder / "state")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_one_bit(folder):
+    file = largest_file(folder / "state")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 4
+    file.write_bytes(content)
+
+
+def change_position(folder):
+    file = folder / "about" / "metadata"
+    file.write_text(file.read_text().replace('"position": 72', '"position": 73'))
+
+
+DAMAGES = {
+    "truncated": (truncate, "state"),
+    "a flipped bit": (flip_one_bit, "state"),
+    "a deleted file": (lambda folder: largest_file(folder / "state").unlink(), "state"),
+    "no arrays": (lambda folder: shutil.rmtree(folder / "state"), "state"),
+    "no description": (lambda folder: shutil.rmtree(folder / "about"), "metadata is missing"),
+    "garbage": (lambda folder: (folder / "about/metadata").write_text("{"), "not what was written"),
+    "another position": (change_position, "not what was written"),
+    "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "metadata is missing"),
+    "a file": (lambda folder: (shutil.rmtree(folder), folder.touch()), "metadata is missing"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(cfg, workdir, capsys, damage):
+    harm, problem = DAMAGES[damage]
+    newest, target = workdir / "checkpoints" / "9", abstract(cfg)
+    harm(newest)
+    before = kept(workdir)
+    with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
+        params = checkpointer.restore_params(target.params)
+        assert checkpointer.latest_step() == 3
+        with pytest.raises(DataError, match=r"checkpoints/9 is damaged"):
+            checkpointer.restore_params(target.params, step=9)
+    assert kept(workdir) == before
+    cfg.checkpoint.keep = 5
+    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+        step, state, data = checkpointer.restore(target)
+        assert (step, data, checkpointer.latest_step()) == (3, {"position": 24}, 3)
+        checkpointer.save(9, random_state(cfg, 99), {"position": 72})
+        again = checkpointer.restore(target)
+    for line in (lines := capsys.readouterr().err.splitlines()):
+        assert f"warning: {newest} is damaged" in line
+        assert problem in line
+    assert len(lines) == 2
+    old = random_state(cfg, 3)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), (old.params, old))
+    assert again.step == 9
+    jax.tree.map(np.testing.assert_array_equal, again.state, random_state(cfg, 99))
+    assert [
+        path.name.partition(".")[0] for path in (workdir / "checkpoints/damaged").iterdir()
+    ] == ["9"]
+
+
+def test_when_all_are_damaged_they_are_named_and_stay(cfg, workdir):
+    truncate(workdir / "checkpoints" / "9")
+    shutil.rmtree(workdir / "checkpoints" / "3" / "about")
+    assert_refused(
+        workdir, cfg, r"no checkpoint in \S+checkpoints is undamaged: 9: state.*; 3: meta"
+    )
+    assert kept(workdir) == ["3", "9"]
+
+
+def test_a_checkpoint_of_another_configuration_is_not_damaged(cfg, workdir):
+    """Also behind one that is."""
+    truncate(workdir / "checkpoints" / "9")
+    cfg.model.text.width *= 2
+    assert_refused(workdir, cfg, r"checkpoints/3 does not fit this configuration.*shape")
+    assert kept(workdir) == ["3", "9"]
+
+
+def test_one_step_may_be_asked_for(cfg, workdir):
+    target = abstract(cfg).params
+    with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
+        params = checkpointer.restore_params(target, step=3)
+        with pytest.raises(DataError, match="has no checkpoint of step 4; it has 3, 9"):
+            checkpointer.restore_params(target, step=4)
+    jax.tree.map(np.testing.assert_array_equal, params, random_state(cfg, 3).params)
+
+
+def test_a_checkpoint_tells_its_configuration(cfg, workdir):
+    saved = Saved(workdir / "checkpoints" / "9")
+    assert saved.config["model"]["embed_dim"] == cfg.model.embed_dim
+    assert saved.data == {"position": 72}
+
+
+def test_the_last_the_best_and_every_kth_stay(cfg, tmp_path):
+    """Through a restart, too; steps without the metric, or with NaN, are never the best."""
+    state = TrainState(np.int32(0), {"x": np.zeros(3, np.float32)}, ())
+    scores = {2: 0.5, 4: 0.9, 5: None, 6: 0.1, 8: 0.7, 9: None, 10: float("nan"), 12: 0.2, 13: None}
+    cfg.checkpoint = CheckpointConfig(keep=2, keep_every=6, best="s/m", keep_best=2)
+    for steps in ((2, 4, 5, 6), (8, 9, 10, 12, 13)):
+        with Checkpointer(tmp_path, cfg.checkpoint) as checkpointer:
+            for step in steps:
+                metrics = {} if scores[step] is None else {"s/m": scores[step], "s/other": 1.0}
+                checkpointer.save(step, state, {}, metrics)
+    assert sorted(map(int, kept(tmp_path))) == [4, 6, 8, 12, 13]
+    with Checkpointer(tmp_path, cfg.checkpoint, read_only=True) as checkpointer:
+        assert checkpointer.best_step() == 4
+        assert checkpointer.latest_step() == 13
+    cfg.checkpoint.best = "s/unknown"
+    with (
+        Checkpointer(tmp_path, cfg.checkpoint, read_only=True) as checkpointer,
+        pytest.raises(DataError, match=r"config.checkpoint.best='s/unknown'"),
+    ):
+        checkpointer.best_step()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"keep_every": 300}, "keep_every=300 is no multiple of checkpoint.every=200"),
+        ({"keep_every": -1}, "keep_every=-1 must be 0 or more"),
+        ({"keep_best": 0}, "keep_best=0 must be 1 or more"),
+        ({"best": "in_domain/NDCG@10", "every": 7}, "eval.every=400 must be a multiple"),
+    ],
+)
+def test_impossible_retention_is_refused(cfg, keys, message):
+    cfg.eval.every, cfg.checkpoint = 400, CheckpointConfig(**keys)
+    with pytest.raises(ConfigError, match=message):
+        validate(cfg)
+
+
+def test_an_unknown_metric_is_refused_with_those_that_there_are(cfg):
+    cfg.eval.splits = ("in_domain", "zero_shot")
+    cfg.checkpoint.best = "zero_shot/NDCG@10"
+    require_metric(cfg)
+    cfg.checkpoint.best = "NDCG@10"
+    with pytest.raises(
+        ConfigError, match=r"'NDCG@10' must be one of in_domain/NDCG@10, .*zero_shot"
+    ):
+        require_metric(cfg)
+
+
+@pytest.fixture
+def small_files():
+    """Files end at 8 KiB: like a full disk, but for any user."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("noticed", ["at the next step", "at the next save", "at the end"])
+def test_a_save_that_fails_says_so_in_one_line(cfg, workdir, small_files, capfd, noticed):
+    cfg.checkpoint.keep = 2
+    with (
+        pytest.raises(UserError, match="cannot save a checkpoint in .*: File too large; ") as error,
+        Checkpointer(workdir, cfg.checkpoint) as checkpointer,
+    ):
+        checkpointer.save(12, random_state(cfg, 12), {})
+        if noticed == "at the next step":
+            while True:
+                checkpointer.check_for_errors()
+        elif noticed == "at the next save":
+            checkpointer.save(15, random_state(cfg, 15), {})
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+        assert checkpointer.latest_step() == 9
+        state = checkpointer.restore(abstract(cfg)).state
+    jax.tree.map(np.testing.assert_array_equal, state, random_state(cfg, 9))
+    assert kept(workdir) == ["3", "9"]
+
+
+def test_what_kills_left_is_no_checkpoint(cfg, workdir):
+    """A save, and a deletion, that ended in their midst."""
+    folder = workdir / "checkpoints"
+    shutil.copytree(folder / "9", folder / "12.orbax-checkpoint-tmp")
+    shutil.copytree(folder / "9", folder / "deleted" / "1")
+    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+        assert checkpointer.latest_step() == 9
+    assert kept(workdir) == ["3", "9"]
