@@ -151,7 +151,7 @@ def train(cfg: TrainConfig, workdir: Path) -> None:
                     writer.write(step, summaries)
                     clock, logged, waited = time.perf_counter(), step, 0.0
                 checkpointer.check_for_errors()
-                signum = signals.stop_after(step)
+                signum = signals.requested()
                 if signum or step % cfg.checkpoint.every == 0 or step == steps:
                     checkpointer.save(step, state, batches.get_state())
                 if signum and step < steps:
