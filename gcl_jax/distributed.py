@@ -7,6 +7,7 @@ Kubernetes. A process that was started alone joins nobody, and nothing here touc
 
 import argparse
 import contextlib
+import faulthandler
 import importlib.util
 import os
 import signal
@@ -31,6 +32,7 @@ JOIN_SECONDS = 300
 HEARTBEAT_SECONDS = 40
 # What process 0 leaves the others for their own error before it takes the coordinator down.
 LAST_WORDS_SECONDS = 3
+HANG_EXIT_CODE = 85  # of `Watchdog`
 
 # How jax words the loss of a process: a broken connection, or what its coordinator says of it.
 _LOST = ("Gloo", "NCCL", "UNAVAILABLE", "DEADLINE_EXCEEDED", "coordination service", "heartbeat")
@@ -152,7 +154,7 @@ class StopSignals:
         import jax
 
         self._joined = jax.distributed.is_initialized()
-        self._signum = 0
+        self._signum = self._asked = 0
 
     def __enter__(self) -> "StopSignals":
         # In a joined run jax itself catches SIGTERM, and tells the other processes.
@@ -168,18 +170,52 @@ class StopSignals:
             os.kill(os.getpid(), signal.SIGTERM)
         print("\nstopping after this step and saving", file=sys.stderr)
 
-    def stop_after(self, step: int) -> int:
-        """The signal to stop for after training step `step`, else 0; alike on all processes, which
-        must ask after every step."""
+    def requested(self) -> int:
+        """The signal to stop for, else 0; alike on all processes, which must ask equally often."""
+        from jax.experimental.multihost_utils import reached_preemption_sync_point
+
+        self._asked += 1
         if not self._joined:
             return self._signum
-        from jax.experimental import multihost_utils
-
-        return signal.SIGTERM if multihost_utils.reached_preemption_sync_point(step) else 0
+        return signal.SIGTERM if reached_preemption_sync_point(self._asked) else 0
 
     def __exit__(self, *_) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+
+class Watchdog:
+    """Prints where this process's threads are and ends it with `HANG_EXIT_CODE` when `alive` is not
+    called for `seconds` (0: never). Use as a context manager."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._sign, self._over = threading.Event(), False
+
+    def __enter__(self) -> "Watchdog":
+        if self._seconds:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def alive(self) -> None:
+        """For after every step, and every batch of an evaluation."""
+        self._sign.set()
+
+    def _watch(self) -> None:
+        while self._sign.wait(self._seconds):
+            self._sign.clear()
+            if self._over:
+                return
+        faulthandler.dump_traceback(all_threads=True)
+        _exit_with(
+            f"no step for {self._seconds:g} s: this process hangs, or waits for one that does; see "
+            "above where its threads are",
+            HANG_EXIT_CODE,
+        )
+
+    def __exit__(self, *_) -> None:
+        self._over = True
+        self._sign.set()
 
 
 def _scheduled() -> bool:
@@ -199,25 +235,22 @@ def _scheduled() -> bool:
 def _initialize(rendezvous: Rendezvous | None) -> None:
     import jax
 
-    place = f"at {rendezvous.coordinator}" if rendezvous else "as the scheduler says"
-    # jax would give up with a stack trace of its C++.
-    timer = threading.Timer(
-        JOIN_SECONDS,
-        _exit_with,
-        [
-            f"not all processes of the run met {place} within {JOIN_SECONDS} s: have all been "
-            "started, with the same coordinator, and can they reach its port?",
-        ],
+    coordinator, num_processes, process_id = rendezvous or (None, None, None)
+    place = f"at {coordinator}" if rendezvous else "as the scheduler says"
+    alone = (
+        f"not all processes of the run met {place} within {JOIN_SECONDS} s: have all been started, "
+        "with the same coordinator, and can they reach its port?"
     )
+    # jax would give up with a stack trace of its C++.
+    timer = threading.Timer(JOIN_SECONDS, _exit_with, [alone])
     timer.daemon = True
     timer.start()
-    arguments: dict = rendezvous._asdict() if rendezvous else {}
-    if rendezvous:
-        arguments["coordinator_address"] = arguments.pop("coordinator")
-        arguments["cluster_detection_method"] = "deactivate"
     try:
         jax.distributed.initialize(
-            **arguments,
+            coordinator,
+            num_processes,
+            process_id,
+            cluster_detection_method="deactivate" if rendezvous else None,
             initialization_timeout=JOIN_SECONDS + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
@@ -254,9 +287,9 @@ def _leave(error: BaseException) -> NoReturn:
     os._exit(code)
 
 
-def _exit_with(message: str) -> NoReturn:
+def _exit_with(message: str, code: int = 1) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
-    os._exit(1)
+    os._exit(code)
 
 
 def _count(name: str) -> int | None:

@@ -69,6 +69,7 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
         contextlib.closing(batches),
         Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer,
         distributed.StopSignals() as signals,
+        distributed.Watchdog(cfg.hang_seconds) as watchdog,
     ):
         step, state = start_or_continue(training, checkpointer, workdir)
         if first:
@@ -92,7 +93,8 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
                 step += 1
                 monitor.dispatched(step, metrics, rows)
 
-                signum = signals.stop_after(step)
+                signum = signals.requested()
+                watchdog.alive()
                 evaluating = cfg.eval.every and step % cfg.eval.every == 0 and step < steps
                 saving = signum or step % cfg.checkpoint.every == 0 or step == steps
                 if evaluating or saving:

@@ -1,21 +1,33 @@
 """Several processes: who joins whom, one run equal to that of one process, and lost processes."""
 
+import functools
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
-from processes import ENVIRONMENT, PATIENCE_SECONDS, ROOT, logged, start_local, train_command
+from processes import (
+    ENVIRONMENT,
+    PATIENCE_SECONDS,
+    ROOT,
+    logged,
+    start_local,
+    train_command,
+)
 
 from gcl_jax import config, distributed, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
+from gcl_jax.evaluate import evaluate_workdir
+from gcl_jax.train import train
 
 
 @pytest.fixture(autouse=True)
@@ -26,68 +38,121 @@ def alone(monkeypatch):
             monkeypatch.delenv(name)
 
 
-def final_params(config_file, workdir):
+@pytest.fixture
+def four_steps(config_file):
+    """A config file of four steps, with a checkpoint and an evaluation after the second."""
+    path = config_file.with_suffix(".json")
+    cfg = config.load(path)
+    cfg.optim.steps, cfg.optim.batch_size = 4, 16
+    # Its gradient takes gloo seconds.
+    cfg.optim.freeze = ("text.token_embedding",)
+    config.save(cfg, path)
+    return config_file
+
+
+# How to compute the same steps: (fsdp, form of the loss, chunks).
+WHOLE, SPLIT, RING = (1, "gather", 1), (2, "gather", 1), (8, "ring", 2)
+
+
+def run(config_file, workdir, fsdp, form, chunks):
+    """The whole run, or the rest of it, on all devices of the processes that there are."""
+    cfg = config.load(config_file.with_suffix(".json"))
+    cfg.mesh.fsdp, cfg.loss.form, cfg.optim.chunks = fsdp, form, chunks
+    train(cfg, workdir)
+
+
+def killed_after_step_2(workdir, copy):
+    """A copy of a run, as a process killed in the third step leaves it."""
+    shutil.copytree(workdir, copy)
+    shutil.rmtree(copy / "checkpoints/4")
+    return copy
+
+
+def outcome(config_file, workdir):
+    """The last parameters, and the scalars of all steps and of the evaluation during training."""
     cfg = config.load(config_file.with_suffix(".json"))
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
-        return jax.device_get(checkpointer.restore_params(state.abstract_params(cfg.model, mesh)))
-
-
-def test_two_processes_train_and_evaluate_as_one(config_file, tmp_path):
-    for name, processes, devices in (("two", 2, 2), ("one", 1, 4)):
-        workdir = tmp_path / name
-        run = start_local(
-            processes, devices, *train_command(config_file, workdir), stderr=subprocess.PIPE
-        )
-        errors = run.communicate(timeout=PATIENCE_SECONDS)[1]
-        assert run.returncode == 0, errors
-        assert errors.count("starting from random parameters") == 1
-    rows = {name: logged(tmp_path / name) for name in ("one", "two")}
+        assert checkpointer.latest_step() == 4
+        params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
     timings = {"pairs_per_second", "data_wait"}
-    assert len(rows["one"]) == 4  # three steps and an evaluation
-    for one, two in zip(rows["one"], rows["two"], strict=True):
-        assert one.keys() == two.keys()
-        for key in one.keys() - timings:
-            np.testing.assert_allclose(two[key], one[key], rtol=1e-5, err_msg=key)
-    assert len(list((tmp_path / "two").glob("events.out.tfevents.*"))) == 1
-    one, two = (final_params(config_file, tmp_path / name) for name in ("one", "two"))
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-5), one, two)
-
-    # The parameters of one process, evaluated by two, which divide the records among themselves.
-    evaluation = [sys.executable, "-m", "gcl_jax.evaluate", f"--workdir={tmp_path / 'one'}"]
-    outputs = []
-    for processes in (1, 2):
-        run = start_local(processes, 2, *evaluation, stdout=subprocess.PIPE)
-        run.communicate(timeout=PATIENCE_SECONDS)
-        assert run.returncode == 0
-        outputs.append((tmp_path / "one/eval/in_domain.json").read_text())
-    assert outputs[0] == outputs[1]
+    rows = [{key: row[key] for key in row.keys() - timings} for row in logged(workdir)]
+    assert [row["step"] for row in rows] == [1, 2, 2, 3, 4]
+    return jax.device_get(params), rows
 
 
-def test_sigterm_to_all_saves_one_step_on_all(config_file, tmp_path):
-    workdir = tmp_path / "run"
-    flags = ["--config.optim.steps=100000", "--config.eval.every=0"]
-    flags += ["--config.checkpoint.every=100000"]
-    run = start_local(2, 1, *train_command(config_file, workdir, *flags), stderr=subprocess.PIPE)
-    wait_for_steps(workdir, 1)
-    run.send_signal(signal.SIGTERM)
-    errors = run.communicate(timeout=PATIENCE_SECONDS)[1]
-    assert run.returncode == 128 + signal.SIGTERM
-    (line,) = [line for line in errors.splitlines() if "; run the same command" in line]
-    (saved,) = (int(path.name) for path in (workdir / "checkpoints").iterdir())
-    assert line == f"[0] saved step {saved}; run the same command to continue"
+def test_two_processes_equal_one(four_steps, tmp_path):
+    """Training, evaluation, checkpoints and their continuation on 2 x 4 devices and on 1 x 8, on
+    other meshes and with other forms of the loss: always the same run."""
+    one, two, one_two, two_one = (tmp_path / name for name in ("one", "two", "one_two", "two_one"))
+    run(four_steps, one, *WHOLE)
+    killed_after_step_2(one, one_two)
+    pair = start_local(2, 4, sys.executable, __file__, four_steps, tmp_path)
+    assert pair.wait(timeout=PATIENCE_SECONDS) == 0
+    run(four_steps, killed_after_step_2(two, two_one), *SPLIT)
+    params, rows = outcome(four_steps, one)
+    for workdir in (two, one_two, two_one):
+        other_params, other_rows = outcome(four_steps, workdir)
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+        jax.tree.map(close, (other_params, other_rows), (params, rows))
+    assert len(list(two.glob("events.out.tfevents.*"))) == 1
+
+    # Two processes divide the records to embed among themselves.
+    by_two = (one / "eval/in_domain.json").read_text()
+    evaluate_workdir(one, None, None, False)
+    assert (one / "eval/in_domain.json").read_text() == by_two
+
+
+def main(config_file, folder):
+    """One of the two processes."""
+    with distributed.joined(graceful=True):
+        assert (jax.local_device_count(), jax.device_count()) == (4, 8)
+        run(Path(config_file), Path(folder, "two"), *SPLIT)
+        run(Path(config_file), Path(folder, "one_two"), *RING)
+        evaluate_workdir(Path(folder, "one"), None, None, False)
 
 
 @pytest.mark.parametrize("victim", [1, 0])
-def test_a_killed_process_ends_the_other_within_a_minute(config_file, tmp_path, victim):
-    """Started by flags, without a launcher that would notice."""
+def test_a_run_survives_the_death_of_a_process(config_file, tmp_path, victim):
+    """Started by flags, without a launcher that would notice: the other process ends, the same
+    commands go on from the newest checkpoint, and SIGTERM to one process saves on both."""
+    workdir = tmp_path / "run"
+    checkpoints = workdir / "checkpoints"
+    processes = start_by_flags(config_file, workdir)
+    try:
+        wait_for(lambda: (checkpoints / "2").is_dir(), processes)
+        processes[victim].kill()
+        errors = processes[1 - victim].communicate(timeout=60)[1]
+        assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
+        # Losing the coordinator, jax may be quicker than we are to end the process.
+        assert f"process {1 - victim} lost another process" in errors or (
+            victim == 0 and "another task died" in errors
+        )
+
+        newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+        processes = start_by_flags(config_file, workdir)
+        wait_for(lambda: (checkpoints / f"{newest + 2}").is_dir(), processes)
+        processes[victim].send_signal(signal.SIGTERM)
+        errors = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
+    assert f"continuing {workdir} from step {newest} of" in errors[0]
+    saved = max(int(path.name) for path in checkpoints.iterdir())
+    assert f"saved step {saved}; run the same command to continue" in errors[0]
+    assert "saved step" not in errors[1]
+
+
+def start_by_flags(config_file, workdir):
+    """Both processes of a run without end."""
     with socket.create_server(("localhost", 0)) as server:
         port = server.getsockname()[1]
-    place = [f"--coordinator=localhost:{port}", "--num_processes=2"]
-    steps = ["--config.optim.steps=100000", "--config.eval.every=0"]
-    processes = [
+    flags = [f"--coordinator=localhost:{port}", "--num_processes=2"]
+    flags += ["--config.optim.steps=100000", "--config.eval.every=0"]
+    return [
         subprocess.Popen(
-            train_command(config_file, tmp_path / "run", *place, f"--process_id={rank}", *steps),
+            train_command(config_file, workdir, *flags, f"--process_id={rank}"),
             env=ENVIRONMENT,
             cwd=ROOT,
             stderr=subprocess.PIPE,
@@ -95,25 +160,49 @@ def test_a_killed_process_ends_the_other_within_a_minute(config_file, tmp_path, 
         )
         for rank in range(2)
     ]
-    try:
-        wait_for_steps(tmp_path / "run", 1)
-        processes[victim].kill()
-        errors = processes[1 - victim].communicate(timeout=60)[1]
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
-    # Losing the coordinator, jax may be quicker than we are to end the process.
-    assert f"process {1 - victim} lost another process" in errors or (
-        victim == 0 and "another task died" in errors
-    )
 
 
-def wait_for_steps(workdir, steps):
+def wait_for(condition, processes):
     deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (workdir / "metrics.jsonl").exists() or len(logged(workdir)) < steps:
+    while not condition():
         assert time.monotonic() < deadline
-        time.sleep(0.2)
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.1)
+
+
+HANGING = """
+import sys, time
+from gcl_jax import distributed
+with distributed.joined(), distributed.Watchdog(4) as watchdog:
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("start")
+    watchdog.alive()
+    if not distributed.is_first():
+        time.sleep(1000)
+    multihost_utils.sync_global_devices("never")
+"""
+
+
+def test_watchdog_ends_a_process_that_hangs_and_those_that_wait_for_it():
+    result = start_local(2, 1, sys.executable, "-c", HANGING, stderr=subprocess.PIPE)
+    errors = result.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert result.returncode == distributed.HANG_EXIT_CODE
+    for rank, line in ((0, "sync_global_devices"), (1, 'File "<string>", line 9')):
+        own = [line for line in errors.splitlines() if line.startswith(f"[{rank}]")]
+        assert any("error: no step for 4 s: this process hangs" in line for line in own)
+        assert any(line in text for text in own)
+
+
+def test_watchdog_leaves_alone_what_lives_and_what_has_ended():
+    code = (
+        "import time\n"
+        "from gcl_jax.distributed import Watchdog\n"
+        "with Watchdog(1) as watchdog:\n"
+        "    for _ in range(8): time.sleep(0.2); watchdog.alive()\n"
+        "with Watchdog(0) as watchdog: time.sleep(1.5)\n"
+        "time.sleep(1.5)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=PATIENCE_SECONDS)
 
 
 def test_waiting_for_a_process_that_never_comes_ends_in_one_line():
@@ -182,3 +271,7 @@ def test_a_process_alone_joins_nobody(monkeypatch):
             assert not jax.distributed.is_initialized()
     with distributed.joined("localhost:1", 1, 0):
         assert not jax.distributed.is_initialized()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
