@@ -233,8 +233,8 @@ class TrainConfig:
     weights (a file, a Hugging Face or open_clip folder, a hub id) or the workdir of another run.
 
     Metrics are logged every `log_every` steps, also to Weights & Biases if `wandb` names a project.
-    A process that ends neither a step nor an evaluation for `hang_seconds` is stuck, and ends itself
-    (0: never).
+    A process that ends neither a step nor an evaluation within `hang_seconds` is stuck: it ends
+    itself (0: never).
     """
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)

@@ -23,7 +23,7 @@ LAYERS = (
         "text",
         "score_weights",
     },
-    {"data", "datasets", "sharding", "logs", "distributed"},
+    {"data", "datasets", "sharding", "logs", "compile_cache", "distributed"},
     {"models", "losses", "optim"},
     {
         "state",
