@@ -99,7 +99,7 @@ def main() -> None:
             "steps": args.steps,
             "checkpoint.every": cfg.checkpoint.every,
             "log_every": cfg.log_every,
-            "machine": f"{platform.machine()}, {jax.device_count()} {jax.default_backend()} devices",
+            "machine": f"{platform.machine()}, {jax.device_count()} x {jax.default_backend()}",
             "jax": jax.__version__,
             "seconds_per_step": seconds,
             "median_ratio": statistics.median(ratios),

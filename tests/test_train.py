@@ -18,7 +18,7 @@ from flax import traverse_util
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gcl_jax import config, evaluate, sharding, state
+from gcl_jax import config, evaluate, flops, sharding, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.datasets.builder import write_store
 from gcl_jax.errors import ConfigError, UserError
@@ -90,11 +90,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(cfg, tmp_path, monkeypatch
 def test_loss_falls_and_everything_is_written(cfg, tiny_store, tmp_path):
     cfg.optim.steps, cfg.optim.lr, cfg.log_every = 40, 3e-3, 1
     cfg.eval.every = 20
-    train(cfg, tmp_path)
+    train(cfg, tmp_path, profile=range(3, 4))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 40
     assert all(0 <= row["data_wait"] < 1 for row in rows if "loss" in row)
+    last = rows[-1]
+    assert 0 <= last["accuracy/query_to_document"] <= 1
+    assert 0.1 < last["peak_memory_gib"] < 50
+    per_pair = flops.pair_flops(tiny_store.resolve(cfg)) * 3 / jax.device_count()
+    np.testing.assert_allclose(
+        last["teraflops_per_device"], per_pair * last["pairs_per_second"] / 1e12
+    )
+    assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
     evaluated = [row for row in rows if "in_domain/NDCG@10" in row]
     assert [row["step"] for row in evaluated] == [20]
@@ -219,6 +227,7 @@ def command(*flags, **env):
         (["--config.optim.lr=abc"], "abc"),
         (["--config.optim.lr=-1"], "config.optim.lr=-1.0 must be above 0"),
         (["--config.data.store=nowhere"], "nowhere holds no store"),
+        (["--profile=9:3"], "--profile=9:3: write FIRST:LAST"),
         (["--config.mesh.fsdp=3"], "does not make the 1 devices"),
         (["--config.data.train_split=tarin"], "has no split 'tarin'; it has in_domain"),
         (['--config.optim.freeze=("visual","txt")'], "freeze: 'txt' matches no parameter"),

@@ -1,0 +1,71 @@
+"""Where the numbers of a run go, and what a restart makes of those it writes again."""
+
+import json
+import sys
+import types
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gcl_jax.errors import ConfigError
+from gcl_jax.logs import MetricWriter
+
+
+def test_steps_that_are_written_again_count_once(tmp_path):
+    with MetricWriter(tmp_path) as writer:
+        writer.restart(0)
+        for step in range(1, 6):
+            writer.write(step, {"loss": float(step)})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a kill
+    with MetricWriter(tmp_path) as writer:
+        writer.restart(3)
+        writer.write(4, {"loss": 40.0})
+        writer.restart(2)
+        writer.write(3, {"loss": 30.0})
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    expected = [(1, 1.0), (2, 2.0), (3, 30.0)]
+    assert [(row["step"], row["loss"]) for row in rows] == expected
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+def test_a_quiet_writer_leaves_nothing(tmp_path):
+    with MetricWriter(tmp_path, quiet=True) as writer:
+        writer.restart(0)
+        writer.write(1, {"loss": 1.0})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_and_biases_continues_one_run(tmp_path, monkeypatch):
+    started, written, finished = [], [], []
+
+    class Run:
+        def log(self, scalars, step):
+            written.append((step, scalars))
+
+        def finish(self):
+            finished.append(True)
+
+    def init(**settings):
+        started.append(settings)
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    for step in (1, 2):
+        with MetricWriter(tmp_path / "demo", "ranking", {"seed": 0}) as writer:
+            writer.write(step, {"loss": 0.5})
+    assert written == [(1, {"loss": 0.5}), (2, {"loss": 0.5})]
+    assert finished == [True, True]
+    first, second = started
+    assert first == second
+    assert (first["project"], first["name"], first["config"]) == ("ranking", "demo", {"seed": 0})
+    assert first["resume"] == "allow"
+    with MetricWriter(tmp_path / "other", "ranking"):
+        assert started[-1]["id"] != first["id"]
+
+
+def test_a_missing_package_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match="needs the package: pip install wandb"):
+        MetricWriter(tmp_path, "ranking")
