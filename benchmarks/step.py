@@ -1,0 +1,273 @@
+"""The whole training step, against open_clip in PyTorch: towers, loss, gradients, AdamW.
+
+    python benchmarks/step.py --models demo ViT-B-32 --batch=16                    # CPU, float32
+    python benchmarks/step.py --models ViT-B-32 ViT-B-16 --batch=512 --dtype=bfloat16       # GPU
+
+Needs the extra `parity`, or open_clip with a PyTorch that finds the GPU. Both train the same model
+from the same weights on the same batch of (77-token text, image) pairs with the CLIP loss, clipped
+gradients, weight decay and float32 parameters; in bfloat16 PyTorch computes under autocast. The
+batch lies on the device; PyTorch's images are float32 and normalised already, ours uint8 as they
+come. The losses of the first steps must agree. Eager PyTorch, compiled PyTorch and ours take turns:
+times are medians over all steps, ratios to the better PyTorch are medians over the rounds, and
+compilation is reported apart.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+# Both share the card, and neither may take it all; threads that spin would steal the other's time.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+
+import jax
+import numpy as np
+import torch
+from parity import import_open_clip
+
+from gcl_jax import flops, optim, sharding, state
+from gcl_jax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from gcl_jax.models.port import from_state_dict
+from gcl_jax.models.port.foreign import to_open_clip_config
+from gcl_jax.presets import preset
+from gcl_jax.step import make_train_step
+
+open_clip = import_open_clip()
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The first losses of both, from the same weights: float32 sums in another order, bfloat16 rounding.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+
+
+@dataclasses.dataclass
+class Trainer:
+    """`step` trains on the one batch and returns the loss, a device array that may not be ready."""
+
+    step: Callable
+    read: Callable
+    compile_seconds: float
+    peak_bytes: Callable[[], int | None]
+
+
+def configuration(name: str, args) -> TrainConfig:
+    """CLIP as open_clip trains it, under its name, or the demo's towers on 77 tokens."""
+    if name == "demo":
+        vision = VisionConfig(image_size=48, patch_size=16, width=128, layers=3)
+        model = ModelConfig(128, vision, TextConfig(width=128, heads=2, layers=1))
+    else:
+        model = preset(name)
+    model.dtype, model.attention, model.remat = args.dtype, args.attention, args.remat
+    return TrainConfig(
+        model=model,
+        data=DataConfig(query_fields={"text": 1.0}, document_fields={"image": 1.0}),
+        optim=OptimConfig(
+            batch_size=args.batch, lr=1e-4, weight_decay=0.2, warmup_steps=0, steps=10**6
+        ),
+    )
+
+
+def random_batch(cfg: TrainConfig) -> tuple[np.ndarray, np.ndarray]:
+    """(images, token ids), with end tokens at random places."""
+    rng = np.random.default_rng(0)
+    n, size, text = cfg.optim.batch_size, cfg.model.vision.image_size, cfg.model.text
+    coarse = rng.integers(0, 256, (n, 4, 4, 3))
+    repeats = -(-size // 4)
+    images = coarse.repeat(repeats, 1).repeat(repeats, 2)[:, :size, :size]
+    tokens = rng.integers(1, text.vocab_size - 2, (n, text.context_length))
+    ends = rng.integers(4, text.context_length, n)
+    tokens[np.arange(n), ends] = text.vocab_size - 1
+    tokens[np.arange(text.context_length) > ends[:, None]] = 0
+    return images.astype(np.uint8), tokens.astype(np.int32)
+
+
+def torch_trainer(cfg: TrainConfig, model, images, tokens, compiled: bool) -> Trainer:
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decay, "weight_decay": cfg.optim.weight_decay}]
+    optimizer = torch.optim.AdamW(
+        [*groups, {"params": rest, "weight_decay": 0.0}],
+        lr=cfg.optim.lr,
+        betas=cfg.optim.betas,
+        eps=cfg.optim.eps,
+        fused=DEVICE == "cuda" or None,
+    )
+    loss_of = open_clip.ClipLoss()
+    pixels = (images / np.float32(255) - np.float32(cfg.model.preprocess.mean)) / np.float32(
+        cfg.model.preprocess.std
+    )
+    pixels = torch.tensor(pixels).permute(0, 3, 1, 2).contiguous().to(DEVICE)
+    ids = torch.tensor(tokens, dtype=torch.long, device=DEVICE)
+    forward = torch.compile(model) if compiled else model
+    half = cfg.model.dtype == "bfloat16"
+
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=half):
+            loss = loss_of(*forward(pixels, ids))
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.optim.clip_norm)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, cfg.model.max_logit_scale)
+        return loss.detach()
+
+    def peak():
+        return torch.cuda.max_memory_allocated() if DEVICE == "cuda" else None
+
+    return Trainer(step, lambda loss: float(loss), 0.0, peak)
+
+
+def jax_trainer(cfg: TrainConfig, params, images, tokens) -> Trainer:
+    mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
+    tx = optim.make_optimizer(cfg.optim, cfg.optim.steps, state.abstract_model(cfg.model)[1])
+    n = cfg.optim.batch_size
+    yes, ids = np.ones(n, bool), np.arange(n, dtype=np.int32)
+    batch = sharding.to_global(
+        {
+            "query": {"text": tokens},
+            "document": {"image": images},
+            "query_present": {"text": yes},
+            "document_present": {"image": yes},
+            "weight": np.ones(n, np.float32),
+            "query_id": ids,
+            "document_id": ids,
+        },
+        mesh,
+    )
+    placed = jax.device_put(params, sharding.param_shardings(params, mesh))
+    train_state = [state.init_state(cfg, tx, mesh, placed)]
+    begun = time.perf_counter()
+    program = make_train_step(cfg, tx, mesh).lower(train_state[0], batch).compile()
+    seconds = time.perf_counter() - begun
+    held = program.memory_analysis()
+
+    def step():
+        train_state[0], metrics = program(train_state[0], batch)
+        return metrics["loss"]
+
+    return Trainer(
+        step,
+        lambda loss: float(jax.device_get(loss)),
+        seconds,
+        lambda: held.argument_size_in_bytes + held.temp_size_in_bytes,
+    )
+
+
+def timed(trainer: Trainer, steps: int) -> list[float]:
+    seconds = []
+    for _ in range(steps):
+        begun = time.perf_counter()
+        trainer.read(trainer.step())
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def compare(name: str, args) -> dict:
+    cfg = configuration(name, args)
+    images, tokens = random_batch(cfg)
+    torch.manual_seed(0)
+    settings = to_open_clip_config(cfg.model)["model_cfg"]
+    models = {}
+    for kind in ["eager"] + ["compiled"] * args.compile:
+        models[kind] = open_clip.CLIP(**settings).to(DEVICE)
+    weights = {key: x.cpu().numpy() for key, x in models["eager"].state_dict().items()}
+    trainers = {}
+    for kind, model in models.items():
+        model.load_state_dict(models["eager"].state_dict())
+        trainers[kind] = torch_trainer(cfg, model, images, tokens, kind == "compiled")
+    trainers["ours"] = jax_trainer(cfg, from_state_dict(weights, cfg.model), images, tokens)
+
+    first = {}
+    for kind, trainer in trainers.items():
+        begun = time.perf_counter()
+        first[kind] = [trainer.read(trainer.step()) for _ in range(args.warmup)]
+        if kind == "compiled":
+            trainer.compile_seconds = time.perf_counter() - begun
+    np.testing.assert_allclose(
+        first["ours"][:3], first["eager"][:3], rtol=TOLERANCE[args.dtype], err_msg="losses differ"
+    )
+    rounds: dict[str, list[list[float]]] = {kind: [] for kind in trainers}
+    for _ in range(args.rounds):
+        for kind, trainer in trainers.items():
+            rounds[kind].append(timed(trainer, args.steps))
+    row: dict = {"model": name, "batch": args.batch, "dtype": args.dtype, "kinds": {}}
+    per_step = flops.train_flops(cfg)
+    chip = flops.find_chip(jax.devices()[0].device_kind)
+    for kind, trainer in trainers.items():
+        seconds = [second for one in rounds[kind] for second in one]
+        median = statistics.median(seconds)
+        row["kinds"][kind] = {
+            "seconds": median,
+            "pairs_per_second": args.batch / median,
+            "teraflops": per_step / median / 1e12,
+            "mfu": per_step / median / chip.flops if chip else None,
+            "compile_seconds": trainer.compile_seconds,
+            "peak_bytes": trainer.peak_bytes(),
+            "steps": [round(second, 5) for second in seconds],
+        }
+    per_round = {kind: list(map(statistics.median, rounds[kind])) for kind in rounds}
+    theirs = map(min, *(per_round[kind] for kind in models)) if args.compile else per_round["eager"]
+    ratios = [their / our for their, our in zip(theirs, per_round["ours"], strict=True)]
+    return row | {"ratio": statistics.median(ratios), "ratios": ratios}
+
+
+def report(row: dict) -> str:
+    lines = [f"{row['model']}, {row['batch']} pairs, {row['dtype']}"]
+    for kind, one in row["kinds"].items():
+        mfu = f", MFU {one['mfu']:.1%}" if one["mfu"] else ""
+        memory = f", {one['peak_bytes'] / 2**30:.2f} GiB" if one["peak_bytes"] else ""
+        lines.append(
+            f"  {kind:<9}{1e3 * one['seconds']:>10.1f} ms{one['pairs_per_second']:>10.1f} pairs/s"
+            f"{one['teraflops']:>8.2f} TFLOP/s{mfu}{memory}, "
+            f"compiled in {one['compile_seconds']:.0f} s"
+        )
+    spread = f"{min(row['ratios']):.2f} to {max(row['ratios']):.2f}"
+    return "\n".join([*lines, f"  ours is {row['ratio']:.2f} times as fast ({spread})"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", default=["demo", "ViT-B-32"])
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--dtype", choices=TOLERANCE, default="float32")
+    parser.add_argument("--attention", choices=("xla", "cudnn"), default="xla")
+    parser.add_argument("--remat", choices=("none", "full", "dots"), default="none")
+    parser.add_argument("--steps", type=int, default=5, help="in each round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--warmup", type=int, default=4, help="first steps that do not count")
+    parser.add_argument("--no_compile", dest="compile", action="store_false")
+    parser.add_argument("--out", type=Path, help="JSON file for the figures")
+    args = parser.parse_args()
+    rows = []
+    for name in args.models:
+        rows.append(compare(name, args))
+        print(report(rows[-1]), flush=True)
+    if args.out:
+        machine = {
+            "processor": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "device": jax.devices()[0].device_kind,
+            "versions": {"jax": jax.__version__, "torch": torch.__version__}
+            | {"open_clip": open_clip.__version__, "python": platform.python_version()},
+        }
+        args.out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
