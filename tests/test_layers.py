@@ -31,6 +31,8 @@ LAYERS = (
         "checkpoint",
         "warm_start",
         "embedding",
+        "cpu_search",
+        "mesh_search",
         "retrieval",
         "results",
         "judgements",
