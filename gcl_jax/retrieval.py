@@ -50,10 +50,11 @@ class Index:
         if self._on_cpu:
             cpu_search.check_finite("document", documents)
             return
-        chunks = list(mesh_search.chunks(documents, self._mesh, dtype))
-        self._chunks = [(first, chunk) for first, chunk, _ in chunks]
-        extremes = [np.asarray(x) for *_, x in chunks] or [np.zeros(2)]
-        self._norm, self._rounding = np.max(extremes, axis=0)
+        self._chunks, greatest = [], [np.zeros(2)]
+        for first, chunk, extremes in mesh_search.chunks(documents, self._mesh, dtype):
+            self._chunks.append((first, chunk))
+            greatest.append(np.asarray(extremes))
+        self._norm, self._rounding = np.max(greatest, axis=0)
         if not np.isfinite(self._norm):
             cpu_search.check_finite("document", documents)
 
@@ -69,7 +70,7 @@ class Index:
         """
         queries, k = _checked(queries, self._documents, k)
         if not len(queries) or not k:
-            return _nothing(len(queries))
+            return _nothing(len(queries), k)
         n = len(self._documents)
         depth = k if self._dtype == "float32" else min(2 * k + 64, n)
         tiles = _tiles(queries, self._mesh.size)
@@ -113,7 +114,7 @@ def exact_top_k(
     mesh = mesh or _own_mesh()
     queries, k = _checked(queries, documents, k)
     if not len(queries) or not k:
-        return _nothing(len(queries))
+        return _nothing(len(queries), k)
     tiles = _tiles(queries, mesh.size)
     if _is_one_cpu(mesh):
         found = cpu_search.search(tiles, documents, k, check=True)
@@ -130,8 +131,8 @@ def _checked_chunks(documents, mesh: Mesh):
         yield first, chunk
 
 
-def _nothing(queries: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((queries, 0), np.float32), np.zeros((queries, 0), np.int32)
+def _nothing(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.zeros((queries, k), np.float32), np.zeros((queries, k), np.int32)
 
 
 def _rescored(
