@@ -37,6 +37,8 @@ LAYERS = (
         "checkpoint",
         "warm_start",
         "embedding",
+        "cpu_search",
+        "mesh_search",
         "retrieval",
         "results",
         "judgements",
