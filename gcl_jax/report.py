@@ -23,7 +23,8 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.datasets import open_store
 from gcl_jax.errors import DataError, reported_in_one_line
-from gcl_jax.search import SearchIndex, fields_of_kind, image_type
+from gcl_jax.hits import fields_of_kind, image_type
+from gcl_jax.search import SearchIndex
 
 QUERIES_PER_SPLIT = 3
 RESULTS_PER_QUERY = 10

@@ -36,11 +36,12 @@ LAYERS = (
         "judgements",
         "scoring",
         "compare",
+        "hits",
         "runs",
         "mining",
         "evaluate",
     },
-    {"train", "search", "mine", "prepare", "report", "port"},
+    {"train", "search", "mine", "prepare", "report", "port", "serve"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
