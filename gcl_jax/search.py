@@ -24,6 +24,11 @@ from gcl_jax.hits import as_results, format_table, image_type, one_line, save_im
 
 Query = Mapping[str, str | bytes]
 
+# Arguments that only one of the two ways to search has; the page asks for its own.
+SERVED = {"port": "--port"}
+NOT_SERVED = {"texts": "QUERY", "query": "--query", "top_k": "--top_k", "json": "--json"}
+NOT_SERVED["images"] = "--images"
+
 
 class SearchIndex:
     """Documents of a run, embedded once and then searched exactly, as often as you like."""
@@ -176,10 +181,8 @@ def search_run(args: argparse.Namespace) -> None:
             print(format_table(results, width))
 
 
-def serve_runs(args: argparse.Namespace, unused: Sequence[str]) -> None:
-    """The search page, with parsed arguments, of which `unused` were given in vain."""
-    if unused:
-        raise UserError(f"{unused[0]} does not go with --serve: the page asks for it")
+def serve_runs(args: argparse.Namespace) -> None:
+    """The search page, with parsed arguments."""
     from gcl_jax.serve import serve
 
     serve(args.workdir, args.split, args.embed_dim, args.port)
@@ -240,12 +243,14 @@ def main() -> None:
         "--port", type=_port, default=8000, help="of the page; 0 is any free one (default: 8000)"
     )
     args = parser.parse_intermixed_args()
-    asked = {"QUERY": "texts", "--top_k": "top_k", "--query": "query", "--json": "json"}
-    asked["--images"] = "images"
-    unused = [flag for flag, key in asked.items() if vars(args)[key] != parser.get_default(key)]
+    default = vars(parser.parse_intermixed_args(["--workdir=."]))
+    given = {name for name, value in vars(args).items() if value != default[name]}
     with reported_in_one_line():
+        for name, flag in NOT_SERVED.items() if args.serve else SERVED.items():
+            if name in given:
+                raise UserError(f"{flag} does not go {'with' if args.serve else 'without'} --serve")
         if args.serve:
-            serve_runs(args, unused)
+            serve_runs(args)
         else:
             search_run(args)
 

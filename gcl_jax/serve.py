@@ -28,7 +28,9 @@ from werkzeug.routing import Map, Rule
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
+from gcl_jax import config
 from gcl_jax.data.store import Records
+from gcl_jax.datasets import open_store
 from gcl_jax.embedding import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.hits import as_results, fields_of_kind, image_type
@@ -36,7 +38,7 @@ from gcl_jax.runs import load_run
 from gcl_jax.search import Query, QueryRecords, SearchIndex
 
 ADDRESS = "127.0.0.1"
-HOSTS = ("localhost", ADDRESS)
+HOSTS = ["localhost", ADDRESS]
 KINDS = {"text": "text", "image": "image"}  # what a query may be
 MAX_K = 100
 MAX_CHARACTERS = 1_000  # of a typed query
@@ -107,14 +109,15 @@ class SearchApp:
         self._device = threading.Lock()
         assets = importlib.resources.files("gcl_jax").joinpath("assets")
         self._assets = {name: assets.joinpath(name).read_bytes() for name in PAGE}
+        get = ["GET"]
         self._urls = Map(
             [
-                Rule("/", endpoint=lambda _: self._asset("search.html")),
-                Rule("/search.css", endpoint=lambda _: self._asset("search.css")),
-                Rule("/search.js", endpoint=lambda _: self._asset("search.js")),
-                Rule("/api/info", endpoint=self._info),
+                Rule("/", endpoint=lambda _: self._asset("search.html"), methods=get),
+                Rule("/search.css", endpoint=lambda _: self._asset("search.css"), methods=get),
+                Rule("/search.js", endpoint=lambda _: self._asset("search.js"), methods=get),
+                Rule("/api/info", endpoint=self._info, methods=get),
                 Rule("/api/search", endpoint=self._search, methods=["GET", "POST"]),
-                Rule("/image/<row>/<field>", endpoint=self._image),
+                Rule("/image/<row>/<field>", endpoint=self._image, methods=get),
             ],
             merge_slashes=False,
         )
@@ -175,7 +178,7 @@ class SearchApp:
             milliseconds = round(1e3 * (time.perf_counter() - start), 1)
             results = as_results(self._store.documents, scores, rows)
             for result, row in zip(results, rows.tolist(), strict=True):
-                result["images"] = self._image_addresses(row)
+                result |= {"row": row, "images": self._image_addresses(row)}
             runs.append({"name": searcher.name, "milliseconds": milliseconds, "results": results})
         return _json({"query": query.get("text"), "k": top_k, "runs": runs})
 
@@ -201,13 +204,15 @@ class SearchApp:
         documents, number = self._store.documents, _whole(row)
         if number is None or number >= len(documents) or documents.fields.get(field) != "image":
             raise NotFound("there is no such image")
-        encoded = documents[number][field]
+        encoded = fields_of_kind(documents, documents[number], "image").get(field)
+        if encoded is None:
+            raise NotFound("the document lacks this image")
         try:
-            kind = image_type(encoded) if encoded else "missing"
+            kind = image_type(encoded)
         except DataError as error:
             raise NotFound(str(error)) from None
         if kind not in SHOWN:
-            raise NotFound(f"the image is {kind}")
+            raise NotFound(f"no browser shows {kind}")
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         return Response(encoded, content_type=f"image/{kind}", headers=headers)
 
@@ -259,6 +264,17 @@ def _examples(queries: Records, count: int = 6) -> list[str]:
     return [text for text in dict.fromkeys(texts) if 0 < len(text) <= 60]
 
 
+def _check_same_store(workdirs: Sequence[Path]) -> None:
+    configs = [config.load(workdir / "config.json") for workdir in workdirs]
+    stores = [open_store(cfg.data.store).directory for cfg in configs]
+    for workdir, store in zip(workdirs, stores, strict=True):
+        if store.resolve() != stores[0].resolve():
+            raise UserError(
+                f"{workdir} searches {store}, {workdirs[0]} {stores[0]}: side by side both need "
+                "the same store"
+            )
+
+
 class _Quiet(WSGIRequestHandler):
     def log(self, *_) -> None:
         """The terminal is for errors; what people search for is not written down."""
@@ -278,14 +294,8 @@ def serve(workdirs: Sequence[Path], split: str | None, embed_dim: int | None, po
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise UserError(f"--port={port}: {reason}; choose another one") from None
-        searchers = [Searcher(workdir, split, embed_dim) for workdir in workdirs]
-        for other in searchers[1:]:
-            if other.store.directory.resolve() != searchers[0].store.directory.resolve():
-                raise UserError(
-                    f"{other.name} searches {other.store.directory}, {searchers[0].name} "
-                    f"{searchers[0].store.directory}: side by side both need the same store"
-                )
-        app = SearchApp(searchers)
+        _check_same_store(workdirs)
+        app = SearchApp([Searcher(workdir, split, embed_dim) for workdir in workdirs])
         server = make_server(
             ADDRESS, port, app, threaded=True, request_handler=_Quiet, fd=listener.fileno()
         )
