@@ -5,7 +5,6 @@ requests under another host's name (DNS rebinding) or from another site. No requ
 """
 
 import importlib.resources
-import io
 import json
 import os
 import socket
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import (
     BadRequest,
     Forbidden,
@@ -31,21 +29,15 @@ from werkzeug.wrappers import Request, Response
 from gcl_jax import config
 from gcl_jax.data.store import Records
 from gcl_jax.datasets import open_store
-from gcl_jax.embedding import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.hits import as_results, fields_of_kind, image_type
-from gcl_jax.runs import load_run
-from gcl_jax.search import Query, QueryRecords, SearchIndex
+from gcl_jax.search import Query
+from gcl_jax.searcher import MAX_K, Searcher, check_image
 
 ADDRESS = "127.0.0.1"
 HOSTS = ["localhost", ADDRESS]
-KINDS = {"text": "text", "image": "image"}  # what a query may be
-MAX_K = 100
 MAX_CHARACTERS = 1_000  # of a typed query
 MAX_BYTES = 2**25  # of an image
-MAX_PIXELS = 40_000_000  # of a query: less than a store may hold, since somebody waits for it
-# What Pillow may try to read: others call programs (EPS) or mean nothing to a browser.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SHOWN = ("png", "jpeg", "webp", "gif", "bmp", "avif")
 PAGE = {"search.html": "text/html", "search.css": "text/css", "search.js": "text/javascript"}
 HEADERS = {
@@ -57,46 +49,6 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",  # another run may be served under this address later
 }
-
-
-class Searcher:
-    """A run that answers one text or image at a time. The towers are shared by all fields, so
-    either may be asked, whatever the query fields of the training data are."""
-
-    def __init__(self, workdir: Path, split: str | None, embed_dim: int | None):
-        """Embeds the documents, of the corpus of `split` or all, and compiles what queries need.
-
-        Raises:
-            ConfigError, DataError, UserError: `workdir` is no run, or has no such split or
-                dimensions; a document that cannot be read.
-        """
-        cfg, self.store, params, mesh, self.step = load_run(workdir, embed_dim)
-        self.name = str(workdir)
-        self.takes_images = cfg.model.vision is not None
-        rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))
-        self._index = SearchIndex(cfg, self.store, params, mesh, rows)
-        # One query a batch: a larger one would answer as many times more slowly.
-        cfg.eval.batch_size = 1
-        self._embedder = Embedder(cfg, params, mesh)
-        self.documents = len(rows)
-        self.search({"text": "warm up"}, 1)
-        if self.takes_images:
-            file = io.BytesIO()
-            Image.new("RGB", (8, 8)).save(file, "PNG")
-            self.search({"image": file.getvalue()}, 1)
-
-    def search(self, query: Query, top_k: int) -> tuple[np.ndarray, np.ndarray]:
-        """(cosines, rows in the store), each (top_k,), of {"text": ...} or {"image": ...}.
-
-        Raises:
-            DataError: an unreadable image.
-        """
-        records = QueryRecords(KINDS, [query])
-        found = self._embedder.embed("query", records, list(query), np.arange(1), quiet=True)
-        embedding = found.merged(dict.fromkeys(query, 1.0))
-        # Always as many: another number would have to be compiled.
-        scores, rows = self._index.nearest(embedding, MAX_K)
-        return scores[0, :top_k], rows[0, :top_k]
 
 
 class SearchApp:
@@ -215,27 +167,6 @@ class SearchApp:
             raise NotFound(f"no browser shows {kind}")
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         return Response(encoded, content_type=f"image/{kind}", headers=headers)
-
-
-def check_image(encoded: bytes) -> None:
-    """Looks at the header of an encoded image.
-
-    Raises:
-        DataError: not an image, of no common format, or of more than `MAX_PIXELS` pixels.
-    """
-    try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            width, height = image.size
-    except UnidentifiedImageError:
-        raise DataError(f"this is not an image ({', '.join(FORMATS)})") from None
-    # As in `decode_image`, whatever a decoder raises.
-    except Exception as error:
-        raise DataError(f"unreadable image: {error}") from None
-    if width * height > MAX_PIXELS:
-        raise DataError(
-            f"the image has {width} x {height} = {width * height / 1e6:.0f} million pixels; at "
-            f"most {MAX_PIXELS / 1e6:.0f} million are searched for"
-        )
 
 
 def _text_query(request: Request) -> Query:

@@ -41,7 +41,7 @@ LAYERS = (
         "mining",
         "evaluate",
     },
-    {"train", "search", "mine", "prepare", "report", "port", "serve"},
+    {"train", "search", "mine", "prepare", "report", "port", "searcher", "serve"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

@@ -1,5 +1,6 @@
 """The search page's API: what it answers, and what it refuses."""
 
+import base64
 import io
 import json
 import re
@@ -9,23 +10,27 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import types
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import processes
 import pytest
 from PIL import Image
-from test_search import HostileSource, untrained_run
+from test_search import HOSTILE, HostileSource, untrained_run
+from werkzeug.serving import make_server
 from werkzeug.test import Client
 
 from gcl_jax import config, search, serve
 from gcl_jax.errors import UserError
 from gcl_jax.runs import load_run
 from gcl_jax.search import SearchIndex
+from gcl_jax.searcher import Searcher
 
 
 def png_header(width: int, height: int) -> bytes:
@@ -40,9 +45,9 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + pixels + chunk(b"IEND", b"")
 
 
-def encoded_as(kind: str) -> bytes:
+def encoded_as(kind: str, size: tuple[int, int] = (16, 16)) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (16, 16)).save(file, kind)
+    Image.new("RGB", size).save(file, kind)
     return file.getvalue()
 
 
@@ -60,8 +65,8 @@ def workdirs(tmp_path_factory) -> list[Path]:
 
 
 @pytest.fixture(scope="module")
-def searchers(workdirs) -> list[serve.Searcher]:
-    return [serve.Searcher(workdir, None, None) for workdir in workdirs]
+def searchers(workdirs) -> list[Searcher]:
+    return [Searcher(workdir, None, None) for workdir in workdirs]
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +121,7 @@ def test_an_image_finds_itself(ask, searchers):
 
 
 def test_split_and_dimensions_are_those_asked_for(workdirs):
-    searcher = serve.Searcher(workdirs[0], "zero_shot", 1)
+    searcher = Searcher(workdirs[0], "zero_shot", 1)
     scores, rows = searcher.search({"text": "find 3"}, 100)
     assert searcher.documents == 12
     assert sorted(rows) == list(range(12, 24))
@@ -276,6 +281,27 @@ def test_internal_error_is_one_line(searchers, monkeypatch, capsys):
     assert "RuntimeError: a" in capsys.readouterr().err
 
 
+def test_no_query_compiles_anything(ask, searchers):
+    """Queries of other lengths, other numbers of results, images of other sizes."""
+    compiled = []
+
+    def listen(event: str, *_, **__) -> None:
+        if "compile" in event:
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for text, k in (("a", 1), ("a much longer query than that", 7), ("🐱", 100)):
+            assert ask("/api/search", query_string={"q": text, "k": k})[0] == 200
+        for size in ((5, 5), (300, 7)):
+            assert ask("/api/search", encoded_as("PNG", size))[0] == 200
+        assert compiled == []
+        jax.jit(lambda x: x + 1)(np.zeros(7))
+        assert compiled, "the listener hears of compilations"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def test_queries_at_once(ask):
     """One device, one query at a time, and every answer is that of its query."""
     addresses = [f"/api/search?q=find+{i}&k=24" for i in range(4)] * 3
@@ -335,3 +361,237 @@ def test_runs_of_two_stores_are_not_compared(workdirs, tmp_path):
     other = untrained_run(HostileSource(), tmp_path)
     with pytest.raises(UserError, match="side by side both need the same store"):
         serve.serve([workdirs[0], other], None, None, 0)
+
+
+@pytest.fixture(scope="module")
+def address(searchers):
+    """Where both runs are served."""
+    server = make_server("127.0.0.1", 0, serve.SearchApp(searchers), threaded=True)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://localhost:{server.port}"
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    webdriver = pytest.importorskip("selenium.webdriver", reason="needs the [test] extra")
+    program, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if program is None or driver is None:
+        pytest.skip("needs Debian's packages chromium and chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run"):
+        options.add_argument(f"--{flag}")
+    for what in ("background-networking", "component-update", "sync", "dev-shm-usage"):
+        options.add_argument(f"--disable-{what}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options, webdriver.ChromeService(driver))
+    browser.implicitly_wait(0)
+    yield browser
+    browser.quit()
+
+
+class Page:
+    """The page in the browser, as somebody sees it."""
+
+    def __init__(self, browser, address: str):
+        self.browser, self.address = browser, address
+
+    def open(self, path: str) -> None:
+        self.browser.get(self.address + path)
+        self.wait(lambda: self.shown("#empty, #error, #runs li"))
+
+    def wait(self, condition):
+        from selenium.webdriver.support.wait import WebDriverWait
+
+        return WebDriverWait(self.browser, 30, poll_frequency=0.02).until(lambda _: condition())
+
+    def find(self, selector: str):
+        return self.browser.find_elements("css selector", selector)
+
+    def shown(self, selector: str) -> list[str]:
+        """The texts of the elements that are visible."""
+        return self.browser.execute_script(
+            "return [...document.querySelectorAll(arguments[0])]"
+            ".filter((e) => e.checkVisibility()).map((e) => e.textContent)",
+            selector,
+        )
+
+    def titles(self) -> list[list[str]]:
+        """Those of the results, run by run."""
+        return self.browser.execute_script(
+            "return [...document.querySelectorAll('.run')]"
+            ".map((run) => [...run.querySelectorAll('.title')].map((e) => e.textContent))"
+        )
+
+    def type(self, text: str) -> None:
+        (query,) = self.find("#query")
+        query.clear()
+        query.send_keys(text)
+        query.submit()
+
+    def drop(self, data: bytes, zeros: int = 0) -> None:
+        """Drops a file onto the page: `data`, then so many zeros."""
+        self.browser.execute_script(
+            """
+            const bytes = Uint8Array.from(atob(arguments[0]), (c) => c.charCodeAt(0));
+            const files = new DataTransfer();
+            const parts = [bytes, new Uint8Array(arguments[1])];
+            files.items.add(new File(parts, "a.png", { type: "image/png" }));
+            const how = { dataTransfer: files, bubbles: true, cancelable: true };
+            document.body.dispatchEvent(new DragEvent("drop", how));
+            """,
+            base64.b64encode(data).decode(),
+            zeros,
+        )
+
+    def complaints(self) -> list[str]:
+        """What the browser's console says, but for refused requests."""
+        entries = [entry["message"] for entry in self.browser.get_log("browser")]
+        return [entry for entry in entries if "Failed to load resource" not in entry]
+
+
+@pytest.fixture
+def page(chromium, address) -> Page:
+    page = Page(chromium, address)
+    page.open("/")
+    return page
+
+
+def test_typed_query_shows_ranked_pictures_of_both_runs(page, searchers):
+    assert page.find("#query")[0] == page.browser.switch_to.active_element
+    assert "drop an image" in page.shown("#empty")[0]
+    page.type("find 3")
+    page.wait(lambda: len(page.find(".run")) == 2)
+    documents = searchers[0].store.documents
+    expected = [
+        [documents[row]["title"] or documents[row]["id"] for row in rows]
+        for _, rows in (searcher.search({"text": "find 3"}, 10) for searcher in searchers)
+    ]
+    assert page.titles() == expected
+    assert expected[0] != expected[1]
+    assert [name.split("step")[0] for name in page.shown("h2")] == [s.name for s in searchers]
+    assert page.shown("#runs b") == [str(rank) for rank in range(1, 11)] * 2
+    assert "10 of 24 documents in" in page.shown("#status")[0]
+    images = page.find("#runs img")
+    page.wait(lambda: all(image.get_property("complete") for image in images))
+    assert {image.get_property("naturalWidth") for image in images} == {20}
+    assert all(image.get_attribute("alt") for image in images)
+    assert page.browser.current_url.endswith("/?q=find+3&k=10")
+    assert page.complaints() == []
+
+
+def test_movement_against_the_first_run(page, searchers):
+    page.open("/?q=find+3&k=100")
+    first, second = (list(s.search({"text": "find 3"}, 24)[1]) for s in searchers)
+    moves = [first.index(row) - place for place, row in enumerate(second)]
+    expected = [f"{'▲' if move > 0 else '▼'}{abs(move)}" if move else "=" for move in moves]
+    assert page.shown(".moved") == expected
+
+
+def test_an_address_can_be_shared_and_gone_back_to(page):
+    page.open("/?q=find+3&k=5")
+    assert list(map(len, page.titles())) == [5, 5]
+    shared = page.titles()
+    page.type("")
+    page.wait(lambda: page.titles() == [])
+    assert page.browser.title == "gcl_jax search"
+    page.browser.back()
+    page.wait(lambda: page.titles() == shared)
+    assert page.find("#query")[0].get_property("value") == page.browser.title == "find 3"
+    page.find("#k")[0].send_keys("20")
+    page.wait(lambda: list(map(len, page.titles())) == [20, 20])
+    assert page.browser.current_url.endswith("/?q=find+3&k=20")
+    page.open("/?q=find+3&k=1000")
+    assert page.shown("#error") == ["k is not a whole number from 1 to 100"]
+    assert page.titles() == []
+
+
+def test_scripts_are_shown_as_text(page):
+    """In the query, and in a title of the store."""
+    page.type("<script>alert(1)</script><img src=x onerror=alert(2)>")
+    page.wait(lambda: page.titles())
+    page.find("#k")[0].send_keys("50")
+    page.wait(lambda: len(page.find("#runs li")) == 48)
+    assert all(HOSTILE in titles for titles in page.titles())
+    tags = "return document.querySelectorAll('script, #runs script, [onerror]').length"
+    assert page.browser.execute_script(tags) == 1, "the page's own"
+    assert "alert" in page.browser.current_url
+    assert page.complaints() == [], "an alert would have ended the test, a refused script is here"
+
+
+def test_browser_refuses_scripts_in_the_page(page):
+    page.browser.execute_script(
+        "const made = document.createElement('script');"
+        "try { made.text = 'window.harmed = true'; document.body.append(made); } catch {}"
+    )
+    assert page.browser.execute_script("return window.harmed") is None
+    assert page.complaints() != []
+
+
+def test_dropped_image_is_searched_for(page, searchers):
+    data = searchers[0].store.documents[11]["image"]
+    page.drop(data)
+    page.wait(lambda: page.titles())
+    assert page.titles()[1][0] == "thing 11"
+    assert page.shown("#asked") == ["Remove image"]
+    page.wait(lambda: page.find("#preview")[0].get_property("naturalWidth") == 20)
+    page.find("#clear")[0].click()
+    page.wait(lambda: page.shown("#empty"))
+    assert page.titles() == []
+    assert page.complaints() == []
+
+
+def test_chosen_image_is_searched_for(page, searchers, tmp_path):
+    path = tmp_path / "b.png"
+    path.write_bytes(searchers[0].store.documents[12]["image"])
+    page.find("#file")[0].send_keys(str(path))
+    page.wait(lambda: page.titles())
+    assert page.titles()[1][0] == "thing 12"
+
+
+@pytest.mark.parametrize(
+    ("data", "zeros", "message"),
+    [
+        (b"only a text", 0, "this is not an image (PNG, JPEG, WEBP, GIF, BMP, TIFF)"),
+        (b"", 0, "this is not an image (PNG, JPEG, WEBP, GIF, BMP, TIFF)"),
+        (
+            png_header(10_000, 5_000),
+            0,
+            "the image has 10000 x 5000 = 50 million pixels; at most 40 million are searched for",
+        ),
+        (b"", serve.MAX_BYTES + 2**20, "the image has 33.0 MiB; at most 32"),
+    ],
+    ids=("text", "empty", "50 megapixels", "33 MiB"),
+)
+def test_dropped_files_that_are_refused(page, data, zeros, message):
+    page.type("find 3")
+    page.wait(lambda: page.titles())
+    page.drop(data, zeros)
+    page.wait(lambda: page.shown("#error"))
+    assert page.shown("#error") == [message]
+    assert page.titles() == []
+    page.type("find 3")
+    page.wait(lambda: page.titles())
+    assert page.shown("#error") == []
+    assert page.complaints() == []
+
+
+def test_keyboard_alone(page):
+    from selenium.webdriver.common.action_chains import ActionChains
+    from selenium.webdriver.common.keys import Keys
+
+    def press(*keys: str) -> None:
+        ActionChains(page.browser).send_keys(*keys).perform()
+
+    press("find 3", Keys.ENTER)
+    page.wait(lambda: page.titles())
+    press(Keys.TAB, Keys.TAB, Keys.TAB, Keys.TAB)
+    focused = page.browser.switch_to.active_element
+    assert focused.get_attribute("href").endswith("/image"), "image, number, button; first result"
+    assert len(page.find("li.same")) >= 1, "the same document in the other run is marked"
+    press("/", "thing")
+    assert page.find("#query")[0].get_property("value") == "thing"
