@@ -147,6 +147,24 @@ def _parse_assignment(kinds: Mapping[str, str], assignment: str) -> tuple[str, s
         ) from None
 
 
+def one_store(workdirs: Sequence[Path]) -> RankedStore:
+    """The store that all of these runs were trained on.
+
+    Raises:
+        ConfigError, DataError: a directory is no run, or its store is gone.
+        UserError: there is more than one store.
+    """
+    configs = [config.load(workdir / "config.json") for workdir in workdirs]
+    stores = [open_store(cfg.data.store) for cfg in configs]
+    for workdir, store in zip(workdirs, stores, strict=True):
+        if store.directory.resolve() != stores[0].directory.resolve():
+            raise UserError(
+                f"{workdir} searches {store.directory}, {workdirs[0]} {stores[0].directory}: side "
+                "by side all need the same store"
+            )
+    return stores[0]
+
+
 def search_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
     # Whatever can be wrong with the arguments is told before jax and the model are loaded.

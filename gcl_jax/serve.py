@@ -26,12 +26,10 @@ from werkzeug.routing import Map, Rule
 from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
-from gcl_jax import config
 from gcl_jax.data.store import Records
-from gcl_jax.datasets import open_store
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.hits import as_results, fields_of_kind, image_type
-from gcl_jax.search import Query
+from gcl_jax.search import Query, one_store
 from gcl_jax.searcher import MAX_K, Searcher, check_image
 
 ADDRESS = "127.0.0.1"
@@ -195,17 +193,6 @@ def _examples(queries: Records, count: int = 6) -> list[str]:
     return [text for text in dict.fromkeys(texts) if 0 < len(text) <= 60]
 
 
-def _check_same_store(workdirs: Sequence[Path]) -> None:
-    configs = [config.load(workdir / "config.json") for workdir in workdirs]
-    stores = [open_store(cfg.data.store).directory for cfg in configs]
-    for workdir, store in zip(workdirs, stores, strict=True):
-        if store.resolve() != stores[0].resolve():
-            raise UserError(
-                f"{workdir} searches {store}, {workdirs[0]} {stores[0]}: side by side both need "
-                "the same store"
-            )
-
-
 class _Quiet(WSGIRequestHandler):
     def log(self, *_) -> None:
         """The terminal is for errors; what people search for is not written down."""
@@ -225,7 +212,7 @@ def serve(workdirs: Sequence[Path], split: str | None, embed_dim: int | None, po
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise UserError(f"--port={port}: {reason}; choose another one") from None
-        _check_same_store(workdirs)
+        one_store(workdirs)  # told before anything is embedded
         app = SearchApp([Searcher(workdir, split, embed_dim) for workdir in workdirs])
         server = make_server(
             ADDRESS, port, app, threaded=True, request_handler=_Quiet, fd=listener.fileno()

@@ -359,7 +359,7 @@ def test_bad_arguments(workdirs, args, message, monkeypatch, capsys):
 
 def test_runs_of_two_stores_are_not_compared(workdirs, tmp_path):
     other = untrained_run(HostileSource(), tmp_path)
-    with pytest.raises(UserError, match="side by side both need the same store"):
+    with pytest.raises(UserError, match="side by side all need the same store"):
         serve.serve([workdirs[0], other], None, None, 0)
 
 
