@@ -193,7 +193,7 @@ def _examples(queries: Records, count: int = 6) -> list[str]:
     return [text for text in dict.fromkeys(texts) if 0 < len(text) <= 60]
 
 
-class _Quiet(WSGIRequestHandler):
+class QuietHandler(WSGIRequestHandler):
     def log(self, *_) -> None:
         """The terminal is for errors; what people search for is not written down."""
 
@@ -215,7 +215,7 @@ def serve(workdirs: Sequence[Path], split: str | None, embed_dim: int | None, po
         one_store(workdirs)  # told before anything is embedded
         app = SearchApp([Searcher(workdir, split, embed_dim) for workdir in workdirs])
         server = make_server(
-            ADDRESS, port, app, threaded=True, request_handler=_Quiet, fd=listener.fileno()
+            ADDRESS, port, app, threaded=True, request_handler=QuietHandler, fd=listener.fileno()
         )
         print(f"search page: http://localhost:{server.port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
