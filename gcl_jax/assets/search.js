@@ -22,7 +22,8 @@ async function fetched(address, options) {
     if (error.name === "AbortError") throw error;
     throw new Error("the server does not answer; is it still running?");
   }
-  const answer = await response.json();
+  // What the server refuses before it reads it (a header too long) is told in HTML.
+  const answer = await response.json().catch(() => ({ error: response.statusText }));
   if (!response.ok) throw new Error(answer.error);
   return answer;
 }
