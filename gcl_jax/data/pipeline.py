@@ -255,7 +255,7 @@ def corpus_batches(
     """Yields ({"inputs", "present"}, rows) for the records `indices` in order, without
     augmentation; the last batch repeats its last record up to `batch_size`, `rows` are real.
     `local` picks the rows of each batch that this host reads."""
-    encode = FieldEncoder(cfg, side, records, fields, cached_records=1)  # for the repetitions
+    encode = FieldEncoder(cfg, side, records, fields)
     for start in range(0, len(indices), batch_size):
         chunk = indices[start : start + batch_size]
         padded = np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")
