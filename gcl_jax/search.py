@@ -1,16 +1,16 @@
 """Search the documents of a run: `python -m gcl_jax.search --workdir=runs/demo "sad cat"`.
 
-Prints a table of the best documents, or JSON. Every call first embeds the documents.
+Prints a table of the best documents, or JSON. Every call first embeds the documents. With --serve
+it serves a page to search with; several --workdir then answer side by side.
 """
 
 import argparse
-import io
+import functools
 import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,9 +19,15 @@ from gcl_jax import config
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.datasets import open_store
-from gcl_jax.errors import DataError, UserError, reported_in_one_line
+from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.hits import as_results, format_table, image_type, one_line, save_images
 
 Query = Mapping[str, str | bytes]
+
+# Arguments that only one of the two ways to search has; the page asks for its own.
+SERVED = {"port": "--port"}
+NOT_SERVED = {"texts": "QUERY", "query": "--query", "top_k": "--top_k", "json": "--json"}
+NOT_SERVED["images"] = "--images"
 
 
 class SearchIndex:
@@ -57,20 +63,32 @@ class SearchIndex:
         Raises:
             DataError: a query without any field, or an unreadable image.
         """
-        from gcl_jax.retrieval import exact_top_k
-
-        rows, documents = self._rows, self._documents
-        if within is not None:
-            rows, documents = within, documents[np.searchsorted(rows, within)]
-        records = _QueryRecords(self._query_kinds, queries)
+        records = QueryRecords(self._query_kinds, queries)
         embeddings = self._embedder.embed(
             "query", records, list(self._query_weights), np.arange(len(records)), quiet=True
         ).merged(self._query_weights)
+        return self.nearest(embeddings, top_k, within)
+
+    def nearest(
+        self, embeddings: Float[np.ndarray, "q e"], top_k: int, within: np.ndarray | None = None
+    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+        """`search` for queries that are embedded already, rows of length 1."""
+        from gcl_jax.retrieval import exact_top_k
+
+        rows, documents = self._rows, self._on_device
+        if within is not None:
+            rows, documents = within, self._documents[np.searchsorted(rows, within)]
         scores, found = exact_top_k(embeddings, documents, top_k)
         return scores, rows[found]
 
+    @functools.cached_property
+    def _on_device(self):
+        import jax
 
-class _QueryRecords(Records):
+        return jax.device_put(self._documents)
+
+
+class QueryRecords(Records):
     """Queries at hand, with the interface of a store's."""
 
     def __init__(self, fields: dict[str, str], queries: Sequence[Query]):
@@ -129,77 +147,31 @@ def _parse_assignment(kinds: Mapping[str, str], assignment: str) -> tuple[str, s
         ) from None
 
 
-def image_type(encoded: bytes) -> str:
-    """The format of an encoded image as a MIME subtype: "png", "jpeg", "webp", ...
+def one_store(workdirs: Sequence[Path]) -> RankedStore:
+    """The store that all of these runs were trained on.
 
     Raises:
-        DataError: not an image.
+        ConfigError, DataError: a directory is no run, or its store is gone.
+        UserError: there is more than one store.
     """
-    from PIL import Image
-
-    try:
-        with Image.open(io.BytesIO(encoded)) as image:
-            return Image.MIME[image.format or ""].removeprefix("image/")
-    except (OSError, KeyError):
-        raise DataError("a field of kind image holds something else") from None
-
-
-def fields_of_kind(records: Records, record: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """The fields of `record` that are of `kind` and not missing."""
-    return {name: record[name] for name, k in records.fields.items() if k == kind and record[name]}
-
-
-def save_images(documents: Records, rows: np.ndarray, folder: Path, prefix: str) -> None:
-    """Writes the images of the documents `rows` as stored: FOLDER/PREFIX-RANK-FIELD.TYPE."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for rank, row in enumerate(rows, 1):
-        for field, encoded in fields_of_kind(documents, documents[row], "image").items():
-            name = f"{prefix}-{rank:02}-{field}.{image_type(encoded)}"
-            (folder / name).write_bytes(encoded)
-
-
-def as_results(documents: Records, scores: np.ndarray, rows: np.ndarray) -> list[dict]:
-    """[{rank, score, id, fields: {text field: text}}], best first, of one query's (k,) arrays."""
-    records = [documents[row] for row in rows]
-    return [
-        {
-            "rank": rank,
-            "score": round(float(score), 6),
-            "id": record["id"],
-            "fields": fields_of_kind(documents, record, "text"),
-        }
-        for rank, (score, record) in enumerate(zip(scores, records, strict=True), 1)
-    ]
-
-
-def format_table(results: list[dict], width: int | None = None) -> str:
-    """One line per result, cut at `width` characters."""
-    names = list(dict.fromkeys(name for result in results for name in result["fields"]))
-    table = [["rank", "score", "id", *names]]
-    for result in results:
-        texts = [_one_line(result["fields"].get(name, "")) for name in names]
-        table.append(
-            [str(result["rank"]), f"{result['score']:.4f}", _one_line(result["id"]), *texts]
-        )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = (
-        "  ".join([*map(str.rjust, row[:2], widths), *map(str.ljust, row[2:], widths[2:])]).rstrip()
-        for row in table
-    )
-    return "\n".join(
-        line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines
-    )
-
-
-def _one_line(text: str) -> str:
-    """Line breaks and terminal control sequences would break the table, or worse."""
-    return "".join(char if char.isprintable() else " " for char in text)
+    configs = [config.load(workdir / "config.json") for workdir in workdirs]
+    stores = [open_store(cfg.data.store) for cfg in configs]
+    for workdir, store in zip(workdirs, stores, strict=True):
+        if store.directory.resolve() != stores[0].directory.resolve():
+            raise UserError(
+                f"{workdir} searches {store.directory}, {workdirs[0]} {stores[0].directory}: side "
+                "by side all need the same store"
+            )
+    return stores[0]
 
 
 def search_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
     # Whatever can be wrong with the arguments is told before jax and the model are loaded.
-    cfg = config.load(args.workdir / "config.json")
+    if len(args.workdir) > 1:
+        raise UserError("several --workdir go with --serve only")
+    (workdir,) = args.workdir
+    cfg = config.load(workdir / "config.json")
     store = open_store(cfg.data.store)
     cfg = store.resolve(cfg)
     kinds = {
@@ -210,7 +182,7 @@ def search_run(args: argparse.Namespace) -> None:
 
     from gcl_jax.runs import load_run
 
-    cfg, store, params, mesh, _ = load_run(args.workdir, args.embed_dim)
+    cfg, store, params, mesh, _ = load_run(workdir, args.embed_dim)
     index = SearchIndex(cfg, store, params, mesh, rows)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     answers = zip(queries, *index.search(queries, args.top_k), strict=True)
@@ -223,13 +195,26 @@ def search_run(args: argparse.Namespace) -> None:
             print(json.dumps({"query": " + ".join(shown), "results": results}, ensure_ascii=False))
         else:
             if len(queries) > 1:
-                print(f"{number}. {' + '.join(map(_one_line, shown))}")
+                print(f"{number}. {' + '.join(map(one_line, shown))}")
             print(format_table(results, width))
+
+
+def serve_runs(args: argparse.Namespace) -> None:
+    """The search page, with parsed arguments."""
+    from gcl_jax.serve import serve
+
+    serve(args.workdir, args.split, args.embed_dim, args.port)
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
     return int(text)
 
 
@@ -240,7 +225,13 @@ def main() -> None:
         epilog='example: python -m gcl_jax.search --workdir=runs/demo "sad cat" --top_k=5',
     )
     parser.add_argument("texts", nargs="*", metavar="QUERY", help="what to search for")
-    parser.add_argument("--workdir", type=Path, required=True, help="directory of a training run")
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        required=True,
+        action="append",
+        help="directory of a training run; with --serve repeat it to compare runs side by side",
+    )
     parser.add_argument(
         "--top_k", type=_count, default=10, help="documents per query (default: 10)"
     )
@@ -263,9 +254,23 @@ def main() -> None:
     parser.add_argument(
         "--images", type=Path, metavar="FOLDER", help="also save the pictures of the results there"
     )
+    parser.add_argument(
+        "--serve", action="store_true", help="serve a search page to this machine's browser"
+    )
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="of the page; 0 is any free one (default: 8000)"
+    )
     args = parser.parse_intermixed_args()
+    default = vars(parser.parse_intermixed_args(["--workdir=."]))
+    given = {name for name, value in vars(args).items() if value != default[name]}
     with reported_in_one_line():
-        search_run(args)
+        for name, flag in NOT_SERVED.items() if args.serve else SERVED.items():
+            if name in given:
+                raise UserError(f"{flag} does not go {'with' if args.serve else 'without'} --serve")
+        if args.serve:
+            serve_runs(args)
+        else:
+            search_run(args)
 
 
 if __name__ == "__main__":

@@ -44,11 +44,25 @@ LAYERS = (
         "judgements",
         "scoring",
         "compare",
+        "charts",
+        "hits",
         "runs",
         "mining",
         "evaluate",
     },
-    {"train", "search", "mine", "prepare", "report", "port"},
+    {
+        "train",
+        "search",
+        "searcher",
+        "serve",
+        "mine",
+        "prepare",
+        "examples",
+        "evaluated",
+        "comparison",
+        "report",
+        "port",
+    },
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}

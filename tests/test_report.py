@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,8 +15,20 @@ from conftest import TinySource
 from test_evaluate import LanguagesSource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import evaluate, report, search
-from gcl_jax.errors import DataError
+from gcl_jax import (
+    charts,
+    compare,
+    comparison,
+    config,
+    evaluate,
+    evaluated,
+    examples,
+    report,
+    search,
+)
+from gcl_jax.datasets import open_store
+from gcl_jax.errors import DataError, UserError
+from gcl_jax.judgements import sample_judgements
 from gcl_jax.logs import MetricWriter
 from gcl_jax.runs import load_run
 from gcl_jax.search import SearchIndex
@@ -51,7 +64,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(workdir) -> str:
-    return report.write_report(workdir).read_text()
+    return report.write_report([workdir]).read_text()
 
 
 class Tags(HTMLParser):
@@ -78,7 +91,7 @@ def test_page_is_self_contained(page):
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in tags}
     sources = [attrs[name] for _, attrs in tags for name in ("src", "href") if name in attrs]
     assert sources
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert all(source.startswith("data:image/webp;base64,") for source in sources)
 
 
 def test_hostile_text_is_escaped(page):
@@ -96,28 +109,49 @@ def test_page_shows_evaluation_curves_and_examples(page, workdir):
     titles = [a["aria-label"].split(" by ")[0] for tag, a in parsed.tags if tag == "svg"]
     assert titles == ["loss", "NDCG@10 during training", "learning rate"]
     results = [attrs for tag, attrs in parsed.tags if tag == "li" and "title" in attrs]
-    assert len(results) == len(SPLITS) * report.QUERIES_PER_SPLIT * report.RESULTS_PER_QUERY
+    queries = report.TYPICAL_PER_SPLIT + 2 * examples.EXTREME_PER_SPLIT
+    assert len(results) == len(SPLITS) * queries * examples.RESULTS_PER_QUERY
+    headings = re.findall("<h2>(.*)</h2>", page)
+    assert headings[-3:] == ["What it finds", "Best queries", "Worst queries"]
 
 
-def test_examples_agree_with_the_evaluation(workdir, monkeypatch):
-    """With every test query as an example, their mean nDCG@10 is the evaluation's."""
-    monkeypatch.setattr(report, "QUERIES_PER_SPLIT", 4)
+def test_examples_agree_with_the_evaluation(workdir):
+    """Every test query, its nDCG@10 and its documents."""
     cfg, store, params, mesh, _ = load_run(workdir)
     index = SearchIndex(cfg, store, params, mesh, np.arange(24))
-    examples = report.find_examples(cfg, store, index)
     for split in SPLITS:
-        evaluation = json.loads((workdir / "eval" / f"{split}.json").read_text())
-        of_split = [example for example in examples if example.split == split]
-        assert len(of_split) == 4
-        assert {example.judged for example in of_split} == {6}
-        mean = np.mean([example.ndcg for example in of_split])
-        np.testing.assert_allclose(mean, evaluation["summary"]["NDCG@10"], rtol=1e-6)
+        sample = examples.read_sample(workdir, cfg, store, split)
+        found = examples.answers("x", cfg, store, index, split, sample.judgements)
+        np.testing.assert_allclose([a.ndcg for a in found], sample.ndcg, rtol=1e-6)
+        table = pq.read_table(workdir / "eval" / f"{split}.parquet").to_pydict()
+        ids = [store.queries.ids[row] for row in sample.judgements.queries]
+        assert dict(zip(ids, sample.ndcg, strict=True)) == dict(
+            zip(table["query_id"], table["NDCG@10"], strict=True)
+        )
+        chosen = {split: np.array([2, 0])}
+        samples = {split: sample}
+        answered = examples.answer_all("x", cfg, store, index, samples, [chosen])
+        section = examples.make_section("t", "n", chosen, store, samples, [answered])
+        assert [e.answers for e in section.examples] == [[found[2]], [found[0]]]
+        assert [e.query.texts for e in section.examples] == [
+            [store.queries[sample.judgements.queries[place]]["query"]] for place in (2, 0)
+        ]
+        assert {example.judged for example in section.examples} == {6}
+
+
+def test_typical_best_and_worst_places():
+    assert examples.spread(3, 12).tolist() == [2, 6, 10]
+    assert examples.spread(3, 2).tolist() == [0, 1]
+    values = np.array([0.5, 1, 0, 1, 0.2])
+    assert examples.highest(values, 2).tolist() == [1, 3]
+    assert examples.highest(-values, 2).tolist() == [2, 4]
+    assert examples.highest(np.array([0.5]), 2).tolist() == [], "it is neither best nor worst"
 
 
 def test_documents_without_images_and_run_without_metrics(workdir, tmp_path):
     text_only = untrained_run(TextSource(), tmp_path)
     shutil.copytree(workdir / "eval", text_only / "eval")
-    page = report.write_report(text_only).read_text()
+    page = report.write_report([text_only]).read_text()
     assert "<img" not in page
     assert "<svg" not in page
     assert ">thing 1" in page
@@ -133,7 +167,7 @@ def test_several_query_fields_are_evaluated_reported_and_searched(tmp_path, monk
     assert report_of["query_fields"]["de"]["queries"] == 2
     rows = pq.read_table(workdir / "eval" / "in_domain.parquet")
     assert sorted(rows["query_id"].to_pylist()) == ["q0", "q1", "q2", "q3"]
-    text = Tags(report.write_report(workdir).read_text()).text
+    text = Tags(report.write_report([workdir]).read_text()).text
     for field, summary in report_of["query_fields"].items():
         assert f"{field} alone" in text
         assert f"{summary['Recall@5']:.4f}" in text
@@ -162,15 +196,31 @@ def test_damaged_evaluation_is_refused(tmp_path):
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "zero_shot.json").write_text("{")
     with pytest.raises(DataError, match=r"zero_shot\.json is missing or damaged"):
-        report.read_evaluation(tmp_path, ["zero_shot"])
+        evaluated.read_evaluation(tmp_path, "zero_shot")
+
+
+def test_evaluation_of_other_queries_is_refused(workdir, tmp_path):
+    shutil.copytree(workdir, tmp_path / "run")
+    path = tmp_path / "run" / "eval" / "zero_shot.parquet"
+    store = open_store(config.load(workdir / "config.json").data.store)
+    sampled = sample_judgements(store, "zero_shot", 2).queries
+    ids = [store.queries.ids[row] for row in sampled]
+    table = pq.read_table(path)
+    others = [query not in ids for query in table["query_id"].to_pylist()]
+    pq.write_table(table.filter(others), path)
+    with pytest.raises(DataError, match=r"zero_shot\.parquet evaluates other queries"):
+        report.write_report([tmp_path / "run"])
+    path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"zero_shot\.parquet is missing or damaged"):
+        report.write_report([tmp_path / "run"])
 
 
 def test_metrics_cut_short_or_not_finite(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert report.read_metrics(path) == []
+    assert evaluated.read_metrics(path) == []
     path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
-    rows = report.read_metrics(path)
-    (chart,) = report.training_charts(rows, SPLITS)
+    rows = evaluated.read_metrics(path)
+    (chart,) = charts.training_charts(rows, SPLITS)
     assert [row["step"] for row in rows] == [1, 2]
     assert [line.last for line in chart.lines] == ["0.5"]
 
@@ -179,7 +229,7 @@ def test_metrics_cut_short_or_not_finite(tmp_path):
     ("low", "high"), [(0, 1), (14.21, 14.27), (-3, 5), (2e-5, 1e-3), (7, 7), (0, 0), (-2, -2)]
 )
 def test_ticks_are_few_and_enclose_the_values(low, high):
-    ticks = report.nice_ticks(low, high)
+    ticks = charts.nice_ticks(low, high)
     assert ticks[0] <= low + 1e-12
     assert ticks[-1] >= high - 1e-12
     assert 2 <= len(ticks) <= 7
@@ -187,8 +237,95 @@ def test_ticks_are_few_and_enclose_the_values(low, high):
 
 def test_curves_stay_inside_the_chart_and_are_thinned():
     steps = np.arange(1, 5001)
-    chart = report.make_chart("x", {"a": np.stack([steps, np.sin(steps)], axis=1)})
+    chart = charts.make_chart("x", {"a": np.stack([steps, np.sin(steps)], axis=1)})
     points = np.array([point.split(",") for point in chart.lines[0].points.split()], float)
     assert len(points) == 300
     assert (points >= [chart.left, chart.top]).all()
     assert (points <= [chart.right, chart.bottom]).all()
+
+
+@pytest.fixture(scope="module")
+def others(workdir, tmp_path_factory) -> list[Path]:
+    """Two more runs of the same model over the same store: one looks at little but images, one at
+    little but titles."""
+    folder = tmp_path_factory.mktemp("others")
+    for name, share in (("images", 0.999), ("titles", 0.001)):
+        shutil.copytree(workdir, folder / name)
+        cfg = config.load(workdir / "config.json")
+        cfg.data.document_fields = {"image": share, "title": 1 - share}
+        config.save(cfg, folder / name / "config.json")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["evaluate", f"--workdir={folder / name}"])
+            evaluate.main()
+    return [folder / "images", folder / "titles"]
+
+
+@pytest.fixture(scope="module")
+def content(workdir, others) -> dict:
+    return comparison.several_runs([workdir, *others])
+
+
+def test_comparison_of_three_runs(workdir, others, content, monkeypatch):
+    monkeypatch.setattr(report, "several_runs", lambda _: content)
+    path = report.write_report([workdir, *others])
+    assert path == workdir / "comparison.html"
+    page = path.read_text()
+    assert not re.search(r"https?:|<script|@import|url\(", page)
+    parsed = Tags(page)
+    headings = re.findall("<h2>(.*)</h2>", page)
+    assert headings[:2] == ["Differences", "Training"]
+    assert headings[2:] == [
+        f"Largest {kind} of {name}" for name in ("images", "titles") for kind in ("gains", "losses")
+    ]
+    for other in others:
+        for split, metrics in compare.compare(workdir, other).items():
+            for d in metrics.values():
+                for text in (f"{d.a:.4f}", f"{d.b:.4f}", f"[{d.low:+.3f}, {d.high:+.3f}]"):
+                    assert text in parsed.text, split
+    differ = page[page.index("Settings that differ (2)") :]
+    assert differ.index("data.document_fields.image") < differ.index("data.document_fields.title")
+
+
+def test_gains_are_gains_and_losses_losses(workdir, others, content):
+    """Those of every split that are furthest from the first run, as the evaluations have it."""
+    for section in content["sections"]:
+        name = section.title.split()[-1]
+        other = next(path for path in others if path.name == name)
+        sign = 1 if "gains" in section.title else -1
+        for split in SPLITS:
+            tables = [
+                pq.read_table(run / "eval" / f"{split}.parquet").sort_by("query_id")
+                for run in (workdir, other)
+            ]
+            a, b = (table["NDCG@10"].to_numpy() for table in tables)
+            furthest = np.sort(sign * (b - a))[::-1][:2]
+            shown = [e for e in section.examples if e.split == split]
+            assert all([x.run for x in e.answers] == [workdir.name, name] for e in shown)
+            got = [sign * (e.answers[1].ndcg - e.answers[0].ndcg) for e in shown]
+            np.testing.assert_allclose(got, furthest[furthest > 0], atol=1e-6)
+
+
+def test_runs_that_cannot_be_compared(workdir, others, tmp_path):
+    with pytest.raises(UserError, match="a --workdir is given twice"):
+        report.write_report([workdir, workdir])
+    elsewhere = untrained_run(HostileSource(), tmp_path)
+    with pytest.raises(UserError, match="side by side all need the same store"):
+        report.write_report([workdir, elsewhere])
+    shutil.copytree(others[0], tmp_path / "dev")
+    path = tmp_path / "dev" / "eval" / "zero_shot.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ground_truth": "dev"}))
+    with pytest.raises(DataError, match=r"was evaluated by the ground truth 'sampled', .*'dev'"):
+        report.write_report([workdir, tmp_path / "dev"])
+
+
+def test_interval_chart_encloses_its_intervals_and_zero():
+    differences = {"b": {"x": (0.1, 0.2, 0.3), "y": (0.05, 0.1, 0.15)}, "c": {"x": (0.2,) * 3}}
+    differences["c"]["y"] = (-0.1, 0.0, 0.1)
+    chart = charts.interval_chart("NDCG@10", differences)
+    assert [(row.split, row.run) for row in chart.rows] == [("x", 0), ("", 1), ("y", 0), ("", 1)]
+    assert "0" in [label for _, label in chart.ticks]
+    for row in chart.rows:
+        assert chart.left <= row.low <= row.middle <= row.high <= chart.right
+        assert 0 < row.y < chart.bottom
+    equal = charts.interval_chart("NDCG@10", {"b": {"x": (0.0, 0.0, 0.0)}})
+    assert equal.rows[0].low == equal.rows[0].high

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TinySource
 
-from gcl_jax import config, search, state
+from gcl_jax import config, hits, search, state
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.config import (
     DataConfig,
@@ -155,7 +155,7 @@ def test_one_dimension_leaves_nothing_but_signs(run_search):
 
 def test_table_is_cut_at_the_terminals_width():
     results = [{"rank": 1, "score": 0.5, "id": "d", "fields": {"title": "long " * 30}}]
-    assert all(len(line) <= 40 for line in search.format_table(results, 40).splitlines())
+    assert all(len(line) <= 40 for line in hits.format_table(results, 40).splitlines())
 
 
 def test_query_fields(tmp_path):

@@ -128,11 +128,16 @@ def _shown(records: Records, row: int) -> list[tuple[str, str, str]]:
     shown = [("id", "text", str(record["id"]))]
     for field, kind in records.fields.items():
         value = record[field]
-        shown.append((field, kind, value if isinstance(value, str) else _thumbnail(value)))
+        shown.append((field, kind, value if isinstance(value, str) else thumbnail(value)))
     return shown
 
 
-def _thumbnail(encoded: bytes) -> str:
+def thumbnail(encoded: bytes) -> str:
+    """A small version of an encoded image as a data URI; empty if the image is missing.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if not encoded:
         return ""
     image = decode_image(encoded)
