@@ -14,7 +14,7 @@ the whole corpus of its split exactly, top 1000.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +23,15 @@ from gcl_jax import compare, distributed, metrics, scoring
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embedding import Embedder, FieldEmbeddings
+from gcl_jax.embedding import Corpus, Embedder, FieldEmbeddings
+from gcl_jax.embedding_cache import EmbeddingCache
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.judgements import (
     KS,
     Judgements,
     as_ranking,
     ground_truth_of,
+    id_ranks,
     judged_metrics,
     load_judgements,
     ranked_grades,
@@ -56,30 +58,35 @@ def evaluate_splits(
     max_queries: int,
     quiet: bool = False,
     rankings: bool = False,
+    cache: EmbeddingCache | None = None,
 ) -> dict[str, SplitResult]:
     """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each; with
-    `rankings`, what was found too."""
+    `rankings`, what was found too. The documents' embeddings are those of `cache`, if it is
+    given."""
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     judged = {s: load_judgements(cfg, store, s, max_queries) for s in cfg.eval.splits}
     query_fields = dict.fromkeys([*cfg.data.query_fields, *cfg.eval.query_fields])
 
-    def embed(side: Side, fields: Iterable[str], rows: Iterable[np.ndarray]):
+    def embed(side: Side, fields: Iterable[str], rows: np.ndarray) -> FieldEmbeddings:
         records = store.queries if side == "query" else store.documents
-        unique = np.unique(np.concatenate(list(rows)))
         name = "queries" if side == "query" else "documents"
-        return unique, embedder.embed(
-            side, records, list(fields), unique, description=name, quiet=quiet
-        )
+        return embedder.embed(side, records, list(fields), rows, description=name, quiet=quiet)
 
-    document_rows, documents = embed("document", cfg.data.document_fields, corpora.values())
-    query_rows, queries = embed("query", query_fields, (j.queries for j in judged.values()))
-    document_rank = np.argsort(np.argsort(np.array(store.documents.ids)))
+    rows = np.unique(np.concatenate(list(corpora.values())))
+    fields = cfg.data.document_fields
+    if cache:
+        documents = cache.documents(cfg, store, embedder, rows)
+    else:
+        documents = Corpus(rows, embed("document", fields, rows).searched(fields))
+    query_rows = np.unique(np.concatenate([j.queries for j in judged.values()]))
+    queries = embed("query", query_fields, query_rows)
+    document_rank = id_ranks(store.documents)
     return {
         split: evaluate_split(
             cfg,
             judged[split],
             queries.take(np.searchsorted(query_rows, judged[split].queries)),
-            documents.take(np.searchsorted(document_rows, corpus)),
+            documents.of(corpus),
             document_rank[corpus],
             [store.queries.ids[row] for row in judged[split].queries],
             [store.documents.ids[row] for row in corpus] if rankings else None,
@@ -92,7 +99,7 @@ def evaluate_split(
     cfg: TrainConfig,
     judgements: Judgements,
     queries: FieldEmbeddings,
-    corpus: FieldEmbeddings,
+    searched: Mapping[str, np.ndarray],
     document_rank: np.ndarray,
     query_ids: list[str],
     document_ids: list[str] | None = None,
@@ -102,13 +109,11 @@ def evaluate_split(
 
     Args:
         queries: of the (q,) test queries, in the order of `judgements` and `query_ids`.
-        corpus: of the split's (n,) documents; `document_rank` is that of `judged_metrics`.
+        searched: the split's (n,) documents, {"merged" or a field: (n, e) embeddings};
+            `document_rank` is that of `judged_metrics`.
         document_ids: of the corpus, if the result is to have the ranking.
     """
     asked = queries.merged(cfg.data.query_fields)
-    searched = {"merged": corpus.merged(cfg.data.document_fields)}
-    if len(cfg.data.document_fields) > 1:
-        searched |= {field: corpus.merged({field: 1.0}) for field in cfg.data.document_fields}
     hits = {name: exact_top_k(asked, x, cfg.eval.top_k) for name, x in searched.items()}
     by_documents = {
         name: judged_metrics(judgements, *found, document_rank) for name, found in hits.items()
@@ -153,7 +158,8 @@ def evaluate_workdir(
     if max_queries < 1:
         raise UserError(f"--max_queries={max_queries} must be 1 or more")
     embedder = Embedder(cfg, params, mesh)
-    results = evaluate_splits(cfg, store, embedder, max_queries, rankings=write_runs)
+    cache = EmbeddingCache(workdir, step)
+    results = evaluate_splits(cfg, store, embedder, max_queries, rankings=write_runs, cache=cache)
     if not distributed.is_first():
         return
     for split, result in results.items():

@@ -257,12 +257,12 @@ def write_report(workdir: Path) -> Path:
 
     import jax
 
+    from gcl_jax.embedding_cache import EmbeddingCache
     from gcl_jax.runs import load_run
 
-    cfg, store, params, mesh, _ = load_run(workdir)
+    cfg, store, params, mesh, step = load_run(workdir)
     searched = np.unique(np.concatenate([store.corpus(split) for split in cfg.eval.splits]))
-    index = SearchIndex(cfg, store, params, mesh, searched)
-    parameters = sum(x.size for x in jax.tree.leaves(params))
+    index = SearchIndex(cfg, store, params, mesh, searched, EmbeddingCache(workdir, step))
     steps = int(max((row["step"] for row in rows), default=0))
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("gcl_jax", "assets"),
@@ -274,7 +274,7 @@ def write_report(workdir: Path) -> Path:
     page = environment.get_template("report.html").render(
         name=workdir.resolve().name,
         date=f"{datetime.date.today():%d %B %Y}".lstrip("0"),
-        essentials=essentials(cfg, store, parameters, steps),
+        essentials=essentials(cfg, store, sum(x.size for x in jax.tree.leaves(params)), steps),
         config_json=(workdir / "config.json").read_text(),
         evaluations=evaluations,
         split_notes=SPLIT_NOTES,

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from gcl_jax import config, logs, sharding, state
 from gcl_jax.checkpoint import Checkpointer
-from gcl_jax.config import MeshConfig, TrainConfig
+from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.errors import UserError
@@ -43,11 +43,12 @@ def load_model(workdir: Path) -> tuple[TrainConfig, state.Params, Mesh, int]:
         return cfg, params, mesh, checkpointer.latest_step() or 0
 
 
-def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
-    """The model in `workdir` and its store; `embed_dim` replaces that of its `config.eval`.
+def load_run(workdir: Path, embed_dim: int | None = None, data: DataConfig | None = None) -> Run:
+    """The model in `workdir` and its store, or that of `data`; `embed_dim` replaces that of its
+    `config.eval`.
 
     Raises:
-        ConfigError, DataError: `workdir` is no run, or its store is gone.
+        ConfigError, DataError: `workdir` is no run, or the store is gone or has other fields.
         UserError: its embeddings are shorter than `embed_dim`.
     """
     cfg, params, mesh, step = load_model(workdir)
@@ -55,5 +56,9 @@ def load_run(workdir: Path, embed_dim: int | None = None) -> Run:
         if not 1 <= embed_dim <= cfg.model.embed_dim:
             raise UserError(f"--embed_dim={embed_dim} is not from 1 to {cfg.model.embed_dim}")
         cfg.eval.embed_dim = embed_dim
+    if data is not None:
+        # What is said of the run's own store need not fit another.
+        cfg.data, cfg.eval.splits, cfg.eval.query_fields = data, (), ()
+        cfg.loss.pair_weights = {}
     store = open_store(cfg.data.store)
     return Run(store.resolve(cfg), store, params, mesh, step)

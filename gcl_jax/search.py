@@ -1,6 +1,7 @@
 """Search the documents of a run: `python -m gcl_jax.search --workdir=runs/demo "sad cat"`.
 
-Prints a table of the best documents, or JSON. Every call first embeds the documents.
+Prints a table of the best documents, or JSON. The first call embeds the documents, and keeps them
+in WORKDIR/embeddings.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,14 +22,26 @@ from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.datasets import open_store
 from gcl_jax.errors import DataError, UserError, reported_in_one_line
 
+if TYPE_CHECKING:
+    from gcl_jax.embedding_cache import EmbeddingCache
+
 Query = Mapping[str, str | bytes]
 
 
 class SearchIndex:
     """Documents of a run, embedded once and then searched exactly, as often as you like."""
 
-    def __init__(self, cfg: TrainConfig, store: RankedStore, params, mesh, rows: np.ndarray):
-        """Embeds the documents `rows` (ascending row numbers in the store), with a progress bar.
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        store: RankedStore,
+        params,
+        mesh,
+        rows: np.ndarray,
+        cache: "EmbeddingCache | None" = None,
+    ):
+        """Embeds the documents `rows` (ascending row numbers in the store), with a progress bar,
+        unless they are in the run's `cache`, if that is given.
 
         Raises:
             DataError: a document that cannot be read.
@@ -39,10 +52,14 @@ class SearchIndex:
         self._query_kinds = store.queries.fields
         self._embedder = Embedder(cfg, params, mesh)
         self._rows = rows
-        fields = cfg.data.document_fields
-        self._documents = self._embedder.embed(
-            "document", store.documents, list(fields), rows, description="documents"
-        ).merged(fields)
+        if cache:
+            corpus = cache.documents(cfg, store, self._embedder, rows)
+            self._documents = corpus.of(rows)["merged"]
+        else:
+            fields = cfg.data.document_fields
+            self._documents = self._embedder.embed(
+                "document", store.documents, list(fields), rows, description="documents"
+            ).merged(fields)
 
     def search(
         self, queries: Sequence[Query], top_k: int, within: np.ndarray | None = None
@@ -208,10 +225,11 @@ def search_run(args: argparse.Namespace) -> None:
     queries = parse_queries(kinds, args.texts, args.query)
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
 
+    from gcl_jax.embedding_cache import EmbeddingCache
     from gcl_jax.runs import load_run
 
-    cfg, store, params, mesh, _ = load_run(args.workdir, args.embed_dim)
-    index = SearchIndex(cfg, store, params, mesh, rows)
+    cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim)
+    index = SearchIndex(cfg, store, params, mesh, rows, EmbeddingCache(args.workdir, step))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     answers = zip(queries, *index.search(queries, args.top_k), strict=True)
     for number, (query, scores, found) in enumerate(answers, 1):

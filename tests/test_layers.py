@@ -31,6 +31,9 @@ LAYERS = (
         "checkpoint",
         "warm_start",
         "embedding",
+        "vectors",
+        "embedding_cache",
+        "exports",
         "retrieval",
         "results",
         "judgements",
@@ -40,7 +43,7 @@ LAYERS = (
         "mining",
         "evaluate",
     },
-    {"train", "search", "mine", "prepare", "report", "port"},
+    {"train", "embed", "search", "mine", "prepare", "report", "port"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
