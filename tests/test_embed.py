@@ -14,15 +14,14 @@ import pytest
 from conftest import TinySource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import config, embed, evaluate, report, search, vectors
+from gcl_jax import config, embed, evaluate, report, search, state, vectors
 from gcl_jax.checkpoint import Checkpointer
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets.builder import write_store
-from gcl_jax.embedding import Corpus, Embedder
+from gcl_jax.embedding import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.embedding_cache import EmbeddingCache
 from gcl_jax.errors import DataError
 from gcl_jax.runs import load_run
-from gcl_jax.state import abstract_model
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +129,40 @@ def test_another_store(workdir, monkeypatch, tmp_path):
     np.testing.assert_allclose(there[same], own.fields["title"][same], atol=1e-6)
 
 
+def fake_batches(self, side, records, fields, indices, *, skip=0, **_):
+    """Instead of the towers, which take seconds to compile: vectors drawn by record and model."""
+    model = int(1e6 * abs(float(self.params["visual"]["proj"].ravel()[0])))
+    dim = self._cfg.eval.embed_dim or 16
+    for start in range(skip, len(indices), 8):
+        rows = indices[start : start + 8].tolist()
+        drawn = {
+            field: [
+                np.random.default_rng([model, len(side), row, i]).normal(size=dim) for row in rows
+            ]
+            for i, field in enumerate(fields)
+        }
+        unit = {f: np.array(x) / np.linalg.norm(x, axis=1, keepdims=True) for f, x in drawn.items()}
+        yield FieldEmbeddings(
+            {field: x.astype(np.float32) for field, x in unit.items()},
+            {field: np.array([bool(records[row][field]) for row in rows]) for field in fields},
+        )
+
+
+@pytest.fixture
+def no_towers(monkeypatch):
+    monkeypatch.setattr(Embedder, "batches", fake_batches)
+
+
 class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("batches", [0, 1, 2])
-def test_what_was_cut_short_is_continued_byte_for_byte(workdir, monkeypatch, tmp_path, batches):
+@pytest.mark.parametrize(("batches", "towers"), [(0, False), (1, True), (2, False)])
+def test_what_was_cut_short_is_continued_byte_for_byte(
+    workdir, monkeypatch, tmp_path, batches, towers
+):
+    if not towers:
+        monkeypatch.setattr(Embedder, "batches", fake_batches)
     call(monkeypatch, embed, workdir, f"--out={tmp_path / 'whole'}", "--per_field")
     monkeypatch.setattr(vectors, "RECORDS_PER_NOTE", 8)
     real, out, skipped = Embedder.batches, tmp_path / "cut", []
@@ -162,6 +189,7 @@ def test_what_was_cut_short_is_continued_byte_for_byte(workdir, monkeypatch, tmp
     assert len(skipped) == 2, "it was complete"
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_unfinished_work_of_other_parameters_is_not_continued(workdir, monkeypatch, tmp_path):
     building = tmp_path / "out.incomplete"
     call(monkeypatch, embed, workdir, f"--out={tmp_path / 'out'}", "--embed_dim=4")
@@ -221,6 +249,7 @@ def test_a_corpus_is_embedded_once_per_checkpoint(workdir, monkeypatch):
     assert counts == [24, 24]
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_a_part_of_the_corpus_is_served_by_the_whole(workdir, monkeypatch):
     counts = counted(monkeypatch)
     call(monkeypatch, search, workdir, "cat", "--split=in_domain")
@@ -235,10 +264,8 @@ def test_a_part_of_the_corpus_is_served_by_the_whole(workdir, monkeypatch):
 def save(workdir: Path, step: int, seed: int) -> None:
     cfg = config.load(workdir / "config.json")
     rng = np.random.default_rng(seed)
-    _, shapes = abstract_model(cfg.model)
+    _, shapes = state.abstract_model(cfg.model)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
-    from gcl_jax import state
-
     cfg.checkpoint.keep = 1
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         checkpointer.save(step, state.TrainState(np.int32(step), params, ()), {})
@@ -248,6 +275,7 @@ def kept(workdir: Path) -> list[str]:
     return sorted(path.name.rpartition("-")[0] for path in (workdir / "embeddings").iterdir())
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_a_new_checkpoint_is_embedded_and_the_old_ones_embeddings_go(workdir, monkeypatch):
     counts = counted(monkeypatch)
     call(monkeypatch, evaluate, workdir)
@@ -261,6 +289,7 @@ def test_a_new_checkpoint_is_embedded_and_the_old_ones_embeddings_go(workdir, mo
     assert results(workdir) != before
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_the_same_step_trained_anew_is_another_checkpoint(workdir, monkeypatch):
     counts = counted(monkeypatch)
     call(monkeypatch, evaluate, workdir)
@@ -271,6 +300,7 @@ def test_the_same_step_trained_anew_is_another_checkpoint(workdir, monkeypatch):
     assert kept(workdir) == ["document-0"]
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_a_changed_store_is_embedded_anew(workdir, monkeypatch, tmp_path):
     cfg = config.load(workdir / "config.json")
     own = RankedStore(cfg.data.store)
@@ -291,6 +321,7 @@ def test_a_changed_store_is_embedded_anew(workdir, monkeypatch, tmp_path):
     assert len(kept(workdir)) == 1, "that of the store which was there before is gone"
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_a_run_that_cannot_be_written(workdir, monkeypatch, capsys):
     (workdir / "embeddings").write_text("in the way, as a read-only disk would be")
     call(monkeypatch, search, workdir, "cat", "--json")
@@ -303,6 +334,7 @@ def test_a_run_that_cannot_be_written(workdir, monkeypatch, capsys):
     assert capsys.readouterr().out == printed.out
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_damaged_embeddings_are_made_again(workdir, monkeypatch, capsys):
     call(monkeypatch, search, workdir, "cat", "--json")
     expected = capsys.readouterr().out
@@ -315,6 +347,7 @@ def test_damaged_embeddings_are_made_again(workdir, monkeypatch, capsys):
     assert capsys.readouterr().out == expected
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_two_at_once_embed_once(workdir, monkeypatch):
     counts = counted(monkeypatch)
     cfg, store, params, mesh, step = load_run(workdir)
@@ -343,7 +376,7 @@ def test_a_corpus_gives_neighbours_without_a_copy():
 
 
 def test_the_digest_tells_parameters_apart_but_not_meshes(workdir):
-    cfg, _, params, mesh, _ = load_run(workdir)
+    _, _, params, *_ = load_run(workdir)
     digest = vectors.parameters_digest(params)
     host = jax.tree.map(np.asarray, params)
     assert vectors.parameters_digest(jax.tree.map(jax.numpy.asarray, host)) == digest
@@ -359,6 +392,7 @@ def test_the_digest_tells_parameters_apart_but_not_meshes(workdir):
             assert vectors.parameters_digest(other) != digest, path
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_exports_read_back(workdir, monkeypatch, tmp_path):
     faiss = pytest.importorskip("faiss")
     usearch = pytest.importorskip("usearch.index")
@@ -394,15 +428,11 @@ def test_a_missing_package_is_named_before_the_work(workdir, monkeypatch, capsys
 
 
 def test_two_processes_write_what_one_does(workdir, tmp_path, compile_cache):
-    """And a kill in the middle costs only time."""
-    one, two = tmp_path / "one", tmp_path / "two"
-    module = [sys.executable, "-m", "gcl_jax.embed", f"--workdir={workdir}"]
-    pair = processes.start_local(2, 4, *module, f"--out={two}")
+    out = tmp_path / "vectors"
+    command = [sys.executable, "-m", "gcl_jax.embed", f"--workdir={workdir}", f"--out={out}"]
+    pair = processes.start_local(2, 4, *command)
     assert pair.wait(processes.PATIENCE_SECONDS) == 0
-    single = processes.start_local(1, 8, *module, f"--out={one}")
-    assert single.wait(processes.PATIENCE_SECONDS) == 0
-    assert contents(one).keys() == contents(two).keys()
-    for name in ("ids.parquet", "manifest.json"):
-        assert contents(one)[name] == contents(two)[name]
-    ours, theirs = (np.load(folder / "embeddings.npy") for folder in (one, two))
-    np.testing.assert_allclose(ours, theirs, atol=1e-6)
+    embedded, weights = in_memory(workdir)
+    merged = np.load(out / "embeddings.npy")
+    np.testing.assert_allclose(merged, embedded.merged(weights), atol=1e-6)
+    assert sorted(contents(out)) == ["embeddings.npy", "ids.parquet", "manifest.json"]
