@@ -19,7 +19,7 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.embedding import Embedder
 from gcl_jax.embedding_cache import EmbeddingCache
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.runs import load_run
+from gcl_jax.runs import load_run, parameters_digest
 
 FOLDERS: dict[Side, str] = {"document": "documents", "query": "queries"}
 
@@ -52,7 +52,7 @@ def embed_run(args: argparse.Namespace) -> None:
     if args.batch_size is not None:
         cfg.eval.batch_size = args.batch_size
     embedder = Embedder(cfg, params, mesh)
-    digest = vectors.parameters_digest(params)
+    digest = parameters_digest(params)
     cache = EmbeddingCache(args.workdir, step)
     sides: list[Side] = list(FOLDERS) if args.side == "both" else [args.side]
     for side in sides:

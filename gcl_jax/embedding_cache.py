@@ -19,6 +19,7 @@ from gcl_jax.data.locks import is_locked
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embedding import Corpus, Embedder
 from gcl_jax.errors import DataError
+from gcl_jax.runs import parameters_digest
 
 FOLDER = "embeddings"
 
@@ -36,7 +37,7 @@ class EmbeddingCache:
         """The documents `rows` (ascending), or more, embedded now unless they were before; in
         memory, with a warning, where the run's directory cannot be written. All processes of a run
         call it together."""
-        digest = vectors.parameters_digest(embedder.params)
+        digest = parameters_digest(embedder.params)
         tasks = [
             vectors.Task(cfg, store, "document", x, self.step, digest, per_field=True)
             for x in (rows, np.arange(len(store.documents)))

@@ -22,8 +22,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -35,7 +33,6 @@ from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embedding import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
-from gcl_jax.state import Params
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -113,32 +110,6 @@ def fingerprint(store: RankedStore, side: Side) -> str:
     files = checksums.read_manifest(store.directory)
     named = sorted(f"{name} {digest}" for name, digest in files.items() if name.startswith(folder))
     return hashlib.sha256("\n".join(named).encode()).hexdigest()
-
-
-def parameters_digest(params: Params) -> str:
-    """Changes with any bit of any parameter; the same on every mesh."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_digests(params)))
-    shapes = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda x: (x.shape, x.dtype), params))
-    lines = [f"{jax.tree_util.keystr(path)} {x}" for path, x in (*leaves, *shapes)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-@jax.jit
-def _digests(params: Params) -> Params:
-    """A uint32 scalar per parameter: a sum of mixed bits and places, in any order."""
-
-    def digest(x: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            place = place * jnp.uint32(size) + iota
-        mixed = bits * jnp.uint32(0x9E3779B1) + place * jnp.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x2C1B3C6D)
-        return jnp.sum(mixed ^ (mixed >> 12), dtype=jnp.uint32)
-
-    return jax.tree.map(digest, params)
 
 
 def make(folder: Path, task: Task, embedder: Embedder, quiet: bool = False) -> Corpus:

@@ -21,7 +21,7 @@ from gcl_jax.datasets.builder import write_store
 from gcl_jax.embedding import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.embedding_cache import EmbeddingCache
 from gcl_jax.errors import DataError
-from gcl_jax.runs import load_run
+from gcl_jax.runs import load_run, parameters_digest
 
 
 @pytest.fixture(scope="module")
@@ -377,9 +377,9 @@ def test_a_corpus_gives_neighbours_without_a_copy():
 
 def test_the_digest_tells_parameters_apart_but_not_meshes(workdir):
     _, _, params, *_ = load_run(workdir)
-    digest = vectors.parameters_digest(params)
+    digest = parameters_digest(params)
     host = jax.tree.map(np.asarray, params)
-    assert vectors.parameters_digest(jax.tree.map(jax.numpy.asarray, host)) == digest
+    assert parameters_digest(jax.tree.map(jax.numpy.asarray, host)) == digest
     paths = jax.tree_util.tree_leaves_with_path(host)
     for path, leaf in paths:
         if leaf.size > 1:
@@ -389,7 +389,7 @@ def test_the_digest_tells_parameters_apart_but_not_meshes(workdir):
             other = jax.tree_util.tree_map_with_path(
                 lambda p, x, path=path, changed=changed: changed if p == path else x, host
             )
-            assert vectors.parameters_digest(other) != digest, path
+            assert parameters_digest(other) != digest, path
 
 
 @pytest.mark.usefixtures("no_towers")
