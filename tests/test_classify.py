@@ -1,5 +1,6 @@
 """Zero-shot classification and Recall@k, against open_clip and plain loops."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -13,9 +14,10 @@ from PIL import Image
 from test_search import HostileSource, untrained_run
 from towers import SMALL, random_params
 
-from gcl_jax import classify, config, embedding, evaluate, recall
+from gcl_jax import classify, embedding, evaluate, recall
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import Pairs
+from gcl_jax.datasets.builder import Split
 from gcl_jax.errors import DataError
 from gcl_jax.models.port import export_pretrained
 
@@ -119,7 +121,7 @@ def test_other_input_that_is_refused(tmp_path, folder):
     with pytest.raises(DataError, match="2 names for the 3 folders"):
         classify.read_images(folder, ["a", "b"])
     (file := tmp_path / "templates").write_text("a photo of a {}.\n\na photo\n")
-    with pytest.raises(DataError, match="'a photo' has no {}"):
+    with pytest.raises(DataError, match=r"'a photo' has no \{\}"):
         classify.read_templates(file)
     file.write_text("\n \n")
     with pytest.raises(DataError, match="has no line"):
@@ -129,7 +131,7 @@ def test_other_input_that_is_refused(tmp_path, folder):
         classify.read_lines(file)
     (file := tmp_path / "t.csv").write_text("image,label\na.png,x\n")
     ((_, load),) = classify.read_images(file).images
-    with pytest.raises(DataError, match="t.csv, row 1: .*a.png: No such file"):
+    with pytest.raises(DataError, match=r"t\.csv, row 1: .*a\.png: No such file"):
         load()
 
 
@@ -141,7 +143,8 @@ def test_accuracy_is_that_of_a_plain_loop():
     result = classify.accuracy(images, classes, labels)
     top, right = {1: 0, 5: 0}, {}
     for image, label in zip(images, labels, strict=True):
-        rank = int((classes @ image > classes[label] @ image).sum())
+        cosines = [float(row @ image) for row in classes]
+        rank = sum(cosine > cosines[label] for cosine in cosines)
         for k in top:
             top[k] += rank < k
         right.setdefault(int(label), []).append(rank == 0)
@@ -172,16 +175,13 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         evaluate.main()
     assert "'bee/5.png', field 'image': unreadable" in capsys.readouterr().err.splitlines()[-1]
-    cfg = config.load(workdir / "config.json")
-    cfg.model.vision = None
-    config.save(cfg, workdir / "config.json")
 
 
 def test_classes_and_answers_are_open_clips(open_clip, tmp_path, folder):
     import torch
 
-    model = SMALL["clip"]
-    model.text.vocab_size = 49408
+    text = dataclasses.replace(SMALL["clip"].text, vocab_size=49408)
+    model = dataclasses.replace(SMALL["clip"], text=text)
     cfg = TrainConfig(model=model)
     params = random_params(model)
     export_pretrained(params, model, tmp_path / "out", "open_clip")
@@ -198,7 +198,8 @@ def test_classes_and_answers_are_open_clips(open_clip, tmp_path, folder):
     pixels = [preprocess(Image.open(io.BytesIO(x)).convert("RGB")) for x in read(data.images)]
     with torch.no_grad():
         images = theirs.encode_image(torch.stack(pixels), normalize=True).numpy()
-    ranks = ((images @ expected.T) > (images * expected[data.labels]).sum(1, keepdims=True)).sum(1)
+    cosines = images @ expected.T
+    ranks = (cosines > np.take_along_axis(cosines, data.labels[:, None], axis=1)).sum(axis=1)
     result = classify.classify(embedder, data, templates)
     assert result["top1"] == pytest.approx((ranks < 1).mean())
     assert result["top5"] == pytest.approx((ranks < 5).mean())
@@ -254,8 +255,6 @@ def test_the_recall_command(tmp_path, monkeypatch, capsys):
             return ({"id": f"q{i}", "query": f"caption {i}"} for i in range(30))
 
         def splits(self):
-            from gcl_jax.datasets.builder import Split
-
             rows = np.arange(30, dtype=np.int32)
             return {"test": Split(Pairs(rows, rows // 3, np.ones(30, np.float32)), "known")}
 
