@@ -190,15 +190,15 @@ def evaluate_workdir(
     )
     if not distributed.is_first():
         return ""
+    reports = {split: as_report(split, step, result) for split, result in results.items()}
     for split, result in results.items():
-        report = as_report(split, step, result)
-        report["ground_truth"] = ground_truth_of(cfg, store, split)
+        reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
         path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
-        write(path, report, result)
+        write(path, reports[split], result)
         if result.ranking is not None:
             write_ranking(path, result.ranking)
-    tables = [format_tables(results), *([] if group_by is None else [format_groups(results)])]
-    return "\n\n".join(tables)
+    groups = "" if group_by is None else f"\n\n{format_groups(reports)}"
+    return format_tables(results) + groups
 
 
 def evaluate_run(args: argparse.Namespace) -> str:

@@ -175,13 +175,13 @@ def format_tables(results: Mapping[str, SplitResult]) -> str:
     return "\n".join(lines)
 
 
-def format_groups(results: Mapping[str, SplitResult]) -> str:
-    """One row per split and group: queries, means and their 95% intervals."""
+def format_groups(reports: Mapping[str, dict]) -> str:
+    """One row per split and group of {split: `as_report`}: queries, means, 95% intervals."""
     header = f"{'split':<16}{'group':<28}{'queries':>8}  "
     lines = [header + "".join(f"{name:<26}" for name in IN_GROUP_TABLE).rstrip()]
     lines.append("-" * (len(header) + 26 * len(IN_GROUP_TABLE)))
-    for split, result in results.items():
-        for grouping, found in group_summaries(result).items():
+    for split, report in reports.items():
+        for grouping, found in report["groups"].items():
             for group, values in found.items():
                 name = f"{grouping} {group}"
                 name = name if len(name) <= 27 else f"{name[:26]}…"

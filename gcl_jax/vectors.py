@@ -18,6 +18,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -37,8 +38,8 @@ from gcl_jax.errors import DataError
 FORMAT = 1
 MANIFEST = "manifest.json"
 EMBEDDINGS, IDS = "embeddings.npy", "ids.parquet"
-# What a kill costs at most.
-RECORDS_PER_NOTE = 16_384
+# Work that a kill may cost.
+SECONDS_PER_NOTE = 5.0
 IDS_AT_A_TIME = 1 << 20
 
 
@@ -220,7 +221,7 @@ def _write(
     building: Path, task: Task, manifest: dict, batches: Iterable[FieldEmbeddings], done: int
 ) -> None:
     """Appends `batches` to the arrays in BUILDING/made, which hold `done` records."""
-    noted, size, per_field = done, manifest["records"], manifest["per_field"]
+    noted, size, per_field = time.monotonic(), manifest["records"], manifest["per_field"]
     with contextlib.ExitStack() as stack:
         arrays: dict[str, BinaryIO] = {}
         for batch in batches:
@@ -235,13 +236,13 @@ def _write(
                     arrays[name] = stack.enter_context(array)
                 arrays[name].write(np.ascontiguousarray(x).data)
             done += len(files[EMBEDDINGS])
-            if done - noted >= RECORDS_PER_NOTE or done == size:
-                noted = done
+            if done == size or time.monotonic() - noted >= SECONDS_PER_NOTE:
                 for file in arrays.values():
                     file.flush()
                     os.fsync(file.fileno())
                 (building / "done.new").write_text(str(done))
                 (building / "done.new").replace(building / "done")
+                noted = time.monotonic()
 
 
 def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype, done: int) -> BinaryIO:

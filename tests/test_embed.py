@@ -164,7 +164,7 @@ def test_what_was_cut_short_is_continued_byte_for_byte(
     if not towers:
         monkeypatch.setattr(Embedder, "batches", fake_batches)
     call(monkeypatch, embed, workdir, f"--out={tmp_path / 'whole'}", "--per_field")
-    monkeypatch.setattr(vectors, "RECORDS_PER_NOTE", 8)
+    monkeypatch.setattr(vectors, "SECONDS_PER_NOTE", 0)
     real, out, skipped = Embedder.batches, tmp_path / "cut", []
 
     def cut(self, *args, skip=0, **kwargs):

@@ -129,7 +129,7 @@ def test_the_report_has_every_group_and_its_interval(cfg, store, tmp_path):
     )
     assert lengths["q3"] == "4+"
     assert compare.compare(tmp_path, tmp_path)["test"]["NDCG@10"].difference == 0
-    lines = results.format_groups(found).splitlines()
+    lines = results.format_groups({"test": report}).splitlines()
     (row,) = [line for line in lines if line.startswith("test") and "length" in line]
     assert "no text" in row
     assert "1*" in row, "one query is few"
