@@ -154,7 +154,7 @@ def classify_run(
     if not distributed.is_first():
         return ""
     report = {"step": step, "data": str(path), "templates": prompts, **result}
-    name = path.stem if embed_dim is None else f"{path.stem}@{embed_dim}"
+    name = path.resolve().stem if embed_dim is None else f"{path.resolve().stem}@{embed_dim}"
     write_json(workdir / "eval" / "classify" / f"{name}.json", report)
     return format_result(result)
 
@@ -219,8 +219,13 @@ def _columns(path: Path) -> tuple[list, list]:
     import pyarrow.parquet as pq
 
     try:
-        read = pq.read_table if path.suffix == ".parquet" else pa.csv.read_csv
-        table = read(path)
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+        else:
+            # A name such as 007 stays as it is.
+            strings = dict.fromkeys(("image", "label"), pa.string())
+            options = pa.csv.ConvertOptions(column_types=strings)
+            table = pa.csv.read_csv(path, convert_options=options)
         if lacking := {"image", "label"} - set(table.column_names):
             raise DataError(
                 f"{path} has no column {sorted(lacking)[0]!r}; it has "

@@ -75,7 +75,9 @@ class EmbeddingCache:
 
         def stale(folder: Path) -> bool:
             old = vectors.read_manifest(folder)
-            if old is None or str(old["checkpoint"]["step"]) not in steps:
+            if old is None:
+                return folder.name != "made"  # else another process may just begin
+            if str(old["checkpoint"]["step"]) not in steps:
                 return True
             trained_anew = old["checkpoint"]["step"] == self.step
             trained_anew &= old["checkpoint"] != new["checkpoint"]

@@ -102,15 +102,20 @@ class Task:
 
 
 def fingerprint(store: RankedStore, side: Side) -> str:
-    """Changes with the records of that side of the store, not with its pairs.
-
-    Raises:
-        DataError: the store has no checksums.
-    """
-    folder = "documents/" if side == "document" else "queries/"
-    files = checksums.read_manifest(store.directory)
-    named = sorted(f"{name} {digest}" for name, digest in files.items() if name.startswith(folder))
-    return hashlib.sha256("\n".join(named).encode()).hexdigest()
+    """Changes with the records of that side of the store, not with its pairs."""
+    folder = store.directory / ("documents" if side == "document" else "queries")
+    try:
+        known = checksums.read_manifest(store.directory)
+    except DataError:  # removed by hand: what tells a changed file then
+        stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+        known = {
+            str(path.relative_to(store.directory)): f"{stat.st_size} {stat.st_mtime_ns}"
+            for path, stat in stats.items()
+        }
+    files = sorted(
+        f"{n} {digest}" for n, digest in known.items() if n.startswith(f"{folder.name}/")
+    )
+    return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
 def make(folder: Path, task: Task, embedder: Embedder, quiet: bool = False) -> Corpus:
@@ -120,6 +125,7 @@ def make(folder: Path, task: Task, embedder: Embedder, quiet: bool = False) -> C
     Raises:
         DataError: there is something else at `folder`, or a record that cannot be read.
     """
+    folder = Path(os.path.abspath(folder))  # it may be "."
     manifest, first = task.manifest(), distributed.is_first()
     if multihost_utils.broadcast_one_to_all(np.bool_(first and _is_same(folder, manifest))):
         return opened(folder)

@@ -95,6 +95,8 @@ def test_numbers_are_places_in_the_classnames(tmp_path):
         classify.read_images(file)
     with pytest.raises(DataError, match=r"label '2' is not in --classnames"):
         classify.read_images(file, CLASSES[:2])
+    file.write_text("image,label\na.png,007\nb.png,m\n")
+    assert classify.read_images(file).classnames == ["007", "m"]
 
 
 @pytest.mark.parametrize(

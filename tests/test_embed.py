@@ -1,6 +1,7 @@
 """Embeddings on disk: the command, what a kill leaves, the run's cache, exports."""
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -16,6 +17,7 @@ from test_search import HostileSource, untrained_run
 
 from gcl_jax import config, embed, evaluate, report, search, state, vectors
 from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.data.locks import locked
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets.builder import write_store
 from gcl_jax.embedding import Corpus, Embedder, FieldEmbeddings
@@ -230,6 +232,7 @@ def results(workdir: Path) -> dict[str, bytes]:
     return contents(workdir / "eval")
 
 
+@pytest.mark.usefixtures("no_towers")
 def test_a_corpus_is_embedded_once_per_checkpoint(workdir, monkeypatch):
     """Evaluate, report and search share it; with and without it the numbers are the same."""
     counts = counted(monkeypatch)
@@ -364,6 +367,42 @@ def test_two_at_once_embed_once(workdir, monkeypatch):
         thread.join()
     assert counts == [24]
     np.testing.assert_array_equal(found[0].arrays["merged"], found[1].arrays["merged"])
+
+
+@pytest.mark.usefixtures("no_towers")
+def test_a_store_without_its_checksums(workdir, monkeypatch, tmp_path):
+    """Files are told apart by size and time then."""
+    cfg = config.load(workdir / "config.json")
+    cfg.data.store = str(shutil.copytree(cfg.data.store, tmp_path / "store"))
+    config.save(cfg, workdir / "config.json")
+    (tmp_path / "store" / "checksums.sha256").unlink()
+    counts = counted(monkeypatch)
+    call(monkeypatch, search, workdir, "cat")
+    call(monkeypatch, search, workdir, "cat")
+    assert counts == [24]
+    os.utime(tmp_path / "store" / "documents" / "ids.arrow", (1, 1))
+    call(monkeypatch, search, workdir, "cat")
+    assert counts == [24, 24]
+
+
+@pytest.mark.usefixtures("no_towers")
+def test_leftovers_go_but_not_those_in_use(workdir, monkeypatch):
+    call(monkeypatch, search, workdir, "cat", "--embed_dim=4")
+    kept_at = workdir / "embeddings"
+    (folder,) = kept_at.iterdir()
+    for name, lock in (("a", False), ("b", True)):
+        building = kept_at / f"{name}.incomplete"
+        shutil.copytree(folder, building / "made")
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest["checkpoint"]["step"] = 99
+        (building / "made" / "manifest.json").write_text(json.dumps(manifest))
+        held = locked(building) if lock else None
+    (kept_at / "c.incomplete").mkdir()
+    (kept_at / "d.removed").mkdir()
+    call(monkeypatch, search, workdir, "cat")
+    left = {path.name for path in kept_at.iterdir() if not path.name.startswith("document-")}
+    assert left == {"b.incomplete", "c.incomplete"}
+    held.close()
 
 
 def test_a_corpus_gives_neighbours_without_a_copy():
