@@ -9,6 +9,7 @@ import numpy as np
 
 from gcl_jax.errors import DataError
 from gcl_jax.metrics import paired_bootstrap
+from gcl_jax.results import GROUP_COLUMN
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,12 +91,17 @@ def _evaluations(directory: Path) -> dict[str, Path]:
     return files
 
 
+def _metrics(table):
+    """Without the columns of groups, which two runs need not share."""
+    return table.select([name for name in table.column_names if not name.startswith(GROUP_COLUMN)])
+
+
 def _compare_tables(split: str, a: Path, b: Path) -> dict[str, Difference]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        tables = [pq.read_table(path).sort_by("query_id") for path in (a, b)]
+        tables = [_metrics(pq.read_table(path)).sort_by("query_id") for path in (a, b)]
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"split {split}: {a} or {b} is no evaluation ({error})") from None
     names = [table.column_names for table in tables]

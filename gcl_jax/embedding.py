@@ -2,13 +2,13 @@
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
 from gcl_jax import distributed, logs
 from gcl_jax.config import TrainConfig
@@ -34,11 +34,33 @@ class FieldEmbeddings:
         present = {name: jnp.asarray(self.present[name]) for name in weights}
         return np.asarray(merge_fields(fields, present, weights))
 
+    def searched(self, weights: Mapping[str, float]) -> dict[str, Float[np.ndarray, "n e"]]:
+        """ "merged", as `weights` say, and if they name several fields each of these alone."""
+        alone = {name: self.merged({name: 1.0}) for name in weights} if len(weights) > 1 else {}
+        return {"merged": self.merged(weights), **alone}
+
     def take(self, rows: np.ndarray) -> "FieldEmbeddings":
         return FieldEmbeddings(
             {name: x[rows] for name, x in self.fields.items()},
             {name: x[rows] for name, x in self.present.items()},
         )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Corpus:
+    """Embedded records as they are searched: `rows` are their numbers in the store, ascending,
+    `arrays` what `FieldEmbeddings.searched` returns, in memory or memory-mapped."""
+
+    rows: Int[np.ndarray, " n"]
+    arrays: Mapping[str, Float[np.ndarray, "n e"]]
+
+    def of(self, rows: Int[np.ndarray, " m"]) -> dict[str, Float[np.ndarray, "m e"]]:
+        """The arrays of some of its rows, ascending; neighbours are not copied."""
+        places = np.searchsorted(self.rows, rows)
+        picked: slice | np.ndarray = places
+        if len(places) and places[-1] - places[0] + 1 == len(places):
+            picked = slice(places[0], places[-1] + 1)
+        return {name: array[picked] for name, array in self.arrays.items()}
 
 
 class Embedder:
@@ -48,7 +70,7 @@ class Embedder:
     def __init__(self, cfg: TrainConfig, params: Params, mesh: Mesh):
         graphdef, _ = abstract_model(cfg.model)
         dim = cfg.eval.embed_dim or cfg.model.embed_dim
-        self._cfg, self._params, self._mesh = cfg, params, mesh
+        self._cfg, self.params, self._mesh = cfg, params, mesh
         # Rounded up to what splits evenly over the devices.
         self._batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size
 
@@ -64,7 +86,7 @@ class Embedder:
     def with_params(self, params: Params) -> "Embedder":
         """The same model with other parameters of the same shapes; compiles nothing anew."""
         other = copy.copy(self)
-        other._params = params
+        other.params = params
         return other
 
     def embed(
@@ -79,21 +101,50 @@ class Embedder:
     ) -> FieldEmbeddings:
         """Embeds the records `indices`, in that order and as what they are to the model (`side`),
         with a progress bar unless `quiet`."""
-        embeddings: dict[str, list] = {field: [] for field in fields}
-        present: dict[str, list] = {field: [] for field in fields}
+        batches = list(
+            self.batches(side, records, fields, indices, description=description, quiet=quiet)
+        )
+        return FieldEmbeddings(
+            {field: np.concatenate([batch.fields[field] for batch in batches]) for field in fields},
+            {field: np.concatenate([b.present[field] for b in batches]) for field in fields},
+        )
+
+    def batches(
+        self,
+        side: Side,
+        records: Records,
+        fields: Sequence[str],
+        indices: np.ndarray,
+        *,
+        skip: int = 0,
+        description: str = "embed",
+        quiet: bool = False,
+    ) -> Iterator[FieldEmbeddings]:
+        """`embed`, batch by batch: while the devices work on one, the next is read. The first
+        `skip` records are left out, as they were embedded before."""
         size = self._batch_size
         local = local_rows(size, self._mesh)
-        batches = corpus_batches(self._cfg, side, records, fields, indices, size, local)
+        read = corpus_batches(self._cfg, side, records, fields, indices[skip:], size, local)
         quiet = quiet or not distributed.is_first()
-        bar = logs.progress(len(indices), unit="records", description=description, quiet=quiet)
-        with bar:
-            for batch, rows in batches:
-                encoded, had = self._encode(self._params, to_global(batch, self._mesh))
-                for field in fields:
-                    embeddings[field].append(np.asarray(encoded[field])[:rows])
-                    present[field].append(np.asarray(had[field])[:rows])
-                bar.update(rows)
-        return FieldEmbeddings(
-            {field: np.concatenate(parts) for field, parts in embeddings.items()},
-            {field: np.concatenate(parts) for field, parts in present.items()},
+        total = len(indices)
+        bar = logs.progress(
+            total, unit="records", description=description, initial=skip, quiet=quiet
         )
+        with bar:
+            at_work = None
+            for batch, rows in read:
+                started = self._encode(self.params, to_global(batch, self._mesh)), rows
+                if at_work:
+                    yield _fetched(*at_work)
+                    bar.update(at_work[1])
+                at_work = started
+            if at_work:
+                yield _fetched(*at_work)
+                bar.update(at_work[1])
+
+
+def _fetched(encoded: tuple[Mapping, Mapping], rows: int) -> FieldEmbeddings:
+    """The first `rows` of what the devices made."""
+    return FieldEmbeddings(
+        *({field: np.asarray(x)[:rows] for field, x in arrays.items()} for arrays in encoded)
+    )

@@ -2,7 +2,8 @@
 
 Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT.parquet, query by
 query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables. With --write_runs also
-the judgements and what was found, for trec_eval and its like.
+the judgements and what was found, for trec_eval and its like; with --groups also the means of
+groups of queries. --recall and --classify evaluate images and texts as is usual for CLIP.
 
 Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files; see `gcl_jax.trec`),
 two evaluated runs are compared by `--compare RUN_A RUN_B`.
@@ -14,22 +15,25 @@ the whole corpus of its split exactly, top 1000.
 """
 
 import argparse
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gcl_jax import compare, distributed, metrics, scoring
+from gcl_jax import classify, compare, distributed, metrics, recall, scoring
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embedding import Embedder, FieldEmbeddings
+from gcl_jax.embedding import Corpus, Embedder, FieldEmbeddings
+from gcl_jax.embedding_cache import EmbeddingCache
 from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.groups import query_groups
 from gcl_jax.judgements import (
     KS,
     Judgements,
     as_ranking,
     ground_truth_of,
+    id_ranks,
     judged_metrics,
     load_judgements,
     ranked_grades,
@@ -37,6 +41,7 @@ from gcl_jax.judgements import (
 from gcl_jax.results import (
     SplitResult,
     as_report,
+    format_groups,
     format_tables,
     summary,
     write,
@@ -46,7 +51,12 @@ from gcl_jax.retrieval import exact_top_k
 from gcl_jax.runs import load_run
 
 # What each way of calling the command has of its own.
-OPTIONS = {"workdir": ("max_queries", "embed_dim", "write_runs"), "qrels": ("run", "out")}
+RANKED = ("max_queries", "write_runs", "groups", "group_by")
+OPTIONS = {
+    "workdir": (*RANKED, "embed_dim", "recall", "classify"),
+    "classify": ("classnames", "templates"),
+    "qrels": ("run", "out"),
+}
 
 
 def evaluate_splits(
@@ -56,33 +66,45 @@ def evaluate_splits(
     max_queries: int,
     quiet: bool = False,
     rankings: bool = False,
+    group_by: Sequence[str] | None = None,
+    cache: EmbeddingCache | None = None,
 ) -> dict[str, SplitResult]:
-    """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each; with
-    `rankings`, what was found too."""
+    """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each.
+
+    With `rankings` they have what was found, with `group_by` the groups of the queries, these
+    fields among them. The documents' embeddings are those of `cache`, if it is given.
+    """
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     judged = {s: load_judgements(cfg, store, s, max_queries) for s in cfg.eval.splits}
+    groups = {}
+    if group_by is not None:
+        groups = {s: query_groups(cfg, store, judged[s].queries, group_by) for s in judged}
     query_fields = dict.fromkeys([*cfg.data.query_fields, *cfg.eval.query_fields])
 
-    def embed(side: Side, fields: Iterable[str], rows: Iterable[np.ndarray]):
+    def embed(side: Side, fields: Iterable[str], rows: np.ndarray) -> FieldEmbeddings:
         records = store.queries if side == "query" else store.documents
-        unique = np.unique(np.concatenate(list(rows)))
         name = "queries" if side == "query" else "documents"
-        return unique, embedder.embed(
-            side, records, list(fields), unique, description=name, quiet=quiet
-        )
+        return embedder.embed(side, records, list(fields), rows, description=name, quiet=quiet)
 
-    document_rows, documents = embed("document", cfg.data.document_fields, corpora.values())
-    query_rows, queries = embed("query", query_fields, (j.queries for j in judged.values()))
-    document_rank = np.argsort(np.argsort(np.array(store.documents.ids)))
+    rows = np.unique(np.concatenate(list(corpora.values())))
+    fields = cfg.data.document_fields
+    if cache:
+        documents = cache.documents(cfg, store, embedder, rows)
+    else:
+        documents = Corpus(rows, embed("document", fields, rows).searched(fields))
+    query_rows = np.unique(np.concatenate([j.queries for j in judged.values()]))
+    queries = embed("query", query_fields, query_rows)
+    document_rank = id_ranks(store.documents)
     return {
         split: evaluate_split(
             cfg,
             judged[split],
             queries.take(np.searchsorted(query_rows, judged[split].queries)),
-            documents.take(np.searchsorted(document_rows, corpus)),
+            documents.of(corpus),
             document_rank[corpus],
             [store.queries.ids[row] for row in judged[split].queries],
             [store.documents.ids[row] for row in corpus] if rankings else None,
+            groups.get(split, {}),
         )
         for split, corpus in corpora.items()
     }
@@ -92,23 +114,23 @@ def evaluate_split(
     cfg: TrainConfig,
     judgements: Judgements,
     queries: FieldEmbeddings,
-    corpus: FieldEmbeddings,
+    searched: Mapping[str, np.ndarray],
     document_rank: np.ndarray,
     query_ids: list[str],
     document_ids: list[str] | None = None,
+    groups: Mapping[str, Sequence[str]] | None = None,
 ) -> SplitResult:
     """The results of one split: merged queries and documents, every document field alone, and every
     query field of `cfg.eval.query_fields` alone, on the queries that have it.
 
     Args:
         queries: of the (q,) test queries, in the order of `judgements` and `query_ids`.
-        corpus: of the split's (n,) documents; `document_rank` is that of `judged_metrics`.
+        searched: the split's (n,) documents, {"merged" or a field: (n, e) embeddings};
+            `document_rank` is that of `judged_metrics`.
         document_ids: of the corpus, if the result is to have the ranking.
+        groups: {grouping: the group of each query}.
     """
     asked = queries.merged(cfg.data.query_fields)
-    searched = {"merged": corpus.merged(cfg.data.document_fields)}
-    if len(cfg.data.document_fields) > 1:
-        searched |= {field: corpus.merged({field: 1.0}) for field in cfg.data.document_fields}
     hits = {name: exact_top_k(asked, x, cfg.eval.top_k) for name, x in searched.items()}
     by_documents = {
         name: judged_metrics(judgements, *found, document_rank) for name, found in hits.items()
@@ -129,7 +151,7 @@ def evaluate_split(
             by_query_field[field] = metrics.evaluate_rankings(grades, judged.grades, KS)
             ranks[rows, column] = metrics.first_relevant_rank(grades)
     variance = metrics.mean_rank_variance(ranks)
-    return SplitResult(query_ids, by_documents, by_query_field, variance, ranking)
+    return SplitResult(query_ids, by_documents, by_query_field, variance, ranking, groups or {})
 
 
 def evaluate_in_training(
@@ -145,28 +167,55 @@ def evaluate_in_training(
 
 
 def evaluate_workdir(
-    workdir: Path, max_queries: int | None, embed_dim: int | None, write_runs: bool
-) -> None:
-    """Evaluates the newest checkpoint of a run, writes the files and prints the tables."""
+    workdir: Path,
+    max_queries: int | None = None,
+    embed_dim: int | None = None,
+    write_runs: bool = False,
+    group_by: Sequence[str] | None = None,
+) -> str:
+    """Evaluates the newest checkpoint of a run, writes the files and returns the tables. `group_by`
+    is that of `evaluate_splits`."""
     cfg, store, params, mesh, step = load_run(workdir, embed_dim)
     max_queries = cfg.eval.max_queries if max_queries is None else max_queries
     if max_queries < 1:
         raise UserError(f"--max_queries={max_queries} must be 1 or more")
-    embedder = Embedder(cfg, params, mesh)
-    results = evaluate_splits(cfg, store, embedder, max_queries, rankings=write_runs)
+    results = evaluate_splits(
+        cfg,
+        store,
+        Embedder(cfg, params, mesh),
+        max_queries,
+        rankings=write_runs,
+        group_by=group_by,
+        cache=EmbeddingCache(workdir, step),
+    )
     if not distributed.is_first():
-        return
+        return ""
+    reports = {split: as_report(split, step, result) for split, result in results.items()}
     for split, result in results.items():
-        report = as_report(split, step, result)
-        report["ground_truth"] = ground_truth_of(cfg, store, split)
+        reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
         path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
-        write(path, report, result)
+        write(path, reports[split], result)
         if result.ranking is not None:
             write_ranking(path, result.ranking)
-    print(format_tables(results))
+    groups = "" if group_by is None else f"\n\n{format_groups(reports)}"
+    return format_tables(results) + groups
 
 
-def main() -> None:
+def evaluate_run(args: argparse.Namespace) -> str:
+    """What is asked of a run, as a table."""
+    if args.classify is not None:
+        return classify.classify_run(
+            args.workdir, args.classify, args.classnames, args.templates, args.embed_dim
+        )
+    if args.recall:
+        return recall.recall_run(args.workdir, args.embed_dim)
+    group_by = args.group_by if args.groups or args.group_by else None
+    return evaluate_workdir(
+        args.workdir, args.max_queries, args.embed_dim, args.write_runs, group_by
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m gcl_jax.evaluate",
         description=__doc__,
@@ -182,29 +231,60 @@ def main() -> None:
         metavar=("RUN_A", "RUN_B"),
         help="two directories with results: of runs, or --out of earlier calls",
     )
-    parser.add_argument("--run", type=Path, help="with --qrels: what a system found")
-    parser.add_argument("--out", type=Path, help="with --qrels: directory to write the scores to")
-    parser.add_argument(
-        "--max_queries", type=int, help="sampled test queries per split (default: config)"
-    )
-    parser.add_argument(
-        "--embed_dim", type=int, help="leading dimensions of the embeddings (default: config)"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--run", type=Path, help="with --qrels: what a system found")
+    add("--out", type=Path, help="with --qrels: directory to write the scores to")
+    add("--max_queries", type=int, help="sampled test queries per split (default: config)")
+    add("--embed_dim", type=int, help="leading dimensions of the embeddings (default: config)")
+    add(
         "--write_runs",
         action="store_true",
         help="write eval/SPLIT.{qrels,run}.trec, .gt_results.json and .retrieval.json too",
     )
+    add("--groups", action="store_true", help="means by length and by frequency of the queries too")
+    add(
+        "--group_by",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="--groups, and by the values of this text field of the queries; may be given again",
+    )
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--recall", action="store_true", help="instead: Recall@k of captions and images, both ways"
+    )
+    other.add_argument(
+        "--classify",
+        type=Path,
+        metavar="PATH",
+        help="instead: zero-shot accuracy on a folder of images by class, or a CSV or parquet file",
+    )
+    add("--classnames", type=Path, metavar="FILE", help="with --classify: a class per line")
+    add(
+        "--templates",
+        type=Path,
+        metavar="FILE",
+        help="with --classify: a prompt per line, {} for the class",
+    )
     distributed.add_arguments(parser)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
     args = parser.parse_args()
     with reported_in_one_line():
+        given = {name for name, x in vars(args).items() if x != parser.get_default(name)}
         for mode, names in OPTIONS.items():
-            for name in names if getattr(args, mode) is None else ():
-                if getattr(args, name) != parser.get_default(name):
-                    raise UserError(f"--{name} is an option of --{mode}")
+            if mode not in given and (surplus := given.intersection(names)):
+                raise UserError(f"--{min(surplus)} is an option of --{mode}")
+        alone = given.intersection(("recall", "classify"))
+        if alone and (surplus := given.intersection(RANKED)):
+            raise UserError(f"--{min(surplus)} does not go with --{min(alone)}")
         if args.workdir is not None:
             with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
-                evaluate_workdir(args.workdir, args.max_queries, args.embed_dim, args.write_runs)
+                if text := evaluate_run(args):
+                    print(text)
         elif args.qrels is not None:
             if args.run is None:
                 raise UserError("--qrels needs --run: the results to score")

@@ -86,12 +86,14 @@ def open_index(run: EvaluatedRun) -> tuple[SearchIndex, int]:
     """An index of all documents that the splits search, and how many parameters the model has."""
     import jax
 
+    from gcl_jax.embedding_cache import EmbeddingCache
     from gcl_jax.runs import load_run
 
-    cfg, store, params, mesh, _ = load_run(run.workdir)
+    cfg, store, params, mesh, step = load_run(run.workdir)
     searched = np.unique(np.concatenate([store.corpus(split) for split in run.samples]))
     parameters = sum(x.size for x in jax.tree.leaves(params))
-    return SearchIndex(cfg, store, params, mesh, searched), parameters
+    cache = EmbeddingCache(run.workdir, step)
+    return SearchIndex(cfg, store, params, mesh, searched, cache), parameters
 
 
 def essentials(run: EvaluatedRun, store: RankedStore, parameters: int) -> dict[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from gcl_jax import metrics
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.store import Pairs, RankedStore
+from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.errors import DataError
 from gcl_jax.trec import Table
 
@@ -81,6 +81,15 @@ def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judge
     sums = np.bincount(group, weights=grade)
     chosen = by_id[metrics.sample_queries(sums[by_id], max_queries)]
     return _judgements(pairs, grade, corpus, chosen)
+
+
+def id_ranks(records: Records) -> np.ndarray:
+    """int64 (n,): each record's place among the sorted ids, which breaks ties."""
+    import pyarrow.compute as pc
+
+    ranks = np.empty(len(records), np.int64)
+    ranks[pc.sort_indices(records.id_column)] = np.arange(len(ranks))
+    return ranks
 
 
 def _judgements(

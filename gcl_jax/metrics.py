@@ -118,16 +118,30 @@ def paired_bootstrap(
     difference = a - b
     if not np.isfinite(difference).all():
         raise DataError("a value to compare is not a finite number")
-    rng = np.random.default_rng(seed)
-    # In blocks: all resamples at once would take resamples * Q numbers.
-    blocks = -(-resamples * a.size // BOOTSTRAP_BLOCK)
-    means = [
-        difference[rng.integers(a.size, size=(len(block), a.size))].mean(1)
-        for block in np.array_split(np.arange(resamples), blocks)
-    ]
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
+    low, high = bootstrap_interval(difference, resamples, seed, level)
     return float(difference.mean()), float(low), float(high)
+
+
+def bootstrap_interval(
+    values: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (low, high), each (...): the percentile intervals of the means over queries that are
+    drawn anew, with replacement; the same draws for all metrics.
+
+    Args:
+      values: (Q, ...) metrics of Q >= 1 queries.
+    """
+    rng, size = np.random.default_rng(seed), len(values)
+    means = []
+    # In blocks: all resamples at once would take resamples * Q numbers.
+    for block in np.array_split(np.arange(resamples), -(-resamples * size // BOOTSTRAP_BLOCK)):
+        drawn = rng.integers(size, size=(len(block), size))
+        drawn += size * np.arange(len(block))[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        means.append(counts @ values / size)
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
+    return low, high
 
 
 def evaluate_run(

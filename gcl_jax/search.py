@@ -1,7 +1,8 @@
 """Search the documents of a run: `python -m gcl_jax.search --workdir=runs/demo "sad cat"`.
 
-Prints a table of the best documents, or JSON. Every call first embeds the documents. With --serve
-it serves a page to search with; several --workdir then answer side by side.
+Prints a table of the best documents, or JSON. The first call embeds the documents, and keeps them
+in WORKDIR/embeddings. With --serve it serves a page to search with; several --workdir then answer
+side by side.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -21,6 +23,9 @@ from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.datasets import open_store
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.hits import as_results, format_table, image_type, one_line, save_images
+
+if TYPE_CHECKING:
+    from gcl_jax.embedding_cache import EmbeddingCache
 
 Query = Mapping[str, str | bytes]
 
@@ -33,8 +38,17 @@ NOT_SERVED["images"] = "--images"
 class SearchIndex:
     """Documents of a run, embedded once and then searched exactly, as often as you like."""
 
-    def __init__(self, cfg: TrainConfig, store: RankedStore, params, mesh, rows: np.ndarray):
-        """Embeds the documents `rows` (ascending row numbers in the store), with a progress bar.
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        store: RankedStore,
+        params,
+        mesh,
+        rows: np.ndarray,
+        cache: "EmbeddingCache | None" = None,
+    ):
+        """Embeds the documents `rows` (ascending row numbers in the store), with a progress bar,
+        unless they are in the run's `cache`, if that is given.
 
         Raises:
             DataError: a document that cannot be read.
@@ -45,10 +59,14 @@ class SearchIndex:
         self._query_kinds = store.queries.fields
         self._embedder = Embedder(cfg, params, mesh)
         self._rows = rows
-        fields = cfg.data.document_fields
-        self._documents = self._embedder.embed(
-            "document", store.documents, list(fields), rows, description="documents"
-        ).merged(fields)
+        if cache:
+            corpus = cache.documents(cfg, store, self._embedder, rows)
+            self._documents = corpus.of(rows)["merged"]
+        else:
+            fields = cfg.data.document_fields
+            self._documents = self._embedder.embed(
+                "document", store.documents, list(fields), rows, description="documents"
+            ).merged(fields)
 
     def search(
         self, queries: Sequence[Query], top_k: int, within: np.ndarray | None = None
@@ -75,17 +93,19 @@ class SearchIndex:
         """`search` for queries that are embedded already, rows of length 1."""
         from gcl_jax.retrieval import exact_top_k
 
-        rows, documents = self._rows, self._on_device
-        if within is not None:
-            rows, documents = within, self._documents[np.searchsorted(rows, within)]
+        if within is None:
+            scores, found = self._index.search(embeddings, top_k)
+            return scores, self._rows[found]
+        documents = self._documents[np.searchsorted(self._rows, within)]
         scores, found = exact_top_k(embeddings, documents, top_k)
-        return scores, rows[found]
+        return scores, within[found]
 
     @functools.cached_property
-    def _on_device(self):
-        import jax
+    def _index(self):
+        """The whole corpus on the devices."""
+        from gcl_jax.retrieval import Index
 
-        return jax.device_put(self._documents)
+        return Index(self._documents)
 
 
 class QueryRecords(Records):
@@ -180,10 +200,11 @@ def search_run(args: argparse.Namespace) -> None:
     queries = parse_queries(kinds, args.texts, args.query)
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
 
+    from gcl_jax.embedding_cache import EmbeddingCache
     from gcl_jax.runs import load_run
 
-    cfg, store, params, mesh, _ = load_run(workdir, args.embed_dim)
-    index = SearchIndex(cfg, store, params, mesh, rows)
+    cfg, store, params, mesh, step = load_run(workdir, args.embed_dim)
+    index = SearchIndex(cfg, store, params, mesh, rows, EmbeddingCache(workdir, step))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     answers = zip(queries, *index.search(queries, args.top_k), strict=True)
     for number, (query, scores, found) in enumerate(answers, 1):

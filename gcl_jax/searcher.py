@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from PIL import Image, UnidentifiedImageError
 
 from gcl_jax.embedding import Embedder
+from gcl_jax.embedding_cache import EmbeddingCache
 from gcl_jax.errors import DataError
 from gcl_jax.runs import load_run
 from gcl_jax.search import Query, QueryRecords, SearchIndex
@@ -25,7 +26,8 @@ class Searcher:
     either may be asked, whatever the query fields of the training data are."""
 
     def __init__(self, workdir: Path, split: str | None, embed_dim: int | None):
-        """Embeds the documents, of the corpus of `split` or all, and compiles what queries need.
+        """Embeds the documents, of the corpus of `split` or all, unless the run has their embeddings,
+        and compiles what queries need.
 
         Raises:
             ConfigError, DataError, UserError: `workdir` is no run, or has no such split or
@@ -35,7 +37,8 @@ class Searcher:
         self.name = str(workdir)
         self.takes_images = cfg.model.vision is not None
         rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))
-        self._index = SearchIndex(cfg, self.store, params, mesh, rows)
+        cache = EmbeddingCache(workdir, self.step)
+        self._index = SearchIndex(cfg, self.store, params, mesh, rows, cache)
         # One query a batch: a larger one would answer as many times more slowly.
         cfg = copy.deepcopy(cfg)
         cfg.eval.batch_size = 1

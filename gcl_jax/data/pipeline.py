@@ -18,7 +18,9 @@ and, of the sides for which `data.negatives` or `data.text_negatives` give any, 
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 import grain
@@ -254,14 +256,15 @@ def corpus_batches(
 ) -> Iterator[tuple[Batch, int]]:
     """Yields ({"inputs", "present"}, rows) for the records `indices` in order, without
     augmentation; the last batch repeats its last record up to `batch_size`, `rows` are real.
-    `local` picks the rows of each batch that this host reads."""
+    `local` picks the rows of each batch that this host reads, with a thread per core."""
     encode = FieldEncoder(cfg, side, records, fields)
-    for start in range(0, len(indices), batch_size):
-        chunk = indices[start : start + batch_size]
-        padded = np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")
-        inputs, present = zip(*(encode(i) for i in padded[local]), strict=True)
-        batch = {
-            name: {field: np.stack([row[field] for row in rows]) for field in fields}
-            for name, rows in (("inputs", inputs), ("present", present))
-        }
-        yield batch, len(chunk)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for start in range(0, len(indices), batch_size):
+            chunk = indices[start : start + batch_size]
+            padded = np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")
+            inputs, present = zip(*pool.map(encode, padded[local]), strict=True)
+            batch = {
+                name: {field: np.stack([row[field] for row in rows]) for field in fields}
+                for name, rows in (("inputs", inputs), ("present", present))
+            }
+            yield batch, len(chunk)

@@ -78,13 +78,18 @@ class Records:
     def __iter__(self) -> Iterator[dict[str, str | bytes]]:
         return (self[i] for i in range(len(self)))
 
-    @functools.cached_property
-    def ids(self) -> list[str]:
-        """The id of every record, in order."""
+    @property
+    def id_column(self):
+        """The id of every record, in order: a `pyarrow.ChunkedArray`, memory-mapped."""
         import pyarrow as pa
 
         with pa.memory_map(str(self._directory.parent / "ids.arrow")) as file:
-            return pa.ipc.open_file(file).read_all()["id"].to_pylist()
+            return pa.ipc.open_file(file).read_all()["id"]
+
+    @functools.cached_property
+    def ids(self) -> list[str]:
+        """The same as strings."""
+        return self.id_column.to_pylist()
 
     def __getstate__(self) -> dict:
         return {"fields": self.fields, "_directory": self._directory}

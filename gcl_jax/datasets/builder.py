@@ -2,20 +2,19 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import importlib.metadata
 import json
 import operator
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TextIO
+from typing import Protocol
 
 import numpy as np
 
 from gcl_jax import logs
 from gcl_jax.data import checksums, store
+from gcl_jax.data.locks import locked
 from gcl_jax.data.negatives import save_negatives
 from gcl_jax.datasets.bad_rows import BadRows
 from gcl_jax.datasets.parts import Part, PartsWriter, Records
@@ -100,7 +99,7 @@ def write_store(
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.with_name(f"{out.name}.incomplete")
-    with _lock(building):
+    with locked(building):
         try:
             if existing := finished_store(out, plan):
                 shutil.rmtree(building)
@@ -116,20 +115,6 @@ def write_store(
         (building / "store").rename(out)
         shutil.rmtree(building)
     return store.RankedStore(out)
-
-
-def _lock(building: Path) -> TextIO:
-    """Makes the folder `building`, for this process alone until the result is closed; waits for
-    another process that works there."""
-    path = building / "lock"
-    while True:
-        building.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):  # whoever held it has finished and removed it
-            lock = path.open("w")
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if path.stat().st_ino == os.fstat(lock.fileno()).st_ino:
-                return lock
-            lock.close()
 
 
 def _keep_if_same_plan(building: Path, plan: str) -> None:
