@@ -266,18 +266,18 @@ def _leave(error: BaseException) -> NoReturn:
     import jax
 
     code = 1
+    lost = isinstance(error, jax.errors.JaxRuntimeError) and any(w in str(error) for w in _LOST)
+    if lost:
+        reason = str(error).partition("\n")[0]
+        error = UserError(
+            f"process {jax.process_index()} lost another process of this run ({reason}); see that "
+            "one's output; the same command continues from the last checkpoint"
+        )
     try:
         with reported_in_one_line():
-            lost = isinstance(error, jax.errors.JaxRuntimeError)
-            if lost and any(word in str(error) for word in _LOST):
-                reason = str(error).partition("\n")[0]
-                raise UserError(
-                    f"process {jax.process_index()} lost another process of this run ({reason}); "
-                    "see that one's output; the same command continues from the last checkpoint"
-                ) from error
             raise error
     except SystemExit as stop:
-        code = int(stop.code or 0)
+        code = 1 if lost else int(stop.code or 0)  # 2: trying again is useless
     except BaseException:
         traceback.print_exc()
     sys.stderr.flush()

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
+from gcl_jax import distributed
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
 from gcl_jax.embedding import Embedder
 from gcl_jax.errors import DataError, reported_in_one_line
@@ -171,6 +172,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--sampling", choices=("top", "random"), default="top", help="(default: top)")
     add("--seed", type=int, default=0, help="of --sampling=random (default 0)")
+    distributed.add_arguments(parser)
     return parser
 
 
@@ -182,12 +184,15 @@ def main() -> None:
             del options["relative_margin"]
         mining = Mining(**options)
         check_absent(args.out)
-        negatives, note = mine_run(args.workdir, SIDES[args.side], mining)
-        write_mined(args.out, negatives, note)
-        for side, rows in negatives.items():
-            print(summary(side, rows, mining.num_negatives))
-        print(f"train on them with --config.data.negatives={shlex.quote(str(args.out))}")
-        print("  --config.loss.objectives.gcl=0 --config.loss.objectives.hard_negatives=1")
+        with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
+            negatives, note = mine_run(args.workdir, SIDES[args.side], mining)
+            if not distributed.is_first():
+                return
+            write_mined(args.out, negatives, note)
+            for side, rows in negatives.items():
+                print(summary(side, rows, mining.num_negatives))
+            print(f"train on them with --config.data.negatives={shlex.quote(str(args.out))}")
+            print("  --config.loss.objectives.gcl=0 --config.loss.objectives.hard_negatives=1")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ run() {
 }
 
 train() {
-  local code
+  local code failures=0
   [[ $(status) == ACTIVE ]] || create
   install
   while true; do
@@ -79,9 +79,13 @@ train() {
     echo "the training ended with $code; going on in $pause s" >&2
     sleep "$pause"
     if [[ $(status) != ACTIVE ]]; then
+      failures=0
       delete || true
       create
       install
+    elif ((++failures == 10)); then
+      echo "$failures failures on a slice that is there: giving up" >&2
+      return "$code"
     fi
   done
 }

@@ -46,18 +46,17 @@ def four_steps(config_file):
     cfg.optim.steps, cfg.optim.batch_size = 4, 16
     # Its gradient takes gloo seconds.
     cfg.optim.freeze = ("text.token_embedding",)
+    # Nothing depends on the biases of attention's keys: their gradients are rounding errors, which
+    # Adam would blow up to 4e-6 after four steps.
+    cfg.optim.eps = 1e-4
     config.save(cfg, path)
     return config_file
 
 
-# How to compute the same steps: (fsdp, form of the loss, chunks).
-WHOLE, SPLIT, RING = (1, "gather", 1), (2, "gather", 1), (8, "ring", 2)
-
-
-def run(config_file, workdir, fsdp, form, chunks):
+def run(config_file, workdir, fsdp, form="gather"):
     """The whole run, or the rest of it, on all devices of the processes that there are."""
     cfg = config.load(config_file.with_suffix(".json"))
-    cfg.mesh.fsdp, cfg.loss.form, cfg.optim.chunks = fsdp, form, chunks
+    cfg.mesh.fsdp, cfg.loss.form = fsdp, form
     train(cfg, workdir)
 
 
@@ -69,14 +68,14 @@ def killed_after_step_2(workdir, copy):
 
 
 def outcome(config_file, workdir):
-    """The last parameters, and the scalars of all steps and of the evaluation during training."""
+    """The last parameters, and the scalars of all steps and of the evaluation in between."""
     cfg = config.load(config_file.with_suffix(".json"))
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
         assert checkpointer.latest_step() == 4
         params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
-    timings = {"pairs_per_second", "data_wait"}
-    rows = [{key: row[key] for key in row.keys() - timings} for row in logged(workdir)]
+    varying = {"pairs_per_second", "data_wait", "gradient_norm"}
+    rows = [{key: row[key] for key in row.keys() - varying} for row in logged(workdir)]
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4]
     return jax.device_get(params), rows
 
@@ -85,16 +84,17 @@ def test_two_processes_equal_one(four_steps, tmp_path):
     """Training, evaluation, checkpoints and their continuation on 2 x 4 devices and on 1 x 8, on
     other meshes and with other forms of the loss: always the same run."""
     one, two, one_two, two_one = (tmp_path / name for name in ("one", "two", "one_two", "two_one"))
-    run(four_steps, one, *WHOLE)
+    run(four_steps, one, fsdp=1)
     killed_after_step_2(one, one_two)
     pair = start_local(2, 4, sys.executable, __file__, four_steps, tmp_path)
     assert pair.wait(timeout=PATIENCE_SECONDS) == 0
-    run(four_steps, killed_after_step_2(two, two_one), *SPLIT)
+    run(four_steps, killed_after_step_2(two, two_one), fsdp=2)
     params, rows = outcome(four_steps, one)
     for workdir in (two, one_two, two_one):
         other_params, other_rows = outcome(four_steps, workdir)
         close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
-        jax.tree.map(close, (other_params, other_rows), (params, rows))
+        jax.tree.map(close, other_params, params)
+        jax.tree.map(close, other_rows, rows)
     assert len(list(two.glob("events.out.tfevents.*"))) == 1
 
     # Two processes divide the records to embed among themselves.
@@ -107,8 +107,8 @@ def main(config_file, folder):
     """One of the two processes."""
     with distributed.joined(graceful=True):
         assert (jax.local_device_count(), jax.device_count()) == (4, 8)
-        run(Path(config_file), Path(folder, "two"), *SPLIT)
-        run(Path(config_file), Path(folder, "one_two"), *RING)
+        run(Path(config_file), Path(folder, "two"), fsdp=2)
+        run(Path(config_file), Path(folder, "one_two"), fsdp=8, form="ring")
         evaluate_workdir(Path(folder, "one"), None, None, False)
 
 
@@ -123,10 +123,10 @@ def test_a_run_survives_the_death_of_a_process(config_file, tmp_path, victim):
         wait_for(lambda: (checkpoints / "2").is_dir(), processes)
         processes[victim].kill()
         errors = processes[1 - victim].communicate(timeout=60)[1]
-        assert processes[1 - victim].returncode not in (0, -signal.SIGKILL)
         # Losing the coordinator, jax may be quicker than we are to end the process.
-        assert f"process {1 - victim} lost another process" in errors or (
-            victim == 0 and "another task died" in errors
+        code, message = processes[1 - victim].returncode, f"process {1 - victim} lost another"
+        assert (code == 1 and message in errors) or (
+            (victim, code) == (0, -signal.SIGABRT) and "another task died" in errors
         )
 
         newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())

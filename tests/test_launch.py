@@ -2,8 +2,10 @@
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,8 @@ def test_jobsets_add_up(manifest):
     spec = job["template"]["spec"]
     assert spec["parallelism"] == spec["completions"]
     (container,) = spec["template"]["spec"]["containers"]
+    (rule,) = spec["podFailurePolicy"]["rules"]
+    assert rule["onExitCodes"]["containerName"] == container["name"]
     (count,) = container["resources"]["limits"].values()
     selector = spec["template"]["spec"]["nodeSelector"]
     if topology := selector.get("cloud.google.com/gke-tpu-topology"):
@@ -162,11 +166,11 @@ def test_slurm_script_trains_with_two_tasks(config_file, tmp_path):
     assert requeued == ""
 
 
-@pytest.mark.parametrize("code", [143, 2])
-def test_slurm_script_requeues_what_was_saved_on_sigterm(tmp_path, code):
+@pytest.mark.parametrize(("code", "again"), [(143, True), (85, True), (2, False), (1, False)])
+def test_slurm_script_requeues_what_was_saved_on_sigterm_or_hung(tmp_path, code, again):
     result, requeued = slurm(tmp_path, f"#!/bin/sh\nexit {code}\n")
     assert result.returncode == code
-    assert requeued == (f"requeue {os.getpid()}\n" if code == 143 else "")
+    assert requeued == (f"requeue {os.getpid()}\n" if again else "")
 
 
 GCLOUD = """#!/usr/bin/env bash
@@ -226,6 +230,14 @@ def test_tpu_script_stops_at_a_wrong_configuration(tmp_path):
     assert commands == ["describe", "scp", "ssh", "ssh"]
 
 
+def test_tpu_script_does_not_fail_for_ever(tmp_path):
+    states = ["ACTIVE"] * 5 + ["SUSPENDED"] + ["ACTIVE"] * 20
+    code, commands, _ = tpu_vm(tmp_path, states, [1] * 30, "train", "--workdir=/mnt/a")
+    assert code == 1
+    # Four failures, a preemption, ten failures; twice the installation's own.
+    assert commands.count("ssh") == 4 + 1 + 10 + 2
+
+
 def test_tpu_script_gives_up_a_request_that_failed(tmp_path):
     code, commands, _ = tpu_vm(tmp_path, ["FAILED"], [], "create")
     assert code == 1
@@ -241,3 +253,19 @@ def test_local_ends_all_when_one_fails():
     )
     assert result.returncode == 7
     assert "process 1 ended with 7; ending all" in result.stderr
+
+
+def test_local_passes_sigterm_on(tmp_path):
+    """And reports the code with which the processes end for it."""
+    script = (
+        "import os, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+        f"open(f'{tmp_path}/' + os.environ['JAX_PROCESS_ID'], 'w').close()\n"
+        "time.sleep(100)"
+    )
+    command = [sys.executable, str(LAUNCH / "local.py"), "--processes=2", "--devices=1", "--"]
+    run = subprocess.Popen([*command, sys.executable, "-c", script])
+    while len(list(tmp_path.iterdir())) < 2:
+        time.sleep(0.05)
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(timeout=60) == 143
