@@ -12,11 +12,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import errno
-import logging
 import math
 import os
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -32,7 +31,7 @@ from gcl_jax.distributed import announce, is_first
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.integrity import Damaged, digests
 from gcl_jax.retention import preservation_policy
-from gcl_jax.saved import Saved, attempt, contents, named, require_fit
+from gcl_jax.saved import Saved, attempt, contents, first_cause, named, quiet_orbax, require_fit
 from gcl_jax.state import Params, TrainState
 
 T = TypeVar("T")
@@ -67,16 +66,14 @@ class Checkpointer:
     ):
         self.directory = (workdir / "checkpoints").absolute()
         self._cfg, self._config, self._read_only = cfg, config, read_only
-        self._damaged: set[int] = set()
+        self._damaged: dict[int, str] = {}  # and why
         self._scores: dict[int, float | None] = {}
         self._saving: concurrent.futures.Future | None = None
+        quiet_orbax()
         if read_only:
             if not self.directory.is_dir():
                 raise DataError(f"{self.directory} does not exist; train first")
             return
-        # It logs stack traces of what is raised here in one line.
-        for name in ("absl", "asyncio"):
-            logging.getLogger(name).addFilter(_not_of_orbax)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=preservation_policy(cfg, self._score),
             cleanup_tmp_directories=True,
@@ -206,20 +203,18 @@ class Checkpointer:
 
     def _newest(self, read: Callable[[int], T]) -> T | None:
         """What `read` makes of the newest checkpoint that it does not find `Damaged`."""
-        problems: dict[int, str] = {}
         while (step := self.latest_step()) is not None:
             result, problem = attempt(read, step)
             if not problem:
-                if problems and not self._read_only:
-                    self._move_aside(problems)
+                if self._damaged and not self._read_only:
+                    self._move_aside()
                 return result
-            self._damaged.add(step)
+            self._damaged[step] = problem
             # A run that is still training may have deleted it meanwhile.
-            if self._folder(step).is_dir():
-                problems[step] = problem
+            if self._folder(step).exists():
                 announce(f"warning: {self._folder(step)} is damaged and passed over: {problem}")
-        if problems:
-            listed = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
+        if self._damaged:
+            listed = "; ".join(f"{step}: {problem}" for step, problem in self._damaged.items())
             raise DataError(f"no checkpoint in {self.directory} is undamaged: {listed}")
         return None
 
@@ -232,17 +227,16 @@ class Checkpointer:
             raise DataError(f"{self._folder(step)} is damaged: {problem}")
         return result
 
-    def _move_aside(self, steps: Collection[int]) -> None:
+    def _move_aside(self) -> None:
         """Out of the way of the same steps, which will be saved again."""
         if is_first():
-            aside = self.directory / "damaged"
-            aside.mkdir(exist_ok=True)
-            for step in steps:
-                target = tempfile.mkdtemp(prefix=f"{step}.", dir=aside)
-                self._folder(step).replace(target)
+            aside = self.directory / "damaged" / time.strftime("%Y-%m-%d_%H-%M-%S")
+            aside.mkdir(parents=True, exist_ok=True)
+            for step in self._damaged:
+                self._folder(step).replace(aside / str(step))
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
-        self._damaged -= set(steps)
+        self._damaged.clear()
         self._manager.reload()
 
     def _write(
@@ -271,9 +265,8 @@ class Checkpointer:
             raise self._failure(error) from error
 
     def _failure(self, error: BaseException) -> UserError:
-        text = str(error)
-        first = text.partition("\n")[0] or type(error).__name__
-        reason = next((reason for reason in _NO_ROOM if reason in text), first)
+        cause = first_cause(error)
+        reason = next((reason for reason in _NO_ROOM if reason in cause), cause)
         return UserError(
             f"cannot save a checkpoint in {self.directory}: {reason}; those in it are intact"
         )
@@ -283,7 +276,7 @@ class Checkpointer:
 
     def _steps(self) -> set[int]:
         names = (path.name for path in self.directory.iterdir() if path.name.isdecimal())
-        return {int(name) for name in names} - self._damaged
+        return {int(name) for name in names} - self._damaged.keys()
 
     def _score(self, step: int) -> float | None:
         """The `config.checkpoint.best` of a step, None if it has none."""
@@ -296,7 +289,3 @@ class Checkpointer:
     def _score_of(self, metrics: Mapping[str, float]) -> float | None:
         score = metrics.get(self._cfg.best, math.nan)
         return None if math.isnan(score) else score
-
-
-def _not_of_orbax(record) -> bool:
-    return "orbax" not in record.pathname and "orbax" not in record.getMessage()

@@ -2,7 +2,7 @@
 
 `import` makes a workdir of a checkpoint, for gcl_jax.evaluate, gcl_jax.search, gcl_jax.report and
 `--config.init_from`. `export` writes a run's model as a folder for open_clip, transformers or
-sentence-transformers.
+sentence-transformers; or, with --format=run, as a workdir of its parameters alone.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_li
 from gcl_jax.presets import PRESETS, preset
 from gcl_jax.validation import validate
 
-FORMATS = ("open_clip", "hugging_face", "safetensors")
+FORMATS = ("open_clip", "hugging_face", "safetensors", "run")
 EXAMPLES = """\
 examples:
   python -m gcl_jax.port --list
@@ -25,6 +25,7 @@ examples:
   python -m gcl_jax.port import intfloat/e5-small-v2 --model=e5-small-v2 --workdir=runs/e5
   python -m gcl_jax.evaluate --workdir=runs/minilm
   python -m gcl_jax.port export --workdir=runs/demo --format=open_clip --out=models/demo
+  python -m gcl_jax.port export --workdir=runs/demo --format=run --out=runs/demo_params
 """
 SOURCE_HELP = (
     "a weights file (.safetensors; with torch also .bin, .pt, .pth), a folder of transformers or "
@@ -52,13 +53,11 @@ def import_model(
     Raises:
         ConfigError, DataError: a model, file or store that does not fit, or `workdir` is in use.
     """
-    from gcl_jax.checkpoint import Checkpointer
     from gcl_jax.datasets import open_store
     from gcl_jax.models.port import load_pretrained, model_config
     from gcl_jax.models.port.configs import with_tokenizer_of
 
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
-        raise DataError(f"{workdir} is not empty; choose another --workdir")
+    _require_unused(workdir, "--workdir")
     made = with_tokenizer_of(source, preset(model)) if model else model_config(source)
     made.text.tokenizer = tokenizer or made.text.tokenizer
     made.text.context_length = context_length or made.text.context_length
@@ -71,11 +70,22 @@ def import_model(
         if not getattr(cfg.data, side):
             setattr(cfg.data, side, _embeddable(made, side, store.info[side], cfg.data.store))
     cfg = store.resolve(cfg)
-    params = load_pretrained(source, made)
+    _write_run(load_pretrained(source, made), cfg, workdir)
+    return cfg
+
+
+def _require_unused(folder: Path, flag: str) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is not empty; choose another {flag}")
+
+
+def _write_run(params, cfg: TrainConfig, workdir: Path) -> None:
+    """A run at step 0, of parameters alone."""
+    from gcl_jax.checkpoint import Checkpointer
+
     with Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer:
         checkpointer.save_params(params)
     config.save(cfg, workdir / "config.json")
-    return cfg
 
 
 def _embeddable(
@@ -189,7 +199,12 @@ def export_run(args: argparse.Namespace) -> None:
     from gcl_jax.models.port import export_pretrained
     from gcl_jax.runs import load_model
 
+    if args.format == "run":
+        _require_unused(args.out, "--out")
     cfg, params, _, _ = load_model(args.workdir)
+    if args.format == "run":
+        _write_run(params, cfg, args.out)
+        return
     export_pretrained(
         params,
         cfg.model,

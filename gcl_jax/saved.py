@@ -1,5 +1,7 @@
 """One checkpoint on disk: what is in it, and its arrays, verified."""
 
+import logging
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -62,7 +64,7 @@ class Saved:
         except _NOT_OF_THE_FILES:
             raise
         except Exception as error:
-            raise Damaged(f"state: {_first_line(error)}") from error
+            raise Damaged(f"state: {first_cause(error)}") from error
         changed = [n for n, x in zip(found, now, strict=True) if x != self._digests[n]]
         if changed:
             raise Damaged(f"state: the bits of {_listed(changed)} are not those that were saved")
@@ -130,9 +132,24 @@ def require_fit(
         raise DataError(f"{source} does not fit this configuration: {'; '.join(problems)}")
 
 
-def _first_line(error: Exception) -> str:
-    line = str(error).partition("\n")[0].partition(" [source locations")[0]
-    return line or type(error).__name__
+def quiet_orbax() -> None:
+    """Keeps off the terminal the stack traces of errors that are raised as well."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_of_orbax)
+    report = sys.unraisablehook
+    # What it was still reading or writing when the first error ended its event loop.
+    sys.unraisablehook = lambda u: None if "loop is closed" in str(u.exc_value) else report(u)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+
+
+def first_cause(error: BaseException) -> str:
+    """What began the chain of errors that ends in `error`, in one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return str(error).partition("\n")[0].partition(" [source locations")[0] or type(error).__name__
 
 
 def _listed(names: list[str]) -> str:

@@ -5,8 +5,10 @@ import shutil
 
 import jax
 import numpy as np
+import optax
 import pytest
 from conftest import make_tiny_config
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gcl_jax import sharding
 from gcl_jax.checkpoint import Checkpointer
@@ -50,6 +52,27 @@ def save(workdir, cfg, *steps):
             checkpointer.save(step, random_state(cfg, step), {"position": 8 * step})
 
 
+def little_state(seed, width=8):
+    """Of few arrays: placed, with moments and averages, in several dtypes."""
+    rng = np.random.default_rng(seed)
+    eight = NamedSharding(sharding.make_mesh(MeshConfig(), 8), PartitionSpec("data"))
+    draw = lambda dtype: (100 * rng.normal(size=(64, width))).astype(dtype)
+    everywhere = NamedSharding(eight.mesh, PartitionSpec())
+    state = TrainState(
+        np.int32(seed),
+        {"w": draw(np.float32), "layer": {"w": draw("bfloat16")}},
+        (optax.ScaleByAdamState(np.int32(7), {"w": draw("bfloat16")}, {"w": draw(np.float32)}),),
+        {"w": draw(np.float32)},
+    )
+    return jax.tree.map(lambda x: jax.device_put(x, eight if x.ndim else everywhere), state)
+
+
+def shapes(state):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+
+
 def kept(workdir):
     """What lies in the folder of checkpoints."""
     return sorted(path.name for path in (workdir / "checkpoints").iterdir())
@@ -63,6 +86,15 @@ def saved(tmp_path_factory):
         patch.setattr(sharding, "MIN_SHARDED_SIZE", 2)
         save(workdir, small(make_tiny_config(), keep=2), 3, 9)
     return workdir
+
+
+@pytest.fixture
+def little(tmp_path):
+    """A run of `little_state`, saved at steps 3 and 9, that keeps all."""
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        for step in (3, 9):
+            checkpointer.save(step, little_state(step), {"position": 8 * step})
+    return tmp_path
 
 
 @pytest.fixture
@@ -119,7 +151,7 @@ def test_another_dtype_is_refused_by_a_run_and_converted_for_reading(cfg, workdi
     half = lambda x: jax.ShapeDtypeStruct(x.shape, "bfloat16", sharding=x.sharding)
     target = TrainState(target.step, jax.tree.map(half, target.params), target.opt_state)
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
-        with pytest.raises(DataError, match="params.logit_scale is float32, not bfloat16"):
+        with pytest.raises(DataError, match=r"params\.logit_scale is float32, not bfloat16"):
             checkpointer.restore(target)
         params = checkpointer.restore_params(target.params)
     expected = jax.tree.map(lambda x: x.astype("bfloat16"), saved.params)
@@ -173,46 +205,42 @@ def test_a_checkpoint_without_moving_averages_is_refused_by_a_run_that_keeps_the
     assert "\n" not in str(refusal.value)
 
 
-def test_bfloat16_moments_go_to_one_device_and_to_4x2_and_back(cfg, tmp_path):
+def test_state_of_any_dtype_goes_to_one_device_to_4x2_and_back(tmp_path):
     """Parameters, moments and averages, whose bits are the same after each journey."""
-    cfg.optim.ema_decay = 0.5
-    state = random_state(cfg, 0)
-    half = lambda x: x.astype("bfloat16") if x.dtype == np.float32 else x
-    state = TrainState(state.step, state.params, jax.tree.map(half, state.opt_state), state.ema)
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[3])
-    several = abstract(cfg, MeshConfig(4, 2))
-    moved = state
-    for target in (jax.tree.map(lambda x: one, state), several, abstract(cfg)):
-        place = lambda x, y: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=getattr(y, "sharding", y)
-        )
-        with Checkpointer(tmp_path / "run", cfg.checkpoint) as checkpointer:
-            step = (checkpointer.latest_step() or 0) + 1
+    state = moved = little_state(7)
+    eight = NamedSharding(sharding.make_mesh(MeshConfig(), 8), PartitionSpec("data"))
+    four = NamedSharding(sharding.make_mesh(MeshConfig(4, 2), 8), PartitionSpec("fsdp", "data"))
+    one = SingleDeviceSharding(jax.devices()[3])
+    with Checkpointer(tmp_path, CheckpointConfig()) as checkpointer:
+        for step, place in enumerate((one, four, eight), start=1):
+            scalar = place if place is one else NamedSharding(place.mesh, PartitionSpec())
+            placed = [
+                jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place if x.ndim else scalar)
+                for x in jax.tree.leaves(state)
+            ]
+            target = jax.tree.unflatten(jax.tree.structure(state), placed)
             checkpointer.save(step, moved, {})
-            moved = checkpointer.restore(jax.tree.map(place, state, target)).state
-        jax.tree.map(np.testing.assert_array_equal, moved, state)
-        assert (
-            jax.tree.leaves(moved)[0].sharding
-            == jax.tree.leaves(jax.tree.map(place, state, target))[0].sharding
-        )
+            moved = checkpointer.restore(target).state
+            jax.tree.map(np.testing.assert_array_equal, moved, state)
+            placement = lambda tree: [(x.sharding, x.dtype) for x in jax.tree.leaves(tree)]
+            assert placement(moved) == placement(target)
 
 
-def largest_file(folder):
-    return max(
-        (path for path in folder.rglob("*") if path.is_file()), key=lambda p: p.stat().st_size
-    )
+def data_files(folder):
+    """Those with arrays; not all that orbax writes is ever read."""
+    return [path for path in folder.glob("state/**/d/*") if path.is_file()]
 
 
 def truncate(folder):
-    file = largest_file(folder / "state")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for file in data_files(folder):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
-def flip_one_bit(folder):
-    file = largest_file(folder / "state")
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 4
-    file.write_bytes(content)
+def flip_bits(folder):
+    for file in data_files(folder):
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 4
+        file.write_bytes(content)
 
 
 def change_position(folder):
@@ -222,8 +250,8 @@ def change_position(folder):
 
 DAMAGES = {
     "truncated": (truncate, "state"),
-    "a flipped bit": (flip_one_bit, "state"),
-    "a deleted file": (lambda folder: largest_file(folder / "state").unlink(), "state"),
+    "flipped bits": (flip_bits, "state"),
+    "deleted files": (lambda folder: [file.unlink() for file in data_files(folder)], "state"),
     "no arrays": (lambda folder: shutil.rmtree(folder / "state"), "state"),
     "no description": (lambda folder: shutil.rmtree(folder / "about"), "metadata is missing"),
     "garbage": (lambda folder: (folder / "about/metadata").write_text("{"), "not what was written"),
@@ -234,60 +262,72 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_passed_over(cfg, workdir, capsys, damage):
+def test_a_damaged_checkpoint_is_passed_over(little, capsys, damage):
     harm, problem = DAMAGES[damage]
-    newest, target = workdir / "checkpoints" / "9", abstract(cfg)
+    newest, old = little / "checkpoints" / "9", little_state(3)
+    target = shapes(old)
     harm(newest)
-    before = kept(workdir)
-    with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
+    before = kept(little)
+    with Checkpointer(little, CheckpointConfig(), read_only=True) as checkpointer:
         params = checkpointer.restore_params(target.params)
         assert checkpointer.latest_step() == 3
-        with pytest.raises(DataError, match=r"checkpoints/9 is damaged"):
-            checkpointer.restore_params(target.params, step=9)
-    assert kept(workdir) == before
-    cfg.checkpoint.keep = 5
-    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+    jax.tree.map(np.testing.assert_array_equal, params, averaged_params(old))
+    assert kept(little) == before
+    with Checkpointer(little, CheckpointConfig()) as checkpointer:
         step, state, data = checkpointer.restore(target)
         assert (step, data, checkpointer.latest_step()) == (3, {"position": 24}, 3)
-        checkpointer.save(9, random_state(cfg, 99), {"position": 72})
+        checkpointer.save(9, little_state(99), {"position": 72})
         again = checkpointer.restore(target)
-    for line in (lines := capsys.readouterr().err.splitlines()):
-        assert f"warning: {newest} is damaged" in line
-        assert problem in line
+    lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2
-    old = random_state(cfg, 3)
-    jax.tree.map(np.testing.assert_array_equal, (params, state), (old.params, old))
+    for line in lines:
+        assert line.startswith(f"warning: {newest} is damaged and passed over: ")
+        assert problem in line
+    jax.tree.map(np.testing.assert_array_equal, state, old)
     assert again.step == 9
-    jax.tree.map(np.testing.assert_array_equal, again.state, random_state(cfg, 99))
-    assert [
-        path.name.partition(".")[0] for path in (workdir / "checkpoints/damaged").iterdir()
-    ] == ["9"]
+    jax.tree.map(np.testing.assert_array_equal, again.state, little_state(99))
+    assert [path.name for path in little.glob("checkpoints/damaged/*/*")] == ["9"]
 
 
-def test_when_all_are_damaged_they_are_named_and_stay(cfg, workdir):
-    truncate(workdir / "checkpoints" / "9")
-    shutil.rmtree(workdir / "checkpoints" / "3" / "about")
-    assert_refused(
-        workdir, cfg, r"no checkpoint in \S+checkpoints is undamaged: 9: state.*; 3: meta"
-    )
-    assert kept(workdir) == ["3", "9"]
+def test_when_all_are_damaged_they_are_named_and_stay(little):
+    (little / "checkpoints/9/about/metadata").write_text("{")
+    shutil.rmtree(little / "checkpoints/3/state")
+    target = shapes(little_state(3))
+    message = r"no checkpoint in \S+checkpoints is undamaged: 9: about/metadata .*; 3: state: "
+    with Checkpointer(little, CheckpointConfig()) as checkpointer:
+        for restore, what in (
+            (checkpointer.restore, target),
+            (checkpointer.restore_params, target.params),
+        ):
+            with pytest.raises(DataError, match=message) as refusal:
+                restore(what)
+            assert "\n" not in str(refusal.value)
+    assert kept(little) == ["3", "9"]
 
 
-def test_a_checkpoint_of_another_configuration_is_not_damaged(cfg, workdir):
+def test_a_checkpoint_of_another_configuration_is_not_damaged(little):
     """Also behind one that is."""
-    truncate(workdir / "checkpoints" / "9")
-    cfg.model.text.width *= 2
-    assert_refused(workdir, cfg, r"checkpoints/3 does not fit this configuration.*shape")
-    assert kept(workdir) == ["3", "9"]
+    (little / "checkpoints/9/about/metadata").write_text("{")
+    wider = shapes(little_state(3, width=16))
+    with (
+        Checkpointer(little, CheckpointConfig()) as checkpointer,
+        pytest.raises(DataError, match=r"checkpoints/3 does not fit this configuration.*shape"),
+    ):
+        checkpointer.restore(wider)
+    assert kept(little) == ["3", "9"]
 
 
-def test_one_step_may_be_asked_for(cfg, workdir):
-    target = abstract(cfg).params
-    with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
+def test_one_step_may_be_asked_for(little):
+    (little / "checkpoints/9/about/metadata").write_text("{")
+    state = little_state(3)
+    target = shapes(state.params)
+    with Checkpointer(little, CheckpointConfig(), read_only=True) as checkpointer:
         params = checkpointer.restore_params(target, step=3)
         with pytest.raises(DataError, match="has no checkpoint of step 4; it has 3, 9"):
             checkpointer.restore_params(target, step=4)
-    jax.tree.map(np.testing.assert_array_equal, params, random_state(cfg, 3).params)
+        with pytest.raises(DataError, match=r"checkpoints/9 is damaged"):
+            checkpointer.restore_params(target, step=9)
+    jax.tree.map(np.testing.assert_array_equal, params, averaged_params(state))
 
 
 def test_a_checkpoint_tells_its_configuration(cfg, workdir):
@@ -354,32 +394,34 @@ def small_files():
 
 
 @pytest.mark.parametrize("noticed", ["at the next step", "at the next save", "at the end"])
-def test_a_save_that_fails_says_so_in_one_line(cfg, workdir, small_files, capfd, noticed):
-    cfg.checkpoint.keep = 2
-    with (
-        pytest.raises(UserError, match="cannot save a checkpoint in .*: File too large; ") as error,
-        Checkpointer(workdir, cfg.checkpoint) as checkpointer,
-    ):
-        checkpointer.save(12, random_state(cfg, 12), {})
-        if noticed == "at the next step":
-            while True:
+def test_a_save_that_fails_says_so_in_one_line(little, small_files, capfd, noticed):
+    def run():
+        with Checkpointer(little, CheckpointConfig()) as checkpointer:
+            checkpointer.save(12, little_state(12, width=128), {})
+            while noticed == "at the next step":
                 checkpointer.check_for_errors()
-        elif noticed == "at the next save":
-            checkpointer.save(15, random_state(cfg, 15), {})
+            if noticed == "at the next save":
+                checkpointer.save(15, little_state(15), {})
+
+    with pytest.raises(
+        UserError, match=r"cannot save a checkpoint in .*: File too large;"
+    ) as error:
+        run()
     assert "\n" not in str(error.value)
     assert capfd.readouterr().err == ""
-    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+    with Checkpointer(little, CheckpointConfig()) as checkpointer:
         assert checkpointer.latest_step() == 9
-        state = checkpointer.restore(abstract(cfg)).state
-    jax.tree.map(np.testing.assert_array_equal, state, random_state(cfg, 9))
-    assert kept(workdir) == ["3", "9"]
+        state = checkpointer.restore(shapes(little_state(9))).state
+    jax.tree.map(np.testing.assert_array_equal, state, little_state(9))
+    assert [name for name in kept(little) if name.isdecimal()] == ["3", "9"]
 
 
-def test_what_kills_left_is_no_checkpoint(cfg, workdir):
+def test_what_kills_left_is_no_checkpoint(little):
     """A save, and a deletion, that ended in their midst."""
-    folder = workdir / "checkpoints"
+    folder = little / "checkpoints"
     shutil.copytree(folder / "9", folder / "12.orbax-checkpoint-tmp")
     shutil.copytree(folder / "9", folder / "deleted" / "1")
-    with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
+    with Checkpointer(little, CheckpointConfig(keep=1)) as checkpointer:
         assert checkpointer.latest_step() == 9
-    assert kept(workdir) == ["3", "9"]
+        checkpointer.save(12, little_state(12), {})
+    assert kept(little) == ["12"]

@@ -709,9 +709,16 @@ def test_a_model_is_imported_and_exported_again(tmp_path, tiny_store, capsys, cl
     assert "| zero_shot | 0.5000 |" in (tmp_path / "again/README.md").read_text()
     assert_same_params(load_pretrained(str(tmp_path / "again"), cfg), params)
     assert str(tmp_path / "again") in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        run("import", folder, *options)
-    assert f"error: {workdir} is not empty" in capsys.readouterr().err
+
+    alone = ("export", "--workdir", workdir, "--format=run", "--out", tmp_path / "alone")
+    run(*alone)
+    again = load_run(tmp_path / "alone")
+    assert (again.step, again.cfg) == (0, loaded.cfg)
+    assert_same_params(jax.tree.map(np.asarray, again.params), params)
+    for command, folder_in_use in ((alone, alone[-1]), (("import", folder, *options), workdir)):
+        with pytest.raises(SystemExit):
+            run(*command)
+        assert f"error: {folder_in_use} is not empty" in capsys.readouterr().err
 
 
 def test_an_import_is_exported_without_its_store_and_never_trained_in_place(
