@@ -18,7 +18,8 @@ import jax
 from jax.sharding import AbstractMesh
 
 from gcl_jax import optim, state
-from gcl_jax.config import ModelConfig, TrainConfig
+from gcl_jax.config import TrainConfig
+from gcl_jax.flops import CHIPS, pair_flops, tower_flops
 from gcl_jax.sharding import BATCH_AXES
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "marqo_gs"
@@ -26,7 +27,7 @@ NAMES = ("vit_b32", "vit_l14", "clip_vit_l14", "e5_large_v2", "xlm_roberta_vit_b
 IN_DOMAIN_PAIRS = 3_930_000  # of the full data set; its variants have 5 and 1 of its 10 M pairs
 DOCUMENTS = 5_000_000
 MESHES = ((8, 1), (4, 2), (1, 8))
-H100 = 989e12  # dense bfloat16 FLOP/s
+H100 = CHIPS["H100"].flops
 
 
 def load(name: str, variant: str = "full_10m") -> TrainConfig:
@@ -34,38 +35,9 @@ def load(name: str, variant: str = "full_10m") -> TrainConfig:
     return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](variant)
 
 
-def image_flops(cfg: ModelConfig) -> float:
-    """Of one forward pass of one image, two per multiply-add."""
-    vision = cfg.vision
-    patches = (vision.image_size // vision.patch_size) ** 2
-    embedding = 2 * patches * 3 * vision.patch_size**2 * vision.width
-    tokens = patches + (vision.pool == "tok")
-    blocks = _block_flops(vision.width, vision.mlp_ratio, tokens) * vision.layers
-    return embedding + blocks + 2 * vision.width * cfg.embed_dim
-
-
-def text_flops(cfg: ModelConfig) -> float:
-    """Of one forward pass of one text, padded to the context length."""
-    text = cfg.text
-    blocks = _block_flops(text.width, text.mlp_ratio, text.context_length) * text.layers
-    return blocks + (0 if text.proj == "none" else 2 * text.width * cfg.embed_dim)
-
-
-def _block_flops(width: int, mlp_ratio: float, tokens: int) -> float:
-    """Four square projections, the MLP's two, and attention's scores and weighted sums."""
-    linear = 4 * width**2 + 2 * width * int(width * mlp_ratio)
-    return 2 * tokens * linear + 4 * tokens**2 * width
-
-
 def document_flops(cfg: TrainConfig) -> float:
     """Of one forward pass of one document."""
-    of_field = {"image": image_flops, "title": text_flops}
-    return sum(of_field[field](cfg.model) for field in cfg.data.document_fields)
-
-
-def pair_flops(cfg: TrainConfig) -> float:
-    """Of one forward pass of one pair: the query's text and the document's fields."""
-    return text_flops(cfg.model) + document_flops(cfg)
+    return pair_flops(cfg) - tower_flops(cfg.model, "text")
 
 
 def hours(cfg: TrainConfig, peak: float, utilisation: float) -> dict[str, float]:

@@ -17,6 +17,7 @@ LAYERS = (
         "open_clip_config",
         "presets",
         "validation",
+        "flops",
         "metrics",
         "trec",
         "text",

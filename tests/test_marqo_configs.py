@@ -18,7 +18,6 @@ from gcl_jax import evaluate, search, sharding
 from gcl_jax.config import TrainConfig
 from gcl_jax.models.port import to_state_dict
 from gcl_jax.models.port.files import is_hub_id
-from gcl_jax.presets import preset
 from gcl_jax.sharding import batch_sharding
 from gcl_jax.step import make_train_step
 from gcl_jax.train import parse_flags, train
@@ -119,14 +118,6 @@ def test_full_size_without_arrays(name, shape):
     numbers = 3 * count(state.params) - 2 * count(frozen)
     assert whole == pytest.approx(4 * numbers, rel=1e-5)
     assert plan.bytes_per_device(state) == pytest.approx(whole / shape[1], rel=0.01)
-
-
-def test_operations_of_a_pair():
-    """Image and text as open_clip's model profile counts them: 14.78, 41.09, 175.33 GFLOP."""
-    for name, gflop in (("ViT-B-32", 14.78), ("ViT-B-16", 41.09), ("ViT-L-14", 175.33)):
-        cfg = preset(name)
-        flops = plan.image_flops(cfg) + plan.text_flops(cfg)
-        assert flops == pytest.approx(gflop * 1e9, rel=0.01)
 
 
 @configs

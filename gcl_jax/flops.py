@@ -1,0 +1,167 @@
+"""How much a training step computes, and how fast accelerators are: arithmetic, no jax.
+
+Operations are floating-point, two for each multiply-add, counted from the configuration: the
+compiler's own count takes the body of a scan once, however many layers run through it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from gcl_jax.config import ModelConfig, TextConfig, TrainConfig, VisionConfig
+from gcl_jax.errors import ConfigError
+
+Kinds = Mapping[str, Mapping[str, str]]
+
+
+def tower_flops(cfg: ModelConfig, kind: str, *, training: bool = False) -> float:
+    """Of one forward pass of one "image" or of one "text" padded to the context length: matrix
+    products and attention (causal or not, in full); for `training` without the dropped patches.
+
+    The low-rank updates of LoRA, norms and activations are left out: below 2% of the others.
+
+    Raises:
+        ConfigError: an image and a model without image tower.
+    """
+    if kind == "image":
+        if cfg.vision is None:
+            raise ConfigError("the model has no image tower (config.model.vision is None)")
+        return _image_flops(cfg.vision, cfg.embed_dim, training)
+    return _text_flops(cfg.text, cfg.embed_dim)
+
+
+def _image_flops(cfg: VisionConfig, embed_dim: int, training: bool) -> float:
+    width, patches = cfg.width, (cfg.image_size // cfg.patch_size) ** 2
+    embedding = 2 * patches * 3 * cfg.patch_size**2 * width
+    kept = max(1, int(patches * (1 - cfg.patch_dropout))) if training else patches
+    tokens = kept + (cfg.pool == "tok")
+    blocks = cfg.layers * _block_flops(width, cfg.mlp_ratio, tokens)
+    if cfg.pool == "tok":
+        return embedding + blocks + 2 * width * embed_dim
+    # The learned query attends once: keys and values of all patches, all else of one token.
+    mlp = 2 * width * int(width * cfg.mlp_ratio)
+    pooling = 2 * (2 * kept * width**2 + 2 * width**2 + mlp) + 4 * kept * width
+    return embedding + blocks + pooling
+
+
+def _text_flops(cfg: TextConfig, embed_dim: int) -> float:
+    blocks = cfg.layers * _block_flops(cfg.width, cfg.mlp_ratio, cfg.context_length)
+    if cfg.proj == "none":
+        return blocks
+    if cfg.proj == "mlp":
+        return blocks + 2 * (cfg.width + embed_dim) * ((cfg.width + embed_dim) // 2)
+    return blocks + 2 * cfg.width * embed_dim
+
+
+def _block_flops(width: int, mlp_ratio: float, tokens: int) -> float:
+    """Four square projections, the MLP's two, and attention's scores and weighted sums."""
+    linear = 4 * width**2 + 2 * width * int(width * mlp_ratio)
+    return 2 * tokens * linear + 4 * tokens**2 * width
+
+
+def pair_flops(cfg: TrainConfig, kinds: Kinds | None = None, *, training: bool = False) -> float:
+    """Of one forward pass of one pair: all fields of its query and of its document; for `training`
+    also `data.num_negatives` documents from `data.negatives`, and queries by `data.text_negatives`.
+
+    Args:
+        cfg: with its fields spelled out, as `RankedStore.resolve` does.
+        kinds: {"query" and "document": {field: "image" or "text"}}, as a store has them; by
+            default the field called "image" is one.
+    """
+    data = cfg.data
+    sides = {"query": data.query_fields, "document": data.document_fields}
+    rows = {"query": 1, "document": 1}
+    if training:
+        rows["query"] += data.num_negatives * (data.text_negatives != "none")
+        rows["document"] += data.num_negatives * bool(data.negatives)
+    total = 0.0
+    for side, fields in sides.items():
+        for field in fields:
+            default = "image" if field == "image" else "text"
+            kind = kinds[side][field] if kinds else default
+            total += rows[side] * tower_flops(cfg.model, kind, training=training)
+    return total
+
+
+def train_flops(cfg: TrainConfig, kinds: Kinds | None = None) -> float:
+    """Of the towers in one training step of the whole global batch: forward, and twice that
+    backward, which is what model FLOP utilisation counts. What `remat` and `chunks` compute again
+    is not in it, nor that frozen layers need less, nor the loss (`loss_flops`). Arguments: as in
+    `pair_flops`."""
+    return 3 * pair_flops(cfg, kinds, training=True) * cfg.optim.batch_size
+
+
+def loss_flops(cfg: TrainConfig) -> float:
+    """Of the loss in one training step of the whole global batch B: 8 B^2 D for each matrix of
+    logits, which is made twice and multiplied three times (docs/loss.md). Objectives of merged
+    embeddings alone are counted as one matrix."""
+    data, loss = cfg.data, cfg.loss
+    pairs = [f"{q}:{d}" for q in data.query_fields for d in data.document_fields]
+    default = loss.field_pairs if len(pairs) > 1 else 0.0
+    fields = sum(bool(loss.pair_weights.get(pair, default)) for pair in pairs)
+    matrices = 0
+    for name, weight in dataclasses.asdict(loss.objectives).items():
+        if weight:
+            of_merged = name in ("one_to_k", "hard_negatives", "fused", "mixed")
+            matrices += 1 if of_merged else bool(loss.merged) + fields
+    dims = loss.matryoshka_dims or (cfg.model.embed_dim,)
+    return 8.0 * cfg.optim.batch_size**2 * sum(dims) * matrices
+
+
+class Chip(NamedTuple):
+    """One accelerator as jax counts devices. flops: dense bfloat16 FLOP/s. memory: bytes. hbm:
+    bytes/s of its memory. link: bytes/s that it sends to its neighbours or over NVLink, all links
+    together, one way (0 where there are none)."""
+
+    flops: float
+    memory: float
+    hbm: float
+    link: float
+
+
+_GIB = 2.0**30
+
+# By the leading words of `device_kind`. TPUs: cloud.google.com/tpu/docs, the pages of each version
+# (interconnect: 300, 200, 600, 400 GB/s a chip one way, half of what is called bidirectional
+# there); a device of TPU7x is half a chip. GPUs: NVIDIA's data sheet of each, dense figures;
+# memory as nvidia-smi shows it.
+CHIPS = {
+    "TPU v4": Chip(275e12, 32 * _GIB, 1.228e12, 300e9),
+    "TPU v5 lite": Chip(197e12, 16 * _GIB, 0.819e12, 200e9),
+    "TPU v5e": Chip(197e12, 16 * _GIB, 0.819e12, 200e9),
+    "TPU v5": Chip(459e12, 95 * _GIB, 2.765e12, 600e9),
+    "TPU v5p": Chip(459e12, 95 * _GIB, 2.765e12, 600e9),
+    "TPU v6 lite": Chip(918e12, 32 * _GIB, 1.640e12, 400e9),
+    "TPU v6e": Chip(918e12, 32 * _GIB, 1.640e12, 400e9),
+    "TPU7x": Chip(1154e12, 96 * _GIB, 3.69e12, 300e9),
+    "A100": Chip(312e12, 80 * _GIB, 2.039e12, 300e9),
+    "A100 SXM4 40GB": Chip(312e12, 40 * _GIB, 1.555e12, 300e9),
+    "A100 PCIE 40GB": Chip(312e12, 40 * _GIB, 1.555e12, 32e9),
+    "A100 80GB PCIe": Chip(312e12, 80 * _GIB, 1.935e12, 32e9),
+    "H100": Chip(989e12, 79.6 * _GIB, 3.352e12, 450e9),
+    "H100 PCIe": Chip(756e12, 79.6 * _GIB, 2.039e12, 64e9),
+    "H100 NVL": Chip(835e12, 93.6 * _GIB, 3.938e12, 300e9),
+    "H200": Chip(989e12, 140.4 * _GIB, 4.8e12, 450e9),
+    "GH200": Chip(989e12, 95.6 * _GIB, 4.0e12, 450e9),
+    "B200": Chip(2250e12, 179 * _GIB, 8.0e12, 900e9),
+    "GB200": Chip(2500e12, 185 * _GIB, 8.0e12, 900e9),
+    "L4": Chip(121e12, 22.5 * _GIB, 0.3e12, 32e9),
+    "L40S": Chip(362e12, 45 * _GIB, 0.864e12, 32e9),
+}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The chip that jax calls `device_kind`, such as "TPU v5 lite" or "NVIDIA H100 80GB HBM3"; None
+    if it is none of `CHIPS`, or a part of one (MIG)."""
+    words = _words(device_kind)
+    if "mig" in words:
+        return None
+    if words[:1] == ["nvidia"]:
+        del words[0]
+    known = [name for name in CHIPS if words[: len(_words(name))] == _words(name)]
+    return CHIPS[max(known, key=lambda name: len(_words(name)))] if known else None
+
+
+def _words(name: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", name.lower())
