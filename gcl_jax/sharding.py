@@ -1,5 +1,7 @@
 """The device mesh, where parameters live on it, and how host batches reach it."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -13,8 +15,9 @@ BATCH_AXES = ("data", "fsdp")
 MIN_SHARDED_SIZE = 2**14
 
 
-def make_mesh(cfg: MeshConfig, batch_size: int) -> Mesh:
-    """A mesh with axes ("data", "fsdp") over all devices, for global batches of `batch_size`.
+def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None) -> Mesh:
+    """A mesh with axes ("data", "fsdp") over all devices, or the `devices` given, for global
+    batches of `batch_size`.
 
     The axes are Auto: the towers' gathers and concatenations then need no annotations, and every
     place where a sharding matters (parameters, moments, batches, loss) states it.
@@ -22,18 +25,20 @@ def make_mesh(cfg: MeshConfig, batch_size: int) -> Mesh:
     Raises:
         ConfigError: data x fsdp is not the number of devices, or does not divide the batch.
     """
-    devices = jax.device_count()
-    data = devices // cfg.fsdp if cfg.data == -1 else cfg.data
-    if data * cfg.fsdp != devices:
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    data = count // cfg.fsdp if cfg.data == -1 else cfg.data
+    if data * cfg.fsdp != count:
         raise ConfigError(
-            f"config.mesh: data={cfg.data} x fsdp={cfg.fsdp} does not make the {devices} devices "
+            f"config.mesh: data={cfg.data} x fsdp={cfg.fsdp} does not make the {count} devices "
             "that there are"
         )
-    if batch_size % devices:
+    if batch_size % count:
         raise ConfigError(
-            f"config.optim.batch_size={batch_size} is no multiple of the {devices} devices"
+            f"config.optim.batch_size={batch_size} is no multiple of the {count} devices"
         )
-    return jax.make_mesh((data, cfg.fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    shape, types = (data, cfg.fsdp), (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices)
 
 
 def param_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

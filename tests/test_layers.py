@@ -23,7 +23,7 @@ LAYERS = (
         "text",
         "score_weights",
     },
-    {"data", "datasets", "sharding", "logs", "distributed"},
+    {"data", "datasets", "sharding", "logs", "distributed", "topology", "hlo"},
     {"models", "losses", "optim"},
     {
         "state",
@@ -40,8 +40,9 @@ LAYERS = (
         "runs",
         "mining",
         "evaluate",
+        "planning",
     },
-    {"train", "search", "mine", "prepare", "report", "port"},
+    {"train", "search", "mine", "prepare", "report", "port", "plan"},
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
 JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
