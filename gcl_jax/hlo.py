@@ -25,12 +25,12 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 
 class Collective(NamedTuple):
     """Collectives of one kind for one purpose. part: one of `PARTS`. count: how many run in a step.
-    bytes: what one device sends in all of them."""
+    sent: bytes that one device sends in all of them."""
 
     kind: str
     part: str
-    count: int
-    bytes: float
+    times: int
+    sent: float
 
 
 def read_collectives(
@@ -63,15 +63,15 @@ def read_collectives(
                 kind = "reduce-scatter"  # the TPU compiler's: fused with the slice of its result
             group = _group_size(line, devices)
             arrays = _payload(found["shape"], found["kind"], bool(found["start"]), group)
-            parts = {}
+            parts: dict[str, float] = {}
             for dims, size in arrays:
                 part = _part(found["kind"], line, dims, batch, shapes)
                 parts[part] = parts.get(part, 0.0) + size * _share_sent(kind, group)
             for i, (part, sent) in enumerate(parts.items()):
                 totals[kind, part][0] += runs * (i == 0)
                 totals[kind, part][1] += runs * sent
-    found = [Collective(*key, int(count), sent) for key, (count, sent) in totals.items()]
-    return sorted((c for c in found if c.bytes), key=lambda c: -c.bytes)
+    read = [Collective(*key, int(times), sent) for key, (times, sent) in totals.items()]
+    return sorted((c for c in read if c.sent), key=lambda c: -c.sent)
 
 
 def _computations(text: str) -> dict[str, list[str]]:

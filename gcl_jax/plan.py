@@ -73,7 +73,7 @@ def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology")
         return "\n".join(lines)
     lines += ["", "one device sends        MiB     times"]
     for c in plan.collectives:
-        lines.append(f"  {c.bytes / 2**20:>23,.1f}{c.count:>10,}   {c.kind}, {c.part}")
+        lines.append(f"  {c.sent / 2**20:>23,.1f}{c.times:>10,}   {c.kind}, {c.part}")
     lines.append(f"  {plan.sent / 2**20:>23,.1f}             in all")
     if topology.chip is None:
         return "\n".join(lines)
@@ -127,7 +127,7 @@ def run(cfg: "TrainConfig") -> bool:
 
     logs.quiet_libraries()
     jax.config.update("jax_platforms", "cpu")
-    topology = open_topology(_TOPOLOGY.value)
+    topology = open_topology(str(_TOPOLOGY.value))
     if cfg.model.attention == "cudnn" and topology.platform != "gpu":
         raise ConfigError(
             f"config.model.attention='cudnn' is of NVIDIA GPUs, not of --topology={topology.name}; "

@@ -84,7 +84,7 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
         }
         shapes = None
         if cfg.loss.targets == "known":
-            array = jax.ShapeDtypeStruct
+            array: Any = jax.ShapeDtypeStruct
             shapes = KnownWeights(
                 array((ASSUMED_QUERIES + 1,), np.int32),
                 array((ASSUMED_PAIRS,), np.int32),
@@ -178,14 +178,15 @@ class Plan:
 
     @property
     def sent(self) -> float:
-        return sum(c.bytes for c in self.collectives)
+        return sum(c.sent for c in self.collectives)
 
 
 def lower(cfg: TrainConfig, data: Data, mesh: Mesh):
     """(lowered training step, state and batch as shapes)."""
     state, tx = abstract_training(cfg, mesh, data.pairs)
     batch = abstract_batch(cfg, data, mesh)
-    return make_train_step(cfg, tx, mesh).lower(state, batch), state, batch
+    step: Any = make_train_step(cfg, tx, mesh)  # a jitted function, whose type does not say so
+    return step.lower(state, batch), state, batch
 
 
 def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
@@ -197,7 +198,7 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
     mesh = make_mesh(cfg.mesh, cfg.optim.batch_size, topology.devices)
     lowered, state, batch = lower(cfg, data, mesh)
     chips = len(topology.devices)
-    known = {
+    known: dict[str, Any] = {
         "topology": topology.name,
         "mesh": tuple(mesh.shape.values()),
         "batch": cfg.optim.batch_size,
@@ -208,6 +209,10 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
         "tower_flops": flops.train_flops(cfg, data.kinds) / chips,
         "loss_flops": flops.loss_flops(cfg) / chips,
     }
+    arguments = known["parameters"] + known["optimizer"] + known["inputs"]
+    if arguments > topology.memory:
+        verdict = f"state and batch alone need {_gib(arguments, topology.memory)}"
+        return Plan(**known, temporaries=None, program=None, peak=None, fits=False, verdict=verdict)
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
@@ -225,7 +230,7 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
         program=held.generated_code_size_in_bytes,
         peak=peak,
         fits=peak <= topology.memory,
-        verdict=f"needs {peak / 2**30:.2f} of {topology.memory / 2**30:.2f} GiB",
+        verdict=f"needs {_gib(peak, topology.memory)}",
         collectives=tuple(
             read_collectives(
                 compiled.as_text(), chips, cfg.optim.batch_size, shapes, mesh.shape["fsdp"]
@@ -264,6 +269,10 @@ def project(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float
         plan.loss_flops * of_loss / speed,
         plan.sent / chip.link,
     )
+
+
+def _gib(size: float, memory: float) -> str:
+    return f"{size / 2**30:.2f} of {memory / 2**30:.2f} GiB"
 
 
 def _why_not(message: str) -> str:

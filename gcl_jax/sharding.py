@@ -4,12 +4,16 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import ConfigError
 
 BATCH_AXES = ("data", "fsdp")
+
+# What `gathered` returns, by name: a layer's backward pass gathers it again.
+GATHERED = "gathered"
 
 # Below this many elements, gathering a parameter costs more than keeping it everywhere.
 MIN_SHARDED_SIZE = 2**14
@@ -57,6 +61,40 @@ def param_shardings(params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, param_spec(path, x.shape, mesh.shape["fsdp"])), params
     )
+
+
+def is_split(mesh) -> bool:
+    """Whether parameters are split over devices of `mesh`, abstract or not."""
+    return mesh.shape.get("fsdp", 1) > 1
+
+
+def gathered(params, dtype):
+    """The parameters of one layer, matrices in `dtype`, whole on every device; their gradients are
+    split again. In a program that is traced within `on_mesh`, else as they are: left to itself,
+    the compiler may leave parameters in their places and move activations, which are larger."""
+    if not is_split(jax.sharding.get_abstract_mesh()):
+        return params
+    cast = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+    return checkpoint_name(_gathered(cast), GATHERED)
+
+
+@jax.custom_vjp
+def _gathered(params):
+    return jax.lax.with_sharding_constraint(_split(params), PartitionSpec())
+
+
+def _split(params):
+    fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    specs = jax.tree.map(lambda x: param_spec((), x.shape, fsdp), params)
+    return jax.lax.with_sharding_constraint(params, specs)
+
+
+_gathered.defvjp(lambda params: (_gathered(params), None), lambda _, by: (_split(by),))
+
+
+def on_mesh(mesh: Mesh):
+    """A context in which code that is traced knows the mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
