@@ -19,8 +19,9 @@ from gcl_jax.train import parse_flags
 from gcl_jax.validation import validate
 
 if TYPE_CHECKING:
+    from gcl_jax.abstract import Data
     from gcl_jax.config import TrainConfig
-    from gcl_jax.planning import Data, Plan
+    from gcl_jax.planning import Plan
     from gcl_jax.topology import Topology
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v6e:16x16, v5p:8x8x8, h100:8, cpu:8.")
@@ -122,7 +123,7 @@ def run(cfg: "TrainConfig") -> bool:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import jax
 
-    from gcl_jax import logs, planning
+    from gcl_jax import abstract, logs, planning
     from gcl_jax.topology import open_topology
 
     logs.quiet_libraries()
@@ -133,7 +134,7 @@ def run(cfg: "TrainConfig") -> bool:
             f"config.model.attention='cudnn' is of NVIDIA GPUs, not of --topology={topology.name}; "
             "use 'xla'"
         )
-    cfg, data = planning.resolve(cfg, _IMAGES.value)
+    cfg, data = abstract.resolve(cfg, _IMAGES.value)
     if _FIND_BATCH.value:
 
         def tell(plan: "Plan") -> None:

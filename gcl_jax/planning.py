@@ -7,148 +7,23 @@ own, and what it holds and sends is read from it. Times are projected (`project`
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
-from gcl_jax import flops, optim
+from gcl_jax import flops
+from gcl_jax.abstract import Data, abstract_batch, abstract_training, bytes_per_device
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.negatives import negative_files
-from gcl_jax.datasets import BUNDLED, open_store
-from gcl_jax.errors import ConfigError
 from gcl_jax.hlo import Collective, read_collectives
-from gcl_jax.losses.targets import KnownWeights
-from gcl_jax.sharding import batch_sharding, make_mesh, replicated
-from gcl_jax.state import TrainState, abstract_model, abstract_state
-from gcl_jax.step import known_weights, make_train_step
+from gcl_jax.sharding import make_mesh
+from gcl_jax.step import make_train_step
 from gcl_jax.topology import Topology
 
-# Of a store that is not there yet: Marqo-GS-10M's in-domain split.
-ASSUMED_PAIRS, ASSUMED_QUERIES, ASSUMED_DOCUMENTS = 3_930_000, 78_000, 2_500_000
 # Passes that a float32 product of `Precision.HIGHEST` takes of the unit that bfloat16 takes one of:
 # a TPU adds up six products of parts; a GPU leaves its tensor cores (67 of 989 TFLOP/s on an H100).
 FLOAT32_PASSES = {"tpu": 6, "gpu": 15}
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """What a step needs to know of a store. kinds: {"query" and "document": {field: "image" or
-    "text"}}. negatives: sides that bring hard negatives. known: shapes of all known relevance, if
-    it is the target. note: where this comes from."""
-
-    kinds: Mapping[str, Mapping[str, str]]
-    pairs: int
-    negatives: tuple[str, ...]
-    known: KnownWeights | None
-    note: str
-
-
-def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple[TrainConfig, Data]:
-    """`cfg` with its fields spelled out, and its data: those of the store, or, where there is none
-    yet, the fields that `cfg` names, of which `image_fields` are images.
-
-    Raises:
-        ConfigError: an image field of a model without image tower.
-        DataError: a store that is damaged or lacks what `cfg` names.
-    """
-    name, data = cfg.data.store, cfg.data
-    made_of_text = ("query",) if data.text_negatives != "none" else ()
-    if name in BUNDLED or (Path(name) / "store.json").is_file():
-        store = open_store(name)
-        cfg = store.resolve(cfg)
-        kinds = {"query": store.queries.fields, "document": store.documents.fields}
-        split = cfg.data.train_split
-        given = tuple(negative_files(data.negatives, store, split)) if data.negatives else ()
-        known = known_weights(cfg, store) if cfg.loss.targets == "known" else None
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), known)
-        found = Data(
-            kinds, len(store.pairs(split)), (*given, *made_of_text), shapes, f"store {name}"
-        )
-    else:
-        images = set(image_fields)
-        default = {"image": 0.5, "title": 0.5} if cfg.model.vision else {"title": 1.0}
-        named = dataclasses.replace(
-            data,
-            query_fields=data.query_fields or {"query": 1.0},
-            document_fields=data.document_fields or default,
-        )
-        cfg = dataclasses.replace(cfg, data=named)
-        sides = {"query": named.query_fields, "document": named.document_fields}
-        kinds = {
-            side: {field: "image" if field in images else "text" for field in fields}
-            for side, fields in sides.items()
-        }
-        shapes = None
-        if cfg.loss.targets == "known":
-            array: Any = jax.ShapeDtypeStruct
-            shapes = KnownWeights(
-                array((ASSUMED_QUERIES + 1,), np.int32),
-                array((ASSUMED_PAIRS,), np.int32),
-                array((ASSUMED_PAIRS,), np.float32),
-                search_steps=7,
-            )
-        given = ("document",) if data.negatives else ()
-        note = f"no store at {name}: fields as the config names them, {ASSUMED_PAIRS:,} pairs"
-        found = Data(kinds, ASSUMED_PAIRS, (*given, *made_of_text), shapes, note)
-    for side, fields in (("query", cfg.data.query_fields), ("document", cfg.data.document_fields)):
-        images_of_side = [field for field in fields if found.kinds[side][field] == "image"]
-        if images_of_side and cfg.model.vision is None:
-            raise ConfigError(
-                f"config.data.{side}_fields: {images_of_side[0]!r} is an image, and the model has "
-                "no image tower (config.model.vision is None); name text fields only"
-            )
-    return cfg, found
-
-
-def abstract_batch(cfg: TrainConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
-    """A global batch (`gcl_jax.data.pipeline`) as ShapeDtypeStructs, rows over all devices."""
-    n, split = cfg.optim.batch_size, batch_sharding(mesh)
-
-    def rows(dtype, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((n, *shape), dtype, sharding=split)
-
-    def inputs(side: str, field: str, *per_pair: int) -> jax.ShapeDtypeStruct:
-        if data.kinds[side][field] == "text":
-            return rows(np.int32, *per_pair, cfg.model.text.context_length)
-        assert cfg.model.vision is not None, "`resolve` has checked it"
-        size = cfg.model.vision.image_size
-        return rows(np.uint8, *per_pair, size, size, 3)
-
-    sides = {"query": cfg.data.query_fields, "document": cfg.data.document_fields}
-    batch: dict[str, Any] = {"weight": rows(np.float32)}
-    for side, fields in sides.items():
-        batch[side] = {field: inputs(side, field) for field in fields}
-        batch[f"{side}_present"] = {field: rows(np.bool_) for field in fields}
-        batch[f"{side}_id"] = rows(np.int32)
-    for side in set(data.negatives):
-        h, fields, name = cfg.data.num_negatives, sides[side], f"negative_{side}"
-        batch[name] = {field: inputs(side, field, h) for field in fields}
-        batch[f"{name}_present"] = {field: rows(np.bool_, h) for field in fields}
-        batch[f"{name}_id"] = rows(np.int32, h)
-    if data.known is not None:
-        everywhere = replicated(mesh)
-        batch["known"] = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), data.known
-        )
-    return batch
-
-
-def abstract_training(cfg: TrainConfig, mesh: Mesh, pairs: int) -> tuple[TrainState, Any]:
-    """(state as ShapeDtypeStructs with shardings, optimizer) of a run over `pairs` on `mesh`."""
-    steps = optim.total_steps(cfg.optim, pairs)
-    tx = optim.make_optimizer(cfg.optim, steps, abstract_model(cfg.model)[1])
-    return abstract_state(cfg, tx, mesh), tx
-
-
-def bytes_per_device(tree) -> int:
-    """Of the ShapeDtypeStructs with shardings in `tree`."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +93,7 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        verdict = _why_not(str(error))
+        verdict = why_not(str(error))
         return Plan(**known, temporaries=None, program=None, peak=None, fits=False, verdict=verdict)
     held = compiled.memory_analysis()
     peak = held.argument_size_in_bytes + held.temp_size_in_bytes
@@ -275,7 +150,7 @@ def _gib(size: float, memory: float) -> str:
     return f"{size / 2**30:.2f} of {memory / 2**30:.2f} GiB"
 
 
-def _why_not(message: str) -> str:
+def why_not(message: str) -> str:
     """The compiler's own figures, in one line."""
     line = message.partition("RESOURCE_EXHAUSTED:")[2].strip().splitlines()[0]
     alone = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", line)

@@ -40,6 +40,7 @@ LAYERS = (
         "runs",
         "mining",
         "evaluate",
+        "abstract",
         "planning",
     },
     {"train", "search", "mine", "prepare", "report", "port", "plan"},
