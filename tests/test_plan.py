@@ -100,20 +100,20 @@ def test_sizes_flops_and_bytes_of_a_small_step(planned):
     assert data * fsdp == 8
     _, params = abstract_model(cfg.model)
     whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
-    assert plan.parameters == pytest.approx(whole / fsdp, rel=0.05)
+    assert plan.parameters == pytest.approx(whole / fsdp, rel=0.1)
     assert plan.optimizer == pytest.approx(2 * plan.parameters, rel=0.01)
     assert plan.peak >= plan.parameters + plan.optimizer + plan.inputs + plan.temporaries
     assert plan.tower_flops == train_flops(cfg) / 8
     sent = {part: sum(c.sent for c in plan.collectives if c.part == part) for part in PARTS}
     # Two document fields and the merged one, there in float32 and their gradients back.
-    assert sent["loss"] == pytest.approx(3 * 8 * 256 * 256 * 7 / 8, rel=0.05)
+    assert sent["loss"] == pytest.approx(3 * 8 * 256 * 256 * 7 / 8, rel=0.1)
     if fsdp == 1:
         assert sent["gradients"] == pytest.approx(2 * whole * 7 / 8, rel=0.01)
         assert sent["parameters"] == 0
     else:
         # The embedding table, nearly all of the parameters, is gathered for the queries and titles.
         assert sent["parameters"] == pytest.approx(whole * 3 / 4, rel=0.1)
-    assert sent["activations"] < 0.01 * sum(sent.values())
+    assert sent["activations"] < 0.05 * sum(sent.values())
 
 
 def test_too_little_memory_is_an_answer(tiny_config):
