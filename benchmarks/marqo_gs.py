@@ -17,7 +17,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 from jax.sharding import AbstractMesh
 
-from gcl_jax import optim, state
+from gcl_jax.abstract import abstract_training, bytes_per_device
 from gcl_jax.config import TrainConfig
 from gcl_jax.flops import CHIPS, pair_flops, tower_flops
 from gcl_jax.sharding import BATCH_AXES
@@ -49,26 +49,13 @@ def hours(cfg: TrainConfig, peak: float, utilisation: float) -> dict[str, float]
     return {name: flops / (peak * utilisation) / 3600 for name, flops in work.items()}
 
 
-def abstract_training(cfg: TrainConfig, mesh) -> tuple[state.TrainState, object]:
-    """(state as ShapeDtypeStructs with shardings, optimizer) of a run on `mesh`."""
-    steps = optim.total_steps(cfg.optim, IN_DOMAIN_PAIRS)
-    tx = optim.make_optimizer(cfg.optim, steps, state.abstract_model(cfg.model)[1])
-    return state.abstract_state(cfg, tx, mesh), tx
-
-
-def bytes_per_device(tree) -> int:
-    """Of the ShapeDtypeStructs with shardings in `tree`."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
-
-
 def plan(name: str, peak: float, utilisation: float) -> dict[str, Any]:
     """One configuration's row of the table."""
     cfg = load(name)
     held = {}
     for data, fsdp in MESHES:
-        training, _ = abstract_training(cfg, AbstractMesh((data, fsdp), BATCH_AXES))
+        mesh = AbstractMesh((data, fsdp), BATCH_AXES)
+        training, _ = abstract_training(cfg, mesh, IN_DOMAIN_PAIRS)
         held[f"{data}x{fsdp}"] = bytes_per_device(training) / 1e9
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(training.params))
     return {

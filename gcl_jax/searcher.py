@@ -26,8 +26,8 @@ class Searcher:
     either may be asked, whatever the query fields of the training data are."""
 
     def __init__(self, workdir: Path, split: str | None, embed_dim: int | None):
-        """Embeds the documents, of the corpus of `split` or all, unless the run has their embeddings,
-        and compiles what queries need.
+        """Embeds the documents, of the corpus of `split` or all, unless the run keeps their
+        embeddings, and compiles what queries need.
 
         Raises:
             ConfigError, DataError, UserError: `workdir` is no run, or has no such split or

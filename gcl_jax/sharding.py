@@ -1,7 +1,10 @@
 """The device mesh, where parameters live on it, and how host batches reach it."""
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gcl_jax.config import MeshConfig
@@ -9,12 +12,16 @@ from gcl_jax.errors import ConfigError
 
 BATCH_AXES = ("data", "fsdp")
 
+# What `gathered` returns, by name: a layer's backward pass gathers it again.
+GATHERED = "gathered"
+
 # Below this many elements, gathering a parameter costs more than keeping it everywhere.
 MIN_SHARDED_SIZE = 2**14
 
 
-def make_mesh(cfg: MeshConfig, batch_size: int) -> Mesh:
-    """A mesh with axes ("data", "fsdp") over all devices, for global batches of `batch_size`.
+def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None) -> Mesh:
+    """A mesh with axes ("data", "fsdp") over all devices, or the `devices` given, for global
+    batches of `batch_size`.
 
     The axes are Auto: the towers' gathers and concatenations then need no annotations, and every
     place where a sharding matters (parameters, moments, batches, loss) states it.
@@ -22,18 +29,20 @@ def make_mesh(cfg: MeshConfig, batch_size: int) -> Mesh:
     Raises:
         ConfigError: data x fsdp is not the number of devices, or does not divide the batch.
     """
-    devices = jax.device_count()
-    data = devices // cfg.fsdp if cfg.data == -1 else cfg.data
-    if data * cfg.fsdp != devices:
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
+    data = count // cfg.fsdp if cfg.data == -1 else cfg.data
+    if data * cfg.fsdp != count:
         raise ConfigError(
-            f"config.mesh: data={cfg.data} x fsdp={cfg.fsdp} does not make the {devices} devices "
+            f"config.mesh: data={cfg.data} x fsdp={cfg.fsdp} does not make the {count} devices "
             "that there are"
         )
-    if batch_size % devices:
+    if batch_size % count:
         raise ConfigError(
-            f"config.optim.batch_size={batch_size} is no multiple of the {devices} devices"
+            f"config.optim.batch_size={batch_size} is no multiple of the {count} devices"
         )
-    return jax.make_mesh((data, cfg.fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    shape, types = (data, cfg.fsdp), (AxisType.Auto,) * 2
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices)
 
 
 def param_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
@@ -52,6 +61,40 @@ def param_shardings(params, mesh: Mesh):
     return jax.tree_util.tree_map_with_path(
         lambda path, x: NamedSharding(mesh, param_spec(path, x.shape, mesh.shape["fsdp"])), params
     )
+
+
+def is_split(mesh) -> bool:
+    """Whether parameters are split over devices of `mesh`, abstract or not."""
+    return mesh.shape.get("fsdp", 1) > 1
+
+
+def gathered(params, dtype):
+    """The parameters of one layer, matrices in `dtype`, whole on every device; their gradients are
+    split again. In a program that is traced within `on_mesh`, else as they are: left to itself,
+    the compiler may leave parameters in their places and move activations, which are larger."""
+    if not is_split(jax.sharding.get_abstract_mesh()):
+        return params
+    cast = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
+    return checkpoint_name(_gathered(cast), GATHERED)
+
+
+@jax.custom_vjp
+def _gathered(params):
+    return jax.lax.with_sharding_constraint(_split(params), PartitionSpec())
+
+
+def _split(params):
+    fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
+    specs = jax.tree.map(lambda x: param_spec((), x.shape, fsdp), params)
+    return jax.lax.with_sharding_constraint(params, specs)
+
+
+_gathered.defvjp(lambda params: (_gathered(params), None), lambda _, by: (_split(by),))
+
+
+def on_mesh(mesh: Mesh):
+    """A context in which code that is traced knows the mesh."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

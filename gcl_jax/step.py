@@ -19,7 +19,7 @@ from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.models.clip import CLIP, Fields
 from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
-from gcl_jax.sharding import replicated
+from gcl_jax.sharding import on_mesh, replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
 SIDES = ("query", "document")
@@ -77,7 +77,8 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
         def encode(trained, inputs, key):
             model = merge(graphdef, with_part(state.params, trained))
-            return encode_batch(model, inputs, key if drops_patches else None)
+            with on_mesh(mesh):
+                return encode_batch(model, inputs, key if drops_patches else None)
 
         def loss_fn(trained, embeddings, batch):
             params = with_part(state.params, trained)

@@ -23,7 +23,7 @@ LAYERS = (
         "text",
         "score_weights",
     },
-    {"data", "datasets", "sharding", "logs", "compile_cache", "distributed"},
+    {"data", "datasets", "sharding", "logs", "compile_cache", "distributed", "topology", "hlo"},
     {"models", "losses", "optim"},
     {
         "state",
@@ -55,6 +55,8 @@ LAYERS = (
         "runs",
         "mining",
         "evaluate",
+        "abstract",
+        "planning",
     },
     {
         "train",
@@ -69,6 +71,7 @@ LAYERS = (
         "comparison",
         "report",
         "port",
+        "plan",
     },
 )
 LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}

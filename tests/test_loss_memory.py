@@ -38,7 +38,9 @@ def tpu_mesh() -> Mesh:
     return Mesh(np.array(devices).reshape(8, 2), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
-def compile_loss(mesh: Mesh, batch: int, form: str, is_known: bool):
+def compile_loss(
+    mesh: Mesh, batch: int, form: str, is_known: bool, dim: int = DIM, dtype=jnp.float32
+):
     """The compiled (value, gradients by queries, documents and scale)."""
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
 
@@ -59,7 +61,7 @@ def compile_loss(mesh: Mesh, batch: int, form: str, is_known: bool):
             jax.value_and_grad(loss, argnums=(0, 1, 2)),
             out_shardings=(everywhere, (rows, rows, everywhere)),
         )
-        .lower(*[array((batch, DIM), sharding=rows)] * 2, array(()), pairs, known)
+        .lower(*[array((batch, dim), dtype, rows)] * 2, array(()), pairs, known)
         .compile()
     )
 

@@ -14,12 +14,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 
 from benchmarks import marqo_gs as plan
-from gcl_jax import evaluate, search, sharding
+from gcl_jax import abstract, evaluate, planning, search, sharding
+from gcl_jax.abstract import bytes_per_device
 from gcl_jax.config import TrainConfig
 from gcl_jax.models.port import to_state_dict
 from gcl_jax.models.port.files import is_hub_id
-from gcl_jax.sharding import batch_sharding
-from gcl_jax.step import make_train_step
 from gcl_jax.train import parse_flags, train
 from gcl_jax.validation import validate
 from tests.test_ground_truth import write_ground_truth
@@ -77,47 +76,25 @@ def test_a_variant_is_named_behind_a_colon(tmp_path):
     assert _CONFIG.value.data.store == "stores/marqo_gs_fashion_5m"
 
 
-def abstract_batch(cfg: TrainConfig, mesh) -> dict:
-    """A global batch as ShapeDtypeStructs, rows over all devices."""
-    n, text = cfg.optim.batch_size, cfg.model.text
-    sharding = batch_sharding(mesh)
-
-    def rows(dtype, *shape):
-        return jax.ShapeDtypeStruct((n, *shape), dtype, sharding=sharding)
-
-    def inputs(field):
-        if field != "image":
-            return rows(np.int32, text.context_length)
-        size = cfg.model.vision.image_size
-        return rows(np.uint8, size, size, 3)
-
-    sides = {"query": cfg.data.query_fields, "document": cfg.data.document_fields}
-    batch = {side: {field: inputs(field) for field in fields} for side, fields in sides.items()}
-    batch |= {f"{side}_present": {f: rows(bool) for f in fields} for side, fields in sides.items()}
-    batch |= {"query_id": rows(np.int32), "document_id": rows(np.int32)}
-    return batch | {"weight": rows(np.float32)}
-
-
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2)], ids="{0[0]}x{0[1]}".format)
 @configs
 def test_full_size_without_arrays(name, shape):
     """The whole training step is traced and lowered for eight devices; a state's share on each."""
     cfg, mesh = plan.load(name), make_cpu_mesh(*shape)
-    state, tx = plan.abstract_training(cfg, mesh)
-    step = make_train_step(cfg, tx, mesh)
-    lowered = step.lower(state, abstract_batch(cfg, mesh))
+    cfg, data = abstract.resolve(cfg)
+    lowered, state, _ = planning.lower(cfg, data, mesh)
     after, metrics = lowered.out_info
     same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), state, after)
     assert all(jax.tree.leaves(same))
     assert metrics["loss"].shape == ()
 
     # Parameters, of which frozen ones have no moments, in float32; over fsdp all but small change.
-    whole = plan.bytes_per_device(plan.abstract_training(cfg, make_cpu_mesh(8, 1))[0])
+    whole = bytes_per_device(abstract.abstract_training(cfg, make_cpu_mesh(8, 1), data.pairs)[0])
     frozen = state.params["visual"] if cfg.optim.freeze else {}
     count = lambda tree: sum(np.prod(x.shape, dtype=int) for x in jax.tree.leaves(tree))
     numbers = 3 * count(state.params) - 2 * count(frozen)
     assert whole == pytest.approx(4 * numbers, rel=1e-5)
-    assert plan.bytes_per_device(state) == pytest.approx(whole / shape[1], rel=0.01)
+    assert bytes_per_device(state) == pytest.approx(whole / shape[1], rel=0.01)
 
 
 @configs

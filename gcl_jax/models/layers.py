@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
+from gcl_jax.sharding import GATHERED, gathered, is_split
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -27,6 +28,7 @@ ACTIVATIONS: dict[str, Activation] = {
 }
 
 REMAT_POLICIES = {
+    "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
@@ -187,7 +189,7 @@ class Transformer(nnx.Module):
             return ResidualBlock(cfg, heads, how, rngs, post_norm=post_norm)
 
         self.blocks = make_blocks(rngs)
-        self.remat = how.remat
+        self.remat, self.dtype = how.remat, how.dtype
 
     def __call__(
         self,
@@ -200,9 +202,9 @@ class Transformer(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x, params):
-            block = nnx.merge(graphdef, params)
+            block = nnx.merge(graphdef, gathered(params, self.dtype))
             return block(x, is_causal=is_causal, lengths=lengths), None
 
-        if self.remat != "none":
+        if self.remat != "none" or is_split(jax.sharding.get_abstract_mesh()):
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat])
         return jax.lax.scan(layer, x, stacked)[0]

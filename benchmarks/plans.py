@@ -1,0 +1,255 @@
+"""Which CLIP fits where, and what it sends: `python benchmarks/plans.py`.
+
+Compiles training steps for TPU slices that are not here (needs the [tpu] extra), one process after
+the other, and writes the tables into docs/pods.md. What benchmarks/plans.json has is not compiled
+again; delete it to start anew.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import tqdm
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "pods.md"
+BEGIN, END = "<!-- plans: made by benchmarks/plans.py -->", "<!-- plans end -->"
+MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-bigG-14")
+TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:8x8x8", "v6e:16x16")
+BATCHES = (32768, 131072)
+# A quarter of the compiler's time. Compared once, ViT-B-32 on v5e:4x4, 4 x 4: the same collectives,
+# temporaries 2% smaller.
+QUICK = {"exec_time_optimization_effort": -1.0}
+UTILISATION = 0.4
+MIB, GIB = 2**20, 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    model: str
+    topology: str
+    batch: int
+    fsdp: int = 1
+    remat: str = "full"
+    chunks: int = 1
+    form: str = "gather"
+
+    @property
+    def name(self) -> str:
+        return " ".join(str(value) for value in dataclasses.astuple(self))
+
+
+def config(case: Case):
+    """GCL's own form: a text query; documents of an image and a title; bfloat16 over float32."""
+    from gcl_jax.config import DataConfig, LossConfig, MeshConfig, OptimConfig, TrainConfig
+    from gcl_jax.presets import preset
+
+    model = preset(case.model)
+    model.dtype, model.remat = "bfloat16", case.remat
+    fields = {"query_fields": {"query": 1.0}, "document_fields": {"image": 0.9, "title": 0.1}}
+    return TrainConfig(
+        model=model,
+        data=DataConfig(store="none", **fields),
+        loss=LossConfig(form=case.form),
+        optim=OptimConfig(batch_size=case.batch, chunks=case.chunks),
+        mesh=MeshConfig(fsdp=case.fsdp),
+    )
+
+
+def opened(name: str, quick: bool):
+    from gcl_jax.topology import open_topology
+
+    topology = open_topology(name)
+    return topology._replace(compiler_options=topology.compiler_options | (QUICK if quick else {}))
+
+
+def compiled(case: Case, topology) -> dict:
+    """All figures of one case."""
+    from gcl_jax import abstract, planning
+    from gcl_jax.plan import figures
+
+    cfg, data = abstract.resolve(config(case))
+    return figures(cfg, planning.compile_plan(cfg, data, topology), topology, UTILISATION)
+
+
+def first_that_fits(case: Case, topology) -> tuple[Case, dict]:
+    """`case` with the parameters split over 16 chips if state and gradients would take more than a
+    quarter of one, and with the batch in 1, 2, 4, ... chunks."""
+    import jax
+
+    from gcl_jax.state import abstract_model
+
+    cfg = config(case)
+    parameters = sum(x.size for x in jax.tree.leaves(abstract_model(cfg.model)[1]))
+    fsdp = 16 if 16 * parameters > topology.memory / 4 else 1
+    vision, text = cfg.model.vision, cfg.model.text
+    tokens = (vision.image_size // vision.patch_size) ** 2 + 1
+    # What `remat` keeps, the inputs of the layers in bfloat16, is a lower bound.
+    kept = 2 * tokens * vision.width * vision.layers
+    kept += 2 * 2 * text.context_length * text.width * text.layers
+    local, chunks = case.batch // len(topology.devices), 1
+    while local // chunks * kept > topology.memory and chunks < local:
+        chunks *= 2
+    while True:
+        case = dataclasses.replace(case, fsdp=fsdp, chunks=chunks)
+        found = compiled(case, topology)
+        if found["fits"] or chunks >= local:
+            return case, found
+        chunks *= 2
+
+
+def in_own_process(case: Case, search: bool) -> dict:
+    """{"case", "found", "quick"}. What the TPU compiler takes of memory, it keeps: one process for
+    each. In haste it crashes on some programs; these it compiles again, at leisure."""
+    command = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
+    command += ["--search"] * search
+    for quick in (True, False):
+        done = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
+        if done.returncode == 0:
+            return json.loads(done.stdout.splitlines()[-1]) | {"quick": quick}
+        if done.returncode > 0:
+            break
+    raise CompilerFailed(f"{case.name}: {done.stderr.strip().splitlines()[-1]}")
+
+
+class CompilerFailed(Exception):
+    """Not for lack of memory, which is a result."""
+
+
+class Results:
+    """Figures by case, kept in a file after each."""
+
+    def __init__(self, path: Path, bar):
+        self.path, self.bar = path, bar
+        self.known = json.loads(path.read_text()) if path.exists() else {}
+
+    def __call__(self, case: Case, search: bool = False) -> tuple[Case, dict]:
+        name = f"{case.model} {case.topology} {case.batch}" if search else case.name
+        if name not in self.known:
+            self.bar.set_postfix_str(name)
+            self.known[name] = in_own_process(case, search)
+            self.path.write_text(json.dumps(self.known, indent=1) + "\n")
+        return Case(**self.known[name]["case"]), self.known[name]["found"]
+
+
+def fits_row(case: Case, found: dict) -> str:
+    data, fsdp = found["mesh"]
+    local = case.batch // (data * fsdp)
+    cells = [case.model, case.topology, f"{case.batch:,}", f"{local:,}", f"{data} x {fsdp}"]
+    if not found["fits"]:
+        return f"| {' | '.join(cells)} | {case.chunks} | no: {found['verdict']} | | | |"
+    times = found["projection"]
+    cells += [
+        str(case.chunks),
+        f"{found['peak'] / GIB:.1f} of {found['memory'] / GIB:.0f}",
+        f"{sent(found, 'loss') / MIB:,.0f}",
+        f"{(found['sent'] - sent(found, 'loss')) / MIB:,.0f}",
+        f"{times['overlapped']:.2f} to {times['exposed']:.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def sent(found: dict, *parts: str) -> float:
+    return sum(c["sent"] for c in found["collectives"] if c["part"] in parts)
+
+
+FITS_HEAD = (
+    "| model | slice | batch | of a chip | data x fsdp | chunks | GiB | loss MiB | other MiB "
+    "| projected s |\n" + "|---" * 10 + "|"
+)
+MESH_HEAD = (
+    "| batch 4,096 on v5e:4x4 | GiB state | GiB peak | parameters | gradients | loss "
+    "| activations |\n" + "|---" * 7 + "|"
+)
+
+
+def compared() -> dict[str, Case]:
+    """Forms of the loss and meshes, of one model on one slice."""
+    base = Case("ViT-B-32", "v5e:4x4", 4096)
+    large = Case("ViT-L-14", "v5e:4x4", 4096, chunks=4)
+    change = dataclasses.replace
+    return {
+        "B-32, 16 x 1, gather": base,
+        "B-32, 16 x 1, ring": change(base, form="ring"),
+        "B-32, 16 x 1, gather, 2 chunks": change(base, chunks=2),
+        "B-32, 4 x 4, gather": change(base, fsdp=4),
+        "B-32, 4 x 4, ring": change(base, fsdp=4, form="ring"),
+        "B-32, 1 x 16, gather": change(base, fsdp=16),
+        "L-14, 16 x 1, gather, 4 chunks": large,
+        "L-14, 4 x 4, gather, 4 chunks": change(large, fsdp=4),
+    }
+
+
+def mesh_row(name: str, found: dict) -> str:
+    if not found["fits"]:
+        return f"| {name} | | no: {found['verdict']} | | | | |"
+    state = (found["parameters"] + found["optimizer"]) / GIB
+    parts = [
+        f"{sent(found, part) / MIB:,.0f}"
+        for part in ("parameters", "gradients", "loss", "activations")
+    ]
+    return f"| {name} | {state:.2f} | {found['peak'] / GIB:.2f} | {' | '.join(parts)} |"
+
+
+def write(rows: list[str], meshes: list[str]) -> None:
+    """Into the page, between the two comments."""
+    text = PAGE.read_text("utf-8")
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    tables = "\n".join([FITS_HEAD, *rows, "", MESH_HEAD, *meshes])
+    PAGE.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", "utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--topologies", default=",".join(TOPOLOGIES))
+    parser.add_argument("--json", type=Path, default=HERE / "plans.json")
+    parser.add_argument("--case", help=argparse.SUPPRESS)
+    parser.add_argument("--search", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.case:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+        case = Case(**json.loads(args.case))
+        topology = opened(case.topology, args.quick)
+        if args.search:
+            case, found = first_that_fits(case, topology)
+        else:
+            found = compiled(case, topology)
+        print(json.dumps({"case": dataclasses.asdict(case), "found": found}))
+        return
+    models, topologies = args.models.split(","), args.topologies.split(",")
+    cells = [(m, t, b) for t in topologies for m in models for b in BATCHES]
+    total = len(cells) + len(compared())
+    meshes: list[str] = []
+    rows: list[str] = []
+    with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
+        find = Results(args.json, bar)
+        for name, case in compared().items():
+            with passed_over(bar):
+                meshes.append(mesh_row(name, find(case)[1]))
+                write(rows, meshes)
+        for cell in cells:
+            with passed_over(bar):
+                rows.append(fits_row(*find(Case(*cell), search=True)))
+                write(rows, meshes)
+
+
+@contextlib.contextmanager
+def passed_over(bar):
+    """One row, which the next run tries again if the compiler fails."""
+    try:
+        yield
+    except CompilerFailed as error:
+        bar.write(str(error))
+    bar.update()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""Collectives, of small programs written by hand in each compiler's way, and of real ones."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from conftest import make_cpu_mesh
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gcl_jax.hlo import Collective, read_collectives
+from tests.test_loss_memory import compile_loss, tpu_mesh
+
+WEIGHT = (12, 512, 2048)
+
+
+def read(body: str, more: str = "", batch: int = 4096, fsdp: int = 1) -> list[Collective]:
+    text = f"HloModule m\n{more}\nENTRY %main.1 (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
+    return read_collectives(text, 16, batch, [WEIGHT], fsdp)
+
+
+ALL = "replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}"
+
+
+@pytest.mark.parametrize(
+    ("groups", "size"),
+    [
+        (ALL, 16),
+        ("replica_groups={{0,1,2,3},{4,5,6,7},{8,9,10,11},{12,13,14,15}}", 4),
+        ("replica_groups=[4,4]<=[16]", 4),
+        ("replica_groups=[2,8]<=[8,2]T(1,0)", 8),
+        ("replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", 8),
+        ("replica_groups={}", 16),
+    ],
+)
+def test_a_ring_sends_all_but_its_own_share(groups, size):
+    line = (
+        f"  %all-reduce.1 = f32[512,2048]{{1,0:T(8,128)}} all-reduce(%p), {groups}, to_apply=%add"
+    )
+    (found,) = read(line)
+    assert found == ("all-reduce", "gradients", 1, 2 * 4 * 512 * 2048 * (size - 1) / size)
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "sent"),
+    [
+        ("bf16[512,2048]{1,0} all-gather(%p)", "all-gather", 2 * 512 * 2048 * 15 / 16),
+        (
+            "(bf16[32,2048]{1,0}, bf16[512,2048]{1,0}) all-gather-start(%p)",
+            "all-gather",
+            2 * 512 * 2048 * 15 / 16,
+        ),
+        ("f32[32,2048]{1,0} reduce-scatter(%p)", "reduce-scatter", 4 * 512 * 2048 * 15 / 16),
+        (
+            "(f32[512,2048]{1,0}, f32[32,2048]{1,0}) reduce-scatter-start(%p)",
+            "reduce-scatter",
+            4 * 512 * 2048 * 15 / 16,
+        ),
+        ("f32[512,2048]{1,0} collective-permute(%p)", "collective-permute", 4 * 512 * 2048),
+        (
+            "(f32[512,2048]{1,0}, f32[512,2048]{1,0}, u32[], u32[]) collective-permute-start(%p)",
+            "collective-permute",
+            4 * 512 * 2048,
+        ),
+        ("f32[512,2048]{1,0} all-to-all(%p)", "all-to-all", 4 * 512 * 2048 * 15 / 16),
+        ("f32[512,2048]{1,0} all-reduce-start(%p)", "all-reduce", 8 * 512 * 2048 * 15 / 16),
+    ],
+)
+def test_what_each_kind_sends(line, kind, sent):
+    (found,) = read(f"  %x.1 = {line}, {ALL}")
+    assert (found.kind, found.sent) == (kind, sent)
+
+
+def test_the_end_of_an_asynchronous_one_is_not_a_second():
+    body = f"""  %s = (bf16[32,2048], bf16[512,2048]) all-gather-start(%p), {ALL}
+  %d = bf16[512,2048] all-gather-done(%s)"""
+    assert [c.times for c in read(body)] == [1]
+
+
+CONDITION = """%cond.1 (p: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %lt = pred[] compare(%i, %limit), direction=LT
+}
+"""
+BODY = f"""%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
+  %all-gather.1 = bf16[1,512,2048]{{2,1,0}} all-gather(%p), {ALL}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    ("condition", "known"),
+    [(CONDITION, ""), ("%cond.1 {\n}\n", ', backend_config={"known_trip_count":{"n":"12"}}')],
+)
+def test_what_stands_in_a_loop_runs_as_often_as_it_turns(condition, known):
+    loop = f"  %while.1 = (s32[], f32[8]) while(%t), condition=%cond.1, body=%body.1{known}"
+    (found,) = read(loop, condition + BODY)
+    assert found == ("all-gather", "parameters", 12, 12 * 2 * 512 * 2048 * 15 / 16)
+
+
+def test_a_collective_in_several_fusions_of_a_tpu_counts_once():
+    """It starts in one, goes on in others while these compute, and ends in a third."""
+    inner = f"  %all-gather.1 = f32[4096,512]{{1,0}} all-gather(%p), {ALL}"
+    more = "".join(
+        f"%{name} (p: f32[8]) -> f32[8] {{\n{inner}\n}}\n"
+        for name in ("fused_computation.1", "async_collective_fusion.2", "fused_computation.3")
+    )
+    body = """  %async-collective-start = (f32[8]) fusion(%p), calls=%fused_computation.1
+  %fusion.7 = f32[8] fusion(%p), kind=kCustom, calls=%async_collective_fusion.2
+  %async-collective-done = f32[8] fusion(%p), calls=%fused_computation.3"""
+    (found,) = read(body, more)
+    assert found == ("all-gather", "loss", 1, 4 * 4096 * 512 * 15 / 16)
+
+
+def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
+    more = f"""%all-reduce-scatter.1 (p: f32[8]) -> f32[8] {{
+  %all-reduce.1 = bf16[512,2048]{{1,0}} all-reduce(%p), {ALL}
+}}
+"""
+    (found,) = read("  %f = bf16[128,2048] fusion(%p), calls=%all-reduce-scatter.1", more)
+    assert found == ("reduce-scatter", "gradients", 1, 2 * 512 * 2048 * 15 / 16)
+
+
+def test_parts_by_shape_where_names_were_merged():
+    def part(shape: str, kind: str = "all-gather", name: str = "jit(f)/dot") -> str:
+        line = f'  %x = {shape} {kind}(%p), {ALL}, metadata={{op_name="{name}"}}'
+        return read(line, fsdp=4)[0].part
+
+    assert part("bf16[1,512,512]") == "parameters"  # a fourth of a layer of `WEIGHT`
+    assert part("bf16[12,512,2048]") == "parameters"
+    assert part("bf16[1024,77,512]") == "activations"
+    assert part("f32[4096,512]") == "loss"
+    assert part("f32[16,1,256]", name="jit(f)/shard_map/all_gather") == "loss"
+    # The compiler gives a merged all-reduce the name of one of its parts.
+    assert part("bf16[512,2048]", "all-reduce", "jit(f)/shard_map/psum") == "gradients"
+    merged = f"  %x = (f32[4096], f32[512,2048], f32[]) all-reduce(%p), {ALL}"
+    assert {c.part for c in read(merged)} == {"loss", "gradients"}
+
+
+def test_a_real_scan_gathers_each_layer_once_per_pass():
+    mesh = make_cpu_mesh(1, 8)
+    split = NamedSharding(mesh, PartitionSpec(None, None, "fsdp"))
+    rows = NamedSharding(mesh, PartitionSpec("fsdp"))
+
+    def forward(weights, x):
+        def layer(x, w):
+            return x @ jax.lax.with_sharding_constraint(w, NamedSharding(mesh, PartitionSpec())), 0
+
+        return jax.lax.scan(layer, x, weights)[0]
+
+    given = [jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=split)]
+    given.append(jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows))
+    text = jax.jit(forward, out_shardings=rows).lower(*given).compile().as_text()
+    (found,) = read_collectives(text, 8, 16, [(5, 64, 64)], 8)
+    assert found.part == "parameters"
+    assert found.sent == 5 * 4 * 64 * 64 * 7 / 8
+
+
+@pytest.mark.parametrize("where", ["cpu", "tpu"])
+@pytest.mark.parametrize(("form", "per_element"), [("gather", 6), ("ring", 8)])
+def test_the_loss_sends_what_the_formula_says(form, per_element, where):
+    """performance: Loss. Documents in bfloat16, their gradients in float32."""
+    batch, dim = 16384, 512
+    mesh = make_cpu_mesh(4, 2) if where == "cpu" else tpu_mesh()
+    # A CPU multiplies, and sends, no bfloat16.
+    dtype, more = (jnp.float32, 2) if where == "cpu" else (jnp.bfloat16, 0)
+    program = compile_loss(mesh, batch, form, False, dim, dtype)
+    found = read_collectives(program.as_text(), mesh.size, batch, [])
+    # Documents travel once in the gather, twice in the ring.
+    expected = (per_element + more * (1 if form == "gather" else 2)) * batch * dim
+    if form == "gather":
+        expected *= (mesh.size - 1) / mesh.size
+    assert sum(c.sent for c in found if c.part == "loss") == pytest.approx(expected, rel=0.05)
+    assert sum(c.sent for c in found if c.part != "loss") < 0.001 * expected

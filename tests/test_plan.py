@@ -1,0 +1,261 @@
+"""Plans: shapes against real batches, bytes against formulas, verdicts, errors, one TPU slice."""
+
+import dataclasses
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from conftest import make_cpu_mesh, make_tiny_config
+from processes import ENVIRONMENT
+
+from benchmarks import plans
+from gcl_jax import abstract, planning, topology
+from gcl_jax.config import MeshConfig
+from gcl_jax.data.pipeline import train_batches
+from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.flops import train_flops
+from gcl_jax.hlo import PARTS
+from gcl_jax.presets import preset
+from gcl_jax.state import abstract_model
+from gcl_jax.step import known_weights
+from tests.test_loss_memory import tpu_mesh
+
+EIGHT = topology.open_topology("cpu:8")
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"text_negatives": "swap", "num_negatives": 2}, {"query_fields": {}}],
+    ids=["plain", "negatives", "all fields"],
+)
+@pytest.mark.parametrize("targets", ["diagonal", "known"])
+def test_the_abstract_batch_is_that_of_the_pipeline(tiny_config, tiny_store, changes, targets):
+    cfg = tiny_config
+    cfg.data = dataclasses.replace(cfg.data, store=str(tiny_store.directory), **changes)
+    cfg.loss.targets = targets
+    cfg, data = abstract.resolve(cfg)
+    batch = abstract.abstract_batch(cfg, data, make_cpu_mesh(4, 2))
+    real = next(train_batches(cfg, tiny_store))
+    if targets == "known":
+        real["known"] = known_weights(cfg, tiny_store)
+    assert shapes(batch) == shapes(real)
+    rows = jax.tree.leaves({name: x for name, x in batch.items() if name != "known"})
+    assert {x.sharding.shard_shape(x.shape)[0] for x in rows} == {1}
+
+
+def test_without_a_store_the_config_names_the_fields(tiny_config):
+    cfg = tiny_config
+    cfg.data.store, cfg.loss.targets = "stores/to_come", "known"
+    cfg.data.query_fields = {"photo": 1.0, "words": 1.0}
+    cfg, data = abstract.resolve(cfg, ["photo", "image"])
+    assert data.kinds == {
+        "query": {"photo": "image", "words": "text"},
+        "document": {"image": "image", "title": "text"},
+    }
+    assert data.known.document.shape == (data.pairs,)
+    assert "no store at stores/to_come" in data.note
+    cfg.data.query_fields = cfg.data.document_fields = {}
+    cfg, data = abstract.resolve(cfg)
+    assert data.kinds == {
+        "query": {"query": "text"},
+        "document": {"image": "image", "title": "text"},
+    }
+
+
+def test_an_image_without_an_image_tower(tiny_config):
+    cfg = tiny_config
+    cfg.data.store, cfg.model.vision = "stores/to_come", None
+    with pytest.raises(ConfigError, match="'image' is an image, and the model has no image tower"):
+        abstract.resolve(cfg)
+
+
+def test_a_store_that_is_there_is_checked(tiny_config, tiny_store):
+    cfg = tiny_config
+    cfg.data.store, cfg.data.document_fields = str(tiny_store.directory), {"colour": 1.0}
+    with pytest.raises(DataError, match="no document field 'colour'"):
+        abstract.resolve(cfg)
+
+
+@pytest.fixture(scope="module", params=[1, 4])
+def planned(request):
+    cfg = make_tiny_config()
+    cfg.data.store, cfg.optim.batch_size = "none", 256
+    cfg.mesh, cfg.loss.form, cfg.model.embed_dim = MeshConfig(fsdp=request.param), "gather", 256
+    cfg, data = abstract.resolve(cfg)
+    return cfg, planning.compile_plan(cfg, data, EIGHT)
+
+
+def test_sizes_flops_and_bytes_of_a_small_step(planned):
+    cfg, plan = planned
+    data, fsdp = plan.mesh
+    assert data * fsdp == 8
+    _, params = abstract_model(cfg.model)
+    whole = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(params))
+    assert plan.parameters == pytest.approx(whole / fsdp, rel=0.1)
+    assert plan.optimizer == pytest.approx(2 * plan.parameters, rel=0.01)
+    assert plan.peak >= plan.parameters + plan.optimizer + plan.inputs + plan.temporaries
+    assert plan.tower_flops == train_flops(cfg) / 8
+    sent = {part: sum(c.sent for c in plan.collectives if c.part == part) for part in PARTS}
+    # Two document fields and the merged one, there in float32 and their gradients back.
+    assert sent["loss"] == pytest.approx(3 * 8 * 256 * 256 * 7 / 8, rel=0.1)
+    if fsdp == 1:
+        assert sent["gradients"] == pytest.approx(2 * whole * 7 / 8, rel=0.01)
+        assert sent["parameters"] == 0
+    else:
+        # The embedding table, nearly all of the parameters, is gathered for the queries and titles.
+        assert sent["parameters"] == pytest.approx(whole * 3 / 4, rel=0.1)
+    assert sent["activations"] < 0.05 * sum(sent.values())
+
+
+def test_too_little_memory_is_an_answer(tiny_config):
+    cfg = tiny_config
+    cfg.data.store = "none"
+    cfg, data = abstract.resolve(cfg)
+    plan = planning.compile_plan(cfg, data, EIGHT._replace(memory=1e6))
+    assert (plan.fits, plan.peak) == (False, None)
+    assert re.fullmatch(r"state and batch alone need 0.01 of 0.00 GiB", plan.verdict)
+    assert planning.find_batch(cfg, data, EIGHT._replace(memory=1e6), lambda plan: None) is None
+
+
+@pytest.mark.parametrize(
+    ("message", "verdict"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (16.45G) exceeds available HBM (15.75G).",
+            "temporaries alone need 16.45 of 15.75 GiB",
+        ),
+        (
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory "
+            "space hbm. Used 17.20G of 15.75G hbm. Exceeded hbm capacity by 1.45G.\nmore",
+            "needs 17.20 of 15.75 GiB",
+        ),
+        ("INTERNAL: RESOURCE_EXHAUSTED: of something else\nmore", "of something else"),
+    ],
+)
+def test_the_compilers_refusals_in_one_line(message, verdict):
+    assert planning.why_not(message) == verdict
+
+
+@pytest.mark.parametrize("start", [8, 64, 4096])
+@pytest.mark.parametrize(("largest", "found"), [(8, 8), (100, 96), (1000, 960), (1023, 960)])
+def test_the_search_for_a_batch(tiny_config, monkeypatch, start, largest, found):
+    """`largest`: what fits; the search knows it to an eighth."""
+    tried = []
+
+    def fake(cfg, data, topology):
+        size = cfg.optim.batch_size
+        return dataclasses.replace(PLAN, batch=size, fits=size <= largest)
+
+    monkeypatch.setattr(planning, "compile_plan", fake)
+    tiny_config.optim.batch_size = start
+    best = planning.find_batch(tiny_config, None, EIGHT, tried.append)
+    assert best.batch == found
+    assert len(tried) == len({plan.batch for plan in tried}) <= 14
+
+
+PLAN = planning.Plan("t", (8, 1), 8, 1, 1, 1, 1, 1, 1, 1.0, True, "", 1e12, 1e10)
+
+
+def test_the_projection_is_arithmetic(tiny_config):
+    chip = topology.CHIPS["TPU v5e"]
+    target = EIGHT._replace(chip=chip, platform="tpu")
+    sent = (planning.Collective("all-reduce", "gradients", 1, 2e9),)
+    plan = dataclasses.replace(PLAN, collectives=sent)
+    tiny_config.loss.dtype = "float32"
+    times = planning.project(tiny_config, plan, target, 0.5)
+    assert times.towers == pytest.approx(1e12 / (197e12 / 2))
+    assert times.loss == pytest.approx(6 * 1e10 / (197e12 / 2))
+    assert times.communication == pytest.approx(2e9 / 200e9)
+    assert times.exposed == pytest.approx(sum(times))
+    assert times.overlapped == pytest.approx(times.towers + times.loss)
+    tiny_config.model.remat, tiny_config.optim.chunks = "full", 2
+    again = planning.project(tiny_config, plan, target, 0.5)
+    assert again.towers == pytest.approx(5 / 3 * times.towers)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("v5e", "is unknown; give one like v5e:16x16"),
+        ("v9:4x4", "is unknown"),
+        ("v5e:4x0", "is unknown"),
+        ("v5e:4*4", "is unknown"),
+        ("cpu:2x4", "give the number of devices, like cpu:8"),
+        ("v6e:4x4x4", "v6e has 2 axes"),
+        ("cpu:9", "jax runs already, with 8 CPU devices"),
+    ],
+)
+def test_topologies_that_are_none(name, message, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        topology.open_topology(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "command"), [("v5e:4x4", "pip install 'jax[tpu]'"), ("h100:8", "jax[cuda12]")]
+)
+def test_compilers_that_are_not_installed(name, command, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=re.escape(command)):
+        topology.open_topology(name)
+
+
+def run(*arguments: str):
+    command = [sys.executable, "-m", "gcl_jax.plan", *arguments]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
+
+
+def test_the_command(config_file, tmp_path):
+    """With a number of devices of its own, whatever this process has."""
+    flags = [f"--config={config_file}", "--topology=cpu:4", f"--json={tmp_path / 'plan.json'}"]
+    done = run(*flags, "--config.mesh.fsdp=2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "cpu:4: 4 devices, mesh data 2 x fsdp 2\nbatch 8: 2 pairs on each"
+    )
+    assert "query query (text); document image (image), title (text)" in done.stdout
+    assert re.search(r"^fits: needs [\d.]+ of", done.stdout, re.MULTILINE)
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"]
+    assert found["sent"] == sum(c["sent"] for c in found["collectives"]) > 0
+
+    done = run(*flags, "--config.optim.batch_size=6")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ("error: config.optim.batch_size=6 is no multiple of the 4 devices\n")
+
+
+def test_the_tables_cases_are_configurations():
+    case = plans.Case("ViT-L-14", "v5e:16x16", 32768, fsdp=16, chunks=2, form="ring")
+    cfg, data = abstract.resolve(plans.config(case))
+    assert data.kinds["document"] == {"image": "image", "title": "text"}
+    assert cfg.model.vision.width == preset("ViT-L-14").vision.width
+    assert (cfg.mesh.fsdp, cfg.optim.chunks, cfg.loss.form) == (16, 2, "ring")
+
+
+def test_vit_b32_on_a_tpu_slice():
+    """The whole step, sharded 4 x 4, of the TPU's own compiler; with less effort than a run's."""
+    tpu_mesh()  # skips without libtpu
+    target = topology.open_topology("v5e:4x4")
+    target = target._replace(compiler_options=plans.QUICK)
+    cfg, data = abstract.resolve(plans.config(plans.Case("ViT-B-32", "v5e:4x4", 4096, fsdp=4)))
+    plan = planning.compile_plan(cfg, data, target)
+    assert plan.fits
+    assert plan.parameters == pytest.approx(4 * 151.28e6 / 4, rel=0.01)
+    assert 1.0 < plan.temporaries / 2**30 < 4.0
+    sent = {part: sum(c.sent for c in plan.collectives if c.part == part) for part in PARTS}
+    assert sent["loss"] == pytest.approx(3 * 8 * 4096 * 512 * 15 / 16, rel=0.05)
+    # In bfloat16, each tower's layers once forward and once backward, the text tower for two
+    # fields; and the table of tokens, in float32.
+    layers = 2 * 2 * (85.0e6 + 2 * 37.8e6) + 4 * 49408 * 512
+    assert sent["parameters"] == pytest.approx(layers * 3 / 4, rel=0.25)
+    assert sent["activations"] < 0.01 * sum(sent.values())
