@@ -22,6 +22,7 @@ import numpy as np
 import parity
 import processes
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
@@ -138,6 +139,23 @@ def compile_cache(tmp_path_factory) -> None:
     """What one of the processes that tests start has compiled, the others need not."""
     folder = tmp_path_factory.mktemp("compiled")
     processes.ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+    """What a run of a module's tests has compiled, its other runs of the same model need not."""
+    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
+    settings["jax_persistent_cache_min_compile_time_secs"] = 0
+    before = {name: getattr(jax.config, name) for name in settings}
+
+    def use(settings: dict) -> None:
+        for name, value in settings.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()  # jax looks at its settings once
+
+    use(settings)
+    yield
+    use(before)
 
 
 @pytest.fixture
