@@ -112,27 +112,27 @@ def main(config_file, folder):
         evaluate_workdir(Path(folder, "one"), None, None, False)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_run_survives_the_death_of_a_process(config_file, tmp_path, victim):
-    """Started by flags, without a launcher that would notice: the other process ends, the same
-    commands go on from the newest checkpoint, and SIGTERM to one process saves on both."""
+def test_a_run_survives_the_death_of_a_process(config_file, tmp_path):
+    """Started by flags, without a launcher that would notice: the other process ends, and the same
+    commands go on from the newest checkpoint. SIGTERM to one process saves on both."""
     workdir = tmp_path / "run"
     checkpoints = workdir / "checkpoints"
-    processes = start_by_flags(config_file, workdir)
+    processes, newest = start_by_flags(config_file, workdir), 0
     try:
-        wait_for(lambda: (checkpoints / "2").is_dir(), processes)
-        processes[victim].kill()
-        errors = processes[1 - victim].communicate(timeout=60)[1]
-        # Losing the coordinator, jax may be quicker than we are to end the process.
-        code, message = processes[1 - victim].returncode, f"process {1 - victim} lost another"
-        assert (code == 1 and message in errors) or (
-            (victim, code) == (0, -signal.SIGABRT) and "another task died" in errors
-        )
-
-        newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
-        processes = start_by_flags(config_file, workdir)
+        for victim in (1, 0):
+            survivor = processes[1 - victim]
+            wait_for(lambda step=newest + 2: (checkpoints / f"{step}").is_dir(), processes)
+            processes[victim].kill()
+            errors = survivor.communicate(timeout=60)[1]
+            code, message = survivor.returncode, f"process {1 - victim} lost another process"
+            # Losing the coordinator, jax may be quicker than we are to end the process.
+            assert (code == 1 and message in errors) or (
+                (victim, code) == (0, -signal.SIGABRT) and "another task died" in errors
+            )
+            newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+            processes = start_by_flags(config_file, workdir)
         wait_for(lambda: (checkpoints / f"{newest + 2}").is_dir(), processes)
-        processes[victim].send_signal(signal.SIGTERM)
+        processes[1].send_signal(signal.SIGTERM)
         errors = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in processes]
     finally:
         for process in processes:
