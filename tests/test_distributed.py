@@ -112,27 +112,27 @@ def main(config_file, folder):
         evaluate_workdir(Path(folder, "one"), None, None, False)
 
 
-@pytest.mark.parametrize("victim", [1, 0])
-def test_a_run_survives_the_death_of_a_process(config_file, tmp_path, victim):
-    """Started by flags, without a launcher that would notice: the other process ends, the same
-    commands go on from the newest checkpoint, and SIGTERM to one process saves on both."""
+def test_a_run_survives_the_death_of_a_process(config_file, tmp_path):
+    """Started by flags, without a launcher that would notice: the other process ends, and the same
+    commands go on from the newest checkpoint. SIGTERM to one process saves on both."""
     workdir = tmp_path / "run"
     checkpoints = workdir / "checkpoints"
-    processes = start_by_flags(config_file, workdir)
+    processes, newest = start_by_flags(config_file, workdir), 0
     try:
-        wait_for(lambda: (checkpoints / "2").is_dir(), processes)
-        processes[victim].kill()
-        errors = processes[1 - victim].communicate(timeout=60)[1]
-        # Losing the coordinator, jax may be quicker than we are to end the process.
-        code, message = processes[1 - victim].returncode, f"process {1 - victim} lost another"
-        assert (code == 1 and message in errors) or (
-            (victim, code) == (0, -signal.SIGABRT) and "another task died" in errors
-        )
-
-        newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
-        processes = start_by_flags(config_file, workdir)
+        for victim in (1, 0):
+            survivor = processes[1 - victim]
+            wait_for(lambda step=newest + 2: (checkpoints / f"{step}").is_dir(), processes)
+            processes[victim].kill()
+            errors = survivor.communicate(timeout=60)[1]
+            code, message = survivor.returncode, f"process {1 - victim} lost another process"
+            # Losing the coordinator, jax may be quicker than we are to end the process.
+            assert (code == 1 and message in errors) or (
+                (victim, code) == (0, -signal.SIGABRT) and "another task died" in errors
+            )
+            newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+            processes = start_by_flags(config_file, workdir)
         wait_for(lambda: (checkpoints / f"{newest + 2}").is_dir(), processes)
-        processes[victim].send_signal(signal.SIGTERM)
+        processes[1].send_signal(signal.SIGTERM)
         errors = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in processes]
     finally:
         for process in processes:
@@ -171,15 +171,15 @@ def wait_for(condition, processes):
 
 
 HANGING = """
-import sys, time
+import time
 from gcl_jax import distributed
-with distributed.joined(), distributed.Watchdog(4) as watchdog:
+with distributed.joined():
     from jax.experimental import multihost_utils
     multihost_utils.sync_global_devices("start")
-    watchdog.alive()
-    if not distributed.is_first():
-        time.sleep(1000)
-    multihost_utils.sync_global_devices("never")
+    with distributed.Watchdog(2):
+        if not distributed.is_first():
+            time.sleep(1000)
+        multihost_utils.sync_global_devices("never")
 """
 
 
@@ -189,7 +189,7 @@ def test_watchdog_ends_a_process_that_hangs_and_those_that_wait_for_it():
     assert result.returncode == distributed.HANG_EXIT_CODE
     for rank, line in ((0, "sync_global_devices"), (1, 'File "<string>", line 9')):
         own = [line for line in errors.splitlines() if line.startswith(f"[{rank}]")]
-        assert any("error: no step for 4 s: this process hangs" in line for line in own)
+        assert any("error: no step for 2 s: this process hangs" in line for line in own)
         assert any(line in text for text in own)
 
 
