@@ -1,6 +1,7 @@
 """One checkpoint on disk: what is in it, and its arrays, verified."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -149,7 +150,9 @@ def first_cause(error: BaseException) -> str:
     """What began the chain of errors that ends in `error`, in one line."""
     while (cause := error.__cause__ or error.__context__) is not None:
         error = cause
-    return str(error).partition("\n")[0].partition(" [source locations")[0] or type(error).__name__
+    line = str(error).partition("\n")[0]
+    # tensorstore appends what it had open, in JSON.
+    return re.split(r" \[(?:tensorstore_spec|source loc)", line)[0] or type(error).__name__
 
 
 def _listed(names: list[str]) -> str:
