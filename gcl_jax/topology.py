@@ -134,6 +134,6 @@ def _gpu(name: str, kind: str, count: int) -> Topology:
     )
     chip = CHIPS[GPUS[kind]]
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))  # jax's default
-    # To time candidates of kernels, the compiler would need the device.
-    options = {"xla_gpu_autotune_level": 0}
+    # To choose among kernels the compiler would time them on the device: cuBLAS needs no choice.
+    options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
     return Topology(name, "gpu", list(described.devices), chip.memory * share, chip, options)
