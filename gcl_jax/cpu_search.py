@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from gcl_jax.errors import DataError
 
 # Documents at a time: they and their scores should stay in the cache.
-BLOCK = 4096
+BLOCK = 2048
 # The matrix products that XLA is asked for ahead of their use: it should never wait.
 AHEAD = 2
 WORST = np.iinfo(np.int64).max

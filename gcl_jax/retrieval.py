@@ -166,7 +166,8 @@ def _own_mesh() -> Mesh:
     """All devices of this process; of CPU devices, which share the cores, the first."""
     devices = jax.local_devices()
     devices = devices[: 1 if devices[0].platform == "cpu" else None]
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    types = (AxisType.Auto,)
+    return jax.make_mesh((len(devices),), ("data",), axis_types=types, devices=devices)
 
 
 def _is_one_cpu(mesh: Mesh) -> bool:
