@@ -78,13 +78,14 @@ class Task:
 
     def manifest(self) -> dict:
         """All that the embeddings depend on, and where the store was."""
-        every = len(self.rows) == len(self.records)
-        rows = np.ascontiguousarray(self.rows, "<i8").tobytes()
+        selection = "all"
+        if len(self.rows) != len(self.records):
+            selection = hashlib.sha256(np.asarray(self.rows, "<i8").tobytes()).hexdigest()
         return {
             "format": FORMAT,
             "side": self.side,
             "records": len(self.rows),
-            "selection": "all" if every else hashlib.sha256(rows).hexdigest(),
+            "selection": selection,
             "dim": self.dim,
             "fields": {
                 name: {"kind": self.records.fields[name], "weight": weight}
