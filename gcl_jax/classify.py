@@ -21,7 +21,7 @@ from gcl_jax.embedding import Embedder
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.results import write_json
 from gcl_jax.retrieval import exact_top_k
-from gcl_jax.runs import load_model, set_embed_dim
+from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
@@ -135,8 +135,9 @@ def classify_run(
     classnames: Path | None = None,
     templates: Path | None = None,
     embed_dim: int | None = None,
+    checkpoint: str = NEWEST,
 ) -> str:
-    """Classifies the images at `path` by the newest checkpoint of a run, writes
+    """Classifies the images at `path` by a checkpoint of a run, writes
     WORKDIR/eval/classify/NAME.json and returns a table.
 
     Raises:
@@ -145,7 +146,7 @@ def classify_run(
     """
     data = read_images(path, read_lines(classnames) if classnames else None)
     prompts = read_templates(templates) if templates else list(TEMPLATES)
-    cfg, params, mesh, step = load_model(workdir)
+    cfg, params, mesh, step = load_model(workdir, checkpoint)
     if cfg.model.vision is None:
         raise ConfigError(f"--classify needs images, and the model in {workdir} has no image tower")
     if embed_dim is not None:

@@ -19,7 +19,7 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.embedding import Embedder
 from gcl_jax.embedding_cache import EmbeddingCache
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.runs import load_run, parameters_digest
+from gcl_jax.runs import add_checkpoint_argument, load_run, parameters_digest
 
 FOLDERS: dict[Side, str] = {"document": "documents", "query": "queries"}
 
@@ -48,7 +48,9 @@ def other_data(args: argparse.Namespace) -> DataConfig | None:
 def embed_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
     exports.check(args.export)
-    cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim, other_data(args))
+    cfg, store, params, mesh, step = load_run(
+        args.workdir, args.embed_dim, other_data(args), args.checkpoint
+    )
     if args.batch_size is not None:
         cfg.eval.batch_size = args.batch_size
     embedder = Embedder(cfg, params, mesh)
@@ -125,6 +127,7 @@ def main() -> None:
         choices=tuple(exports.EXPORTS),
         help="write the embeddings in this form, too; may be given again",
     )
+    add_checkpoint_argument(parser)
     distributed.add_arguments(parser)
     args = parser.parse_args()
     with reported_in_one_line():

@@ -48,12 +48,12 @@ from gcl_jax.results import (
     write_ranking,
 )
 from gcl_jax.retrieval import exact_top_k
-from gcl_jax.runs import load_run
+from gcl_jax.runs import NEWEST, add_checkpoint_argument, load_run
 
 # What each way of calling the command has of its own.
 RANKED = ("max_queries", "write_runs", "groups", "group_by")
 OPTIONS = {
-    "workdir": (*RANKED, "embed_dim", "recall", "classify"),
+    "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify"),
     "classify": ("classnames", "templates"),
     "qrels": ("run", "out"),
 }
@@ -172,10 +172,11 @@ def evaluate_workdir(
     embed_dim: int | None = None,
     write_runs: bool = False,
     group_by: Sequence[str] | None = None,
+    checkpoint: str = NEWEST,
 ) -> str:
-    """Evaluates the newest checkpoint of a run, writes the files and returns the tables. `group_by`
-    is that of `evaluate_splits`."""
-    cfg, store, params, mesh, step = load_run(workdir, embed_dim)
+    """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` is that
+    of `evaluate_splits`."""
+    cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
     max_queries = cfg.eval.max_queries if max_queries is None else max_queries
     if max_queries < 1:
         raise UserError(f"--max_queries={max_queries} must be 1 or more")
@@ -204,15 +205,13 @@ def evaluate_workdir(
 def evaluate_run(args: argparse.Namespace) -> str:
     """What is asked of a run, as a table."""
     if args.classify is not None:
-        return classify.classify_run(
-            args.workdir, args.classify, args.classnames, args.templates, args.embed_dim
-        )
+        inputs = args.classify, args.classnames, args.templates
+        return classify.classify_run(args.workdir, *inputs, args.embed_dim, args.checkpoint)
     if args.recall:
-        return recall.recall_run(args.workdir, args.embed_dim)
+        return recall.recall_run(args.workdir, args.embed_dim, args.checkpoint)
     group_by = args.group_by if args.groups or args.group_by else None
-    return evaluate_workdir(
-        args.workdir, args.max_queries, args.embed_dim, args.write_runs, group_by
-    )
+    settings = args.max_queries, args.embed_dim, args.write_runs
+    return evaluate_workdir(args.workdir, *settings, group_by, args.checkpoint)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -266,6 +265,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="with --classify: a prompt per line, {} for the class",
     )
+    add_checkpoint_argument(parser)
     distributed.add_arguments(parser)
     return parser
 

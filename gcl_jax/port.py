@@ -155,6 +155,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     write.add_argument("--format", choices=FORMATS, required=True)
     write.add_argument("--out", type=Path, required=True, help="folder to write")
     write.add_argument(
+        "--checkpoint",
+        default="newest",
+        help="newest (default), best by the run's config.checkpoint.best, or a step",
+    )
+    write.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export in --out"
     )
     write.add_argument(
@@ -201,7 +206,7 @@ def export_run(args: argparse.Namespace) -> None:
 
     if args.format == "run":
         _require_unused(args.out, "--out")
-    cfg, params, _, _ = load_model(args.workdir)
+    cfg, params, _, _ = load_model(args.workdir, args.checkpoint)
     if args.format == "run":
         _write_run(params, cfg, args.out)
         return

@@ -19,7 +19,7 @@ from gcl_jax.embedding import Embedder
 from gcl_jax.embedding_cache import EmbeddingCache
 from gcl_jax.results import write_json
 from gcl_jax.retrieval import exact_top_k
-from gcl_jax.runs import load_run
+from gcl_jax.runs import NEWEST, load_run
 
 KS = (1, 5, 10)
 ROWS_AT_A_TIME = 4096
@@ -69,10 +69,9 @@ def recall_splits(
     return results
 
 
-def recall_run(workdir: Path, embed_dim: int | None = None) -> str:
-    """Writes WORKDIR/eval/recall/SPLIT.json for the newest checkpoint of a run and returns the
-    table."""
-    cfg, store, params, mesh, step = load_run(workdir, embed_dim)
+def recall_run(workdir: Path, embed_dim: int | None = None, checkpoint: str = NEWEST) -> str:
+    """Writes WORKDIR/eval/recall/SPLIT.json for a checkpoint of a run and returns the table."""
+    cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
     cache = EmbeddingCache(workdir, step)
     results = recall_splits(cfg, store, Embedder(cfg, params, mesh), cache)
     if not distributed.is_first():

@@ -1,11 +1,13 @@
 """A training run, opened for reading."""
 
+import argparse
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
 from jax.sharding import Mesh
 
 from gcl_jax import config, logs, sharding, state
@@ -14,6 +16,9 @@ from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.errors import UserError
+from gcl_jax.integrity import digests
+
+NEWEST = "newest"
 
 
 class Run(NamedTuple):
@@ -27,12 +32,16 @@ class Run(NamedTuple):
     step: int
 
 
-def load_model(workdir: Path) -> tuple[TrainConfig, state.Params, Mesh, int]:
-    """Configuration, newest parameters (as their moving averages, if there are any), a mesh and the
-    step of the training run in `workdir`, without its store.
+def load_model(
+    workdir: Path, checkpoint: str = NEWEST
+) -> tuple[TrainConfig, state.Params, Mesh, int]:
+    """Configuration, parameters (as their moving averages, if there are any), a mesh and the step
+    of the training run in `workdir`, without its store. `checkpoint`: "newest", "best" by the
+    run's `config.checkpoint.best`, or a step.
 
     Raises:
-        ConfigError, DataError: `workdir` is no run.
+        ConfigError, DataError: `workdir` is no run, or has no such checkpoint.
+        UserError: `checkpoint` is none of these.
     """
     logs.quiet_libraries()
     cfg = config.load(workdir / "config.json")
@@ -41,19 +50,35 @@ def load_model(workdir: Path) -> tuple[TrainConfig, state.Params, Mesh, int]:
     if jax.default_backend() != "gpu":
         cfg.model.attention = "xla"
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
-        params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
-        return cfg, params, mesh, checkpointer.latest_step() or 0
+        step = _step_of(checkpointer, checkpoint)
+        params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh), step=step)
+        return cfg, params, mesh, checkpointer.latest_step() or 0 if step is None else step
 
 
-def load_run(workdir: Path, embed_dim: int | None = None, data: DataConfig | None = None) -> Run:
+def _step_of(checkpointer: Checkpointer, checkpoint: str) -> int | None:
+    if checkpoint == NEWEST:
+        return None
+    if checkpoint == "best":
+        return checkpointer.best_step()
+    if not checkpoint.isdecimal():
+        raise UserError(f"--checkpoint={checkpoint} must be newest, best or a step")
+    return int(checkpoint)
+
+
+def load_run(
+    workdir: Path,
+    embed_dim: int | None = None,
+    data: DataConfig | None = None,
+    checkpoint: str = NEWEST,
+) -> Run:
     """The model in `workdir` and its store, or that of `data`; `embed_dim` replaces that of its
-    `config.eval`.
+    `config.eval`; `checkpoint` as in `load_model`.
 
     Raises:
         ConfigError, DataError: `workdir` is no run, or the store is gone or has other fields.
         UserError: its embeddings are shorter than `embed_dim`.
     """
-    cfg, params, mesh, step = load_model(workdir)
+    cfg, params, mesh, step = load_model(workdir, checkpoint)
     if embed_dim is not None:
         set_embed_dim(cfg, embed_dim)
     if data is not None:
@@ -73,25 +98,15 @@ def set_embed_dim(cfg: TrainConfig, embed_dim: int) -> None:
 
 def parameters_digest(params: state.Params) -> str:
     """Changes with any bit of any parameter; the same on every mesh."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_digests(params)))
-    shapes = jax.tree_util.tree_leaves_with_path(jax.tree.map(lambda x: (x.shape, x.dtype), params))
-    lines = [f"{jax.tree_util.keystr(path)} {x}" for path, x in (*leaves, *shapes)]
+    named = traverse_util.flatten_dict(params, sep=".")
+    found = np.asarray(digests(named)).tolist()
+    lines = [f"{n} {x.shape} {x.dtype} {d}" for (n, x), d in zip(named.items(), found, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
-@jax.jit
-def _digests(params: state.Params) -> state.Params:
-    """A uint32 scalar per parameter: a sum of mixed bits and places, in any order."""
-
-    def digest(x: jax.Array) -> jax.Array:
-        unsigned = jnp.dtype(f"uint{8 * x.dtype.itemsize}")
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-        place = jnp.zeros(x.shape, jnp.uint32)
-        for axis, size in enumerate(x.shape):
-            iota = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-            place = place * jnp.uint32(size) + iota
-        mixed = bits * jnp.uint32(0x9E3779B1) + place * jnp.uint32(0x85EBCA6B)
-        mixed = (mixed ^ (mixed >> 15)) * jnp.uint32(0x2C1B3C6D)
-        return jnp.sum(mixed ^ (mixed >> 12), dtype=jnp.uint32)
-
-    return jax.tree.map(digest, params)
+def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint",
+        default=NEWEST,
+        help="newest (default), best by the run's config.checkpoint.best, or a step",
+    )
