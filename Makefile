@@ -32,7 +32,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m gcl_jax.search --workdir=$(DEMO) "sad cat" --top_k=5
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # In an environment of its own: Beam wants a protobuf older than the one sentencepiece is made for.
 test-beam:

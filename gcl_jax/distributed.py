@@ -256,7 +256,7 @@ def _initialize(rendezvous: Rendezvous | None) -> None:
         )
     except (ValueError, RuntimeError) as error:
         reason = str(error).partition("\n")[0]
-        raise ConfigError(f"the processes of this run do not find each other: {reason}") from error
+        _exit_with(f"the processes of this run do not find each other: {reason}")
     finally:
         timer.cancel()
 
