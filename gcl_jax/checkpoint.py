@@ -31,7 +31,7 @@ from gcl_jax.distributed import announce, is_first
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.integrity import Damaged, digests
 from gcl_jax.retention import preservation_policy
-from gcl_jax.saved import Saved, attempt, contents, first_cause, named, quiet_orbax, require_fit
+from gcl_jax.saved import Saved, contents, described, first_cause, named, quiet_orbax, require_fit
 from gcl_jax.state import Params, TrainState
 
 T = TypeVar("T")
@@ -204,28 +204,31 @@ class Checkpointer:
     def _newest(self, read: Callable[[int], T]) -> T | None:
         """What `read` makes of the newest checkpoint that it does not find `Damaged`."""
         while (step := self.latest_step()) is not None:
-            result, problem = attempt(read, step)
-            if not problem:
+            try:
+                result = read(step)
+            except Damaged as damage:
+                self._damaged[step] = str(damage)
+            else:
                 if self._damaged and not self._read_only:
                     self._move_aside()
                 return result
-            self._damaged[step] = problem
             # A run that is still training may have deleted it meanwhile.
             if self._folder(step).exists():
+                problem = self._damaged[step]
                 announce(f"warning: {self._folder(step)} is damaged and passed over: {problem}")
         if self._damaged:
             listed = "; ".join(f"{step}: {problem}" for step, problem in self._damaged.items())
             raise DataError(f"no checkpoint in {self.directory} is undamaged: {listed}")
         return None
 
-    def _exactly(self, step: int, read: Callable[[int], T]) -> T | None:
+    def _exactly(self, step: int, read: Callable[[int], T]) -> T:
         if step not in self._steps():
             there = ", ".join(map(str, sorted(self._steps()))) or "none"
             raise DataError(f"{self.directory} has no checkpoint of step {step}; it has {there}")
-        result, problem = attempt(read, step)
-        if problem:
-            raise DataError(f"{self._folder(step)} is damaged: {problem}")
-        return result
+        try:
+            return read(step)
+        except Damaged as damage:
+            raise DataError(f"{self._folder(step)} is damaged: {damage}") from damage
 
     def _move_aside(self) -> None:
         """Out of the way of the same steps, which will be saved again."""
@@ -283,7 +286,7 @@ class Checkpointer:
         if step not in self._scores:
             self._scores[step] = None
             with contextlib.suppress(Damaged):
-                self._scores[step] = self._score_of(Saved(self._folder(step)).metrics)
+                self._scores[step] = self._score_of(described(self._folder(step))["metrics"])
         return self._scores[step]
 
     def _score_of(self, metrics: Mapping[str, float]) -> float | None:

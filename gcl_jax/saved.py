@@ -1,11 +1,12 @@
 """One checkpoint on disk: what is in it, and its arrays, verified."""
 
+import contextlib
 import logging
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,6 @@ from jax.experimental import multihost_utils
 
 from gcl_jax.errors import DataError
 from gcl_jax.integrity import Damaged, digests, sealed, unsealed
-
-T = TypeVar("T")
 
 # Errors that say nothing about the files: too little memory, or somebody else's files.
 _NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
@@ -33,7 +32,8 @@ class Saved:
     """
 
     def __init__(self, folder: Path):
-        about = unsealed(folder / "about" / "metadata")
+        with _alike():
+            about = described(folder)
         self._folder, self._digests = folder, about["digests"]
         self.data, self.metrics, self.config = about["data"], about["metrics"], about["config"]
         self.arrays = {
@@ -57,33 +57,41 @@ class Saved:
             restore_args=ocp.checkpoint_utils.construct_restore_args(item),
             partial_restore=True,
         )
-        try:
-            # A CheckpointManager would have this process wait for one that cannot read its part.
-            found = ocp.PyTreeCheckpointHandler().restore(self._folder / "state", args=args)
-            found = {name: found[name] for name in wanted}
-            now = np.asarray(digests(found))
-        except _NOT_OF_THE_FILES:
-            raise
-        except Exception as error:
-            raise Damaged(f"state: {first_cause(error)}") from error
+        with _alike():
+            try:
+                # A CheckpointManager would wait here for a process that cannot read its part.
+                found = ocp.PyTreeCheckpointHandler().restore(self._folder / "state", args=args)
+                found = {name: found[name] for name in wanted}
+            except _NOT_OF_THE_FILES:
+                raise
+            except Exception as error:
+                raise Damaged(f"state: {first_cause(error)}") from error
+        now = np.asarray(digests(found))
         changed = [n for n, x in zip(found, now, strict=True) if x != self._digests[n]]
         if changed:
             raise Damaged(f"state: the bits of {_listed(changed)} are not those that were saved")
         return found
 
 
-def attempt(read: Callable[[int], T], step: int) -> tuple[T | None, str]:
-    """(result, "") or (None, what is damaged); on all processes if it is on one."""
-    result, problem = None, ""
+def described(folder: Path) -> dict:
+    """What the checkpoint in `folder` says of itself. Raises `Damaged`."""
+    return unsealed(folder / "about" / "metadata")
+
+
+@contextlib.contextmanager
+def _alike() -> Iterator[None]:
+    """What is `Damaged` for one process is so for all: they go on together, or none does."""
+    damage = None
     try:
-        result = read(step)
-    except Damaged as damage:
-        problem = str(damage)
+        yield
+    except Damaged as error:
+        damage = error
     if jax.process_count() > 1:
-        bad = np.flatnonzero(multihost_utils.process_allgather(np.bool_(problem)))
-        if bad.size and not problem:
-            result, problem = None, f"process {bad[0]} cannot read it"
-    return result, problem
+        bad = np.flatnonzero(multihost_utils.process_allgather(np.bool_(damage is not None)))
+        if bad.size and damage is None:
+            damage = Damaged(f"process {bad[0]} cannot read its part")
+    if damage is not None:
+        raise damage
 
 
 def contents(
