@@ -113,8 +113,8 @@ def test_sizes_flops_and_bytes_of_a_small_step(planned):
 
 
 def test_under_fsdp_layers_move_and_activations_stay():
-    """Once forward and once backward, for every field; left alone, XLA gathered 77 tokens of 1,024
-    rows to spare a matrix of 512 x 512 (ViT-B-32, v5e:4x4)."""
+    """Once forward, and at most once more backward, for every field. Left alone, XLA gathered 77
+    tokens of 1,024 rows to spare a matrix of 512 x 512 (ViT-B-32, v5e:4x4)."""
     cfg = make_tiny_config()
     cfg.data.store, cfg.optim.batch_size, cfg.mesh = "none", 512, MeshConfig(fsdp=8)
     cfg.model.vision.width = cfg.model.text.width = 256
@@ -122,10 +122,11 @@ def test_under_fsdp_layers_move_and_activations_stay():
     cfg, data = abstract.resolve(cfg)
     plan = planning.compile_plan(cfg, data, EIGHT)
     layer = 12 * 256**2 * 4
-    uses = 2 * (cfg.model.vision.layers + 2 * cfg.model.text.layers)
+    forward = (cfg.model.vision.layers + 2 * cfg.model.text.layers) * layer * 7 / 8
     sent = {part: sum(c.sent for c in plan.collectives if c.part == part) for part in PARTS}
-    assert sent["parameters"] == pytest.approx(uses * layer * 7 / 8, rel=0.1)
-    assert sent["activations"] < 0.01 * sent["parameters"]
+    assert forward <= sent["parameters"] < 2.1 * forward
+    assert sent["activations"] < 0.01 * forward
+    assert sum(sent.values()) < 5 * forward
 
 
 def test_too_little_memory_is_an_answer(tiny_config):
