@@ -181,9 +181,9 @@ def _part(kind: str, line: str, dims: tuple[int, ...], batch: int, shapes: set) 
     name = re.search(r'op_name="([^"]*)"', line)
     # The TPU compiler merges all-reduces under the name of one of them.
     is_named = kind != "all-reduce" and name is not None and "shard_map" in name[1]
-    if batch in dims or is_named:
-        return "loss"
     squeezed = _squeezed(dims)
+    if is_named or (batch in dims and len(squeezed) < 3):
+        return "loss"
     if squeezed not in shapes and len(squeezed) > 2:
         return "activations"
     return "parameters" if kind == "all-gather" else "gradients"

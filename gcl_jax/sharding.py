@@ -78,6 +78,13 @@ def gathered(params, dtype):
     return checkpoint_name(_gathered(cast), GATHERED)
 
 
+def rows_split(x):
+    """`x` with its rows, and nothing else, split over all devices; see `gathered`."""
+    if not is_split(jax.sharding.get_abstract_mesh()):
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
 @jax.custom_vjp
 def _gathered(params):
     return jax.lax.with_sharding_constraint(_split(params), PartitionSpec())

@@ -110,10 +110,23 @@ def test_sizes_flops_and_bytes_of_a_small_step(planned):
     if fsdp == 1:
         assert sent["gradients"] == pytest.approx(2 * whole * 7 / 8, rel=0.01)
         assert sent["parameters"] == 0
-    else:
-        # The embedding table, nearly all of the parameters, is gathered for the queries and titles.
-        assert sent["parameters"] == pytest.approx(whole * 3 / 4, rel=0.1)
-    assert sent["activations"] < 0.05 * sum(sent.values())
+
+
+def test_under_fsdp_layers_move_and_activations_stay():
+    """Once forward, and at most once more backward, for every field. Left alone, XLA gathered 77
+    tokens of 1,024 rows to spare a matrix of 512 x 512 (ViT-B-32, v5e:4x4)."""
+    cfg = make_tiny_config()
+    cfg.data.store, cfg.optim.batch_size, cfg.mesh = "none", 512, MeshConfig(fsdp=8)
+    cfg.model.vision.width = cfg.model.text.width = 256
+    cfg.model.text.vocab_size = 64
+    cfg, data = abstract.resolve(cfg)
+    plan = planning.compile_plan(cfg, data, EIGHT)
+    layer = 12 * 256**2 * 4
+    forward = (cfg.model.vision.layers + 2 * cfg.model.text.layers) * layer * 7 / 8
+    sent = {part: sum(c.sent for c in plan.collectives if c.part == part) for part in PARTS}
+    assert forward <= sent["parameters"] < 2.1 * forward
+    assert sent["activations"] < 0.01 * forward
+    assert sum(sent.values()) < 5 * forward
 
 
 def test_too_little_memory_is_an_answer(tiny_config):

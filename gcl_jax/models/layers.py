@@ -11,7 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
-from gcl_jax.sharding import GATHERED, gathered, is_split
+from gcl_jax.sharding import GATHERED, gathered, is_split, rows_split
 
 Activation = Callable[[jax.Array], jax.Array]
 
@@ -203,7 +203,7 @@ class Transformer(nnx.Module):
 
         def layer(x, params):
             block = nnx.merge(graphdef, gathered(params, self.dtype))
-            return block(x, is_causal=is_causal, lengths=lengths), None
+            return block(rows_split(x), is_causal=is_causal, lengths=lengths), None
 
         if self.remat != "none" or is_split(jax.sharding.get_abstract_mesh()):
             layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat])
