@@ -133,7 +133,7 @@ def final(workdir: Path, steps: int) -> tuple[dict, dict, list]:
     import jax
     import numpy as np
 
-    from gcl_jax.saved import Saved
+    from gcl_jax.checkpoints.saved import Saved
 
     saved = Saved(workdir / "checkpoints" / str(steps))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])

@@ -25,8 +25,8 @@ import numpy as np
 
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
-from gcl_jax.judgements import judged_metrics, sample_judgements
-from gcl_jax.results import summary
+from gcl_jax.evaluation.judgements import judged_metrics, sample_judgements
+from gcl_jax.evaluation.results import summary
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 

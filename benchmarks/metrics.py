@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax.judgements import KS
+from gcl_jax.evaluation.judgements import KS
 from gcl_jax.metrics import (
     PERSISTENCE,
     evaluate_rankings,

@@ -62,7 +62,7 @@ def config(case: Case):
 
 
 def opened(name: str, quick: bool):
-    from gcl_jax.topology import open_topology
+    from gcl_jax.planning.topology import open_topology
 
     topology = open_topology(name)
     return topology._replace(compiler_options=topology.compiler_options | (QUICK if quick else {}))
@@ -70,11 +70,11 @@ def opened(name: str, quick: bool):
 
 def compiled(case: Case, topology) -> dict:
     """All figures of one case."""
-    from gcl_jax import abstract, planning
     from gcl_jax.plan import figures
+    from gcl_jax.planning import abstract, plans
 
     cfg, data = abstract.resolve(config(case))
-    return figures(cfg, planning.compile_plan(cfg, data, topology), topology, UTILISATION)
+    return figures(cfg, plans.compile_plan(cfg, data, topology), topology, UTILISATION)
 
 
 def first_that_fits(case: Case, topology) -> tuple[Case, dict]:

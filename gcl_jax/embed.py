@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from gcl_jax import config, distributed, exports, vectors
+from gcl_jax import config, distributed
 from gcl_jax.config import DataConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embedding import Embedder
-from gcl_jax.embedding_cache import EmbeddingCache
+from gcl_jax.embeddings import exports, vectors
+from gcl_jax.embeddings.cache import EmbeddingCache
+from gcl_jax.embeddings.embedder import Embedder
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.runs import add_checkpoint_argument, load_run, parameters_digest
 

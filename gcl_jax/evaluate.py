@@ -20,15 +20,16 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax import classify, compare, distributed, metrics, recall, scoring
+from gcl_jax import distributed, metrics
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embedding import Corpus, Embedder, FieldEmbeddings
-from gcl_jax.embedding_cache import EmbeddingCache
+from gcl_jax.embeddings.cache import EmbeddingCache
+from gcl_jax.embeddings.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.groups import query_groups
-from gcl_jax.judgements import (
+from gcl_jax.evaluation import classify, compare, recall, scoring
+from gcl_jax.evaluation.groups import query_groups
+from gcl_jax.evaluation.judgements import (
     KS,
     Judgements,
     as_ranking,
@@ -38,7 +39,7 @@ from gcl_jax.judgements import (
     load_judgements,
     ranked_grades,
 )
-from gcl_jax.results import (
+from gcl_jax.evaluation.results import (
     SplitResult,
     as_report,
     format_groups,
@@ -47,7 +48,7 @@ from gcl_jax.results import (
     write,
     write_ranking,
 )
-from gcl_jax.retrieval import exact_top_k
+from gcl_jax.retrieval.index import exact_top_k
 from gcl_jax.runs import NEWEST, add_checkpoint_argument, load_run
 
 # What each way of calling the command has of its own.

@@ -26,7 +26,7 @@ from jaxtyping import Int
 
 from gcl_jax import distributed
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
-from gcl_jax.embedding import Embedder
+from gcl_jax.embeddings.embedder import Embedder
 from gcl_jax.errors import DataError, reported_in_one_line
 from gcl_jax.mining import Mining, mine_negatives
 from gcl_jax.runs import load_run

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from gcl_jax import logs
 from gcl_jax.data.negatives import compacted
 from gcl_jax.errors import UserError
-from gcl_jax.retrieval import exact_top_k
+from gcl_jax.retrieval.index import exact_top_k
 
 ANCHORS_PER_BLOCK = 512
 PAIRS_PER_BLOCK = 8192

@@ -81,7 +81,7 @@ def _require_unused(folder: Path, flag: str) -> None:
 
 def _write_run(params, cfg: TrainConfig, workdir: Path) -> None:
     """A run at step 0, of parameters alone."""
-    from gcl_jax.checkpoint import Checkpointer
+    from gcl_jax.checkpoints.checkpointer import Checkpointer
 
     with Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer:
         checkpointer.save_params(params)

@@ -11,12 +11,12 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from gcl_jax import config, logs, sharding, state
-from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.checkpoints.checkpointer import Checkpointer
+from gcl_jax.checkpoints.integrity import digests
 from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.errors import UserError
-from gcl_jax.integrity import digests
 
 NEWEST = "newest"
 

@@ -25,7 +25,7 @@ from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.hits import as_results, format_table, image_type, one_line, save_images
 
 if TYPE_CHECKING:
-    from gcl_jax.embedding_cache import EmbeddingCache
+    from gcl_jax.embeddings.cache import EmbeddingCache
 
 Query = Mapping[str, str | bytes]
 
@@ -53,7 +53,7 @@ class SearchIndex:
         Raises:
             DataError: a document that cannot be read.
         """
-        from gcl_jax.embedding import Embedder
+        from gcl_jax.embeddings.embedder import Embedder
 
         self._query_weights = cfg.data.query_fields
         self._query_kinds = store.queries.fields
@@ -91,7 +91,7 @@ class SearchIndex:
         self, embeddings: Float[np.ndarray, "q e"], top_k: int, within: np.ndarray | None = None
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
         """`search` for queries that are embedded already, rows of length 1."""
-        from gcl_jax.retrieval import exact_top_k
+        from gcl_jax.retrieval.index import exact_top_k
 
         if within is None:
             scores, found = self._index.search(embeddings, top_k)
@@ -103,7 +103,7 @@ class SearchIndex:
     @functools.cached_property
     def _index(self):
         """The whole corpus on the devices."""
-        from gcl_jax.retrieval import Index
+        from gcl_jax.retrieval.index import Index
 
         return Index(self._documents)
 
@@ -200,7 +200,7 @@ def search_run(args: argparse.Namespace) -> None:
     queries = parse_queries(kinds, args.texts, args.query)
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
 
-    from gcl_jax.embedding_cache import EmbeddingCache
+    from gcl_jax.embeddings.cache import EmbeddingCache
     from gcl_jax.runs import load_run
 
     cfg, store, params, mesh, step = load_run(workdir, args.embed_dim)

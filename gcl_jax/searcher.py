@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image, UnidentifiedImageError
 
-from gcl_jax.embedding import Embedder
-from gcl_jax.embedding_cache import EmbeddingCache
+from gcl_jax.embeddings.cache import EmbeddingCache
+from gcl_jax.embeddings.embedder import Embedder
 from gcl_jax.errors import DataError
 from gcl_jax.runs import load_run
 from gcl_jax.search import Query, QueryRecords, SearchIndex

@@ -11,7 +11,8 @@ import optax
 from jax.sharding import Mesh
 
 from gcl_jax import config, distributed, flops, optim, sharding
-from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.checkpoints.checkpointer import Checkpointer
+from gcl_jax.checkpoints.retention import require_metric
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import pair_weights, train_batches
 from gcl_jax.data.sampling import pairs_per_epoch
@@ -20,7 +21,6 @@ from gcl_jax.datasets import open_store
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.targets import KnownWeights
-from gcl_jax.retention import require_metric
 from gcl_jax.state import TrainState, abstract_model, abstract_state, init_state
 from gcl_jax.step import Metrics, known_weights, make_train_step
 from gcl_jax.warm_start import warm_start

@@ -52,8 +52,8 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
     import jax
 
     from gcl_jax import evaluate, logs
-    from gcl_jax.checkpoint import Checkpointer
-    from gcl_jax.embedding import Embedder
+    from gcl_jax.checkpoints.checkpointer import Checkpointer
+    from gcl_jax.embeddings.embedder import Embedder
     from gcl_jax.monitor import Monitor, Trace, diagnosis
     from gcl_jax.setup import set_up, start_or_continue
     from gcl_jax.state import abstract_state, averaged_params

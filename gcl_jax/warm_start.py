@@ -8,10 +8,10 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.checkpoints.checkpointer import Checkpointer
+from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.config import TrainConfig
 from gcl_jax.optim import Params
-from gcl_jax.saved import require_fit
 from gcl_jax.state import abstract_params
 
 

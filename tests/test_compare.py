@@ -10,8 +10,8 @@ import pytest
 from scipy import stats
 
 from gcl_jax import evaluate
-from gcl_jax.compare import compare, difference
 from gcl_jax.errors import DataError
+from gcl_jax.evaluation.compare import compare, difference
 from gcl_jax.metrics import paired_bootstrap
 
 

@@ -23,7 +23,7 @@ from processes import (
 )
 
 from gcl_jax import config, distributed, sharding, state
-from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate import evaluate_workdir

@@ -9,10 +9,10 @@ from gcl_jax import evaluate, metrics
 from gcl_jax.data.pipeline import corpus_batches
 from gcl_jax.data.store import Pairs
 from gcl_jax.datasets.builder import write_store
-from gcl_jax.embedding import Embedder, FieldEmbeddings
+from gcl_jax.embeddings.embedder import Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
-from gcl_jax.judgements import judged_metrics, sample_judgements
-from gcl_jax.retrieval import exact_top_k
+from gcl_jax.evaluation.judgements import judged_metrics, sample_judgements
+from gcl_jax.retrieval.index import exact_top_k
 from gcl_jax.text import load_tokenizer
 
 

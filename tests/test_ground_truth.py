@@ -12,7 +12,12 @@ from gcl_jax.config import EvalConfig, TrainConfig
 from gcl_jax.data import overview
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError
-from gcl_jax.judgements import ground_truth_of, judged_metrics, load_judgements, sample_judgements
+from gcl_jax.evaluation.judgements import (
+    ground_truth_of,
+    judged_metrics,
+    load_judgements,
+    sample_judgements,
+)
 from tests.test_prepare import tree
 from tests.test_sources import SPLITS, image, marqo, rows_of, write_layout_1, write_layout_2
 

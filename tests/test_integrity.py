@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gcl_jax.integrity import Damaged, digests, sealed, unsealed
+from gcl_jax.checkpoints.integrity import Damaged, digests, sealed, unsealed
 
 
 def reference(words):

@@ -15,7 +15,7 @@ from gcl_jax.data.negatives import pairs_fingerprint
 from gcl_jax.data.pipeline import train_batches
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets.builder import write_store
-from gcl_jax.embedding import Embedder
+from gcl_jax.embeddings.embedder import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.mining import Mining, mine_negatives
 from gcl_jax.runs import load_run

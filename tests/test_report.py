@@ -15,21 +15,13 @@ from conftest import TinySource
 from test_evaluate import LanguagesSource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import (
-    charts,
-    compare,
-    comparison,
-    config,
-    evaluate,
-    evaluated,
-    examples,
-    report,
-    search,
-)
+from gcl_jax import config, evaluate, report, search
 from gcl_jax.datasets import open_store
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.judgements import sample_judgements
+from gcl_jax.evaluation import compare
+from gcl_jax.evaluation.judgements import sample_judgements
 from gcl_jax.logs import MetricWriter
+from gcl_jax.reports import charts, comparison, evaluated, examples
 from gcl_jax.runs import load_run
 from gcl_jax.search import SearchIndex
 

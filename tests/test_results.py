@@ -6,8 +6,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gcl_jax import metrics, results
-from gcl_jax.judgements import KS
+from gcl_jax import metrics
+from gcl_jax.evaluation import results
+from gcl_jax.evaluation.judgements import KS
 
 
 def random_result(languages: bool) -> results.SplitResult:

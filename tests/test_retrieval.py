@@ -11,10 +11,11 @@ from conftest import make_cpu_mesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcl_jax import cpu_search, mesh_search, retrieval
-from gcl_jax.cpu_search import RunningTopK
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.retrieval import Index, exact_top_k
+from gcl_jax.retrieval import cpu_search, mesh_search
+from gcl_jax.retrieval import index as retrieval
+from gcl_jax.retrieval.cpu_search import RunningTopK
+from gcl_jax.retrieval.index import Index, exact_top_k
 
 
 def brute_force(queries, documents, k):
@@ -166,9 +167,10 @@ def test_memory_mapped_corpus_is_read_in_parts(tmp_path, small_blocks, devices):
 SEARCH_TOGETHER = """
 import sys
 import jax, numpy as np
-from gcl_jax import distributed, mesh_search
+from gcl_jax import distributed
+from gcl_jax.retrieval import mesh_search
 from gcl_jax.config import MeshConfig
-from gcl_jax.retrieval import Index, exact_top_k
+from gcl_jax.retrieval.index import Index, exact_top_k
 from gcl_jax.sharding import make_mesh
 
 mesh_search.BLOCK, mesh_search.CHUNK = 32, 64

@@ -6,7 +6,7 @@ import pytest
 from conftest import make_cpu_mesh
 
 from gcl_jax import config, state
-from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.optim import make_optimizer
 from gcl_jax.runs import load_model, parameters_digest

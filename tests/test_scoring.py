@@ -10,8 +10,8 @@ import pytrec_eval
 from conftest import TinySource
 
 from gcl_jax import evaluate, metrics, trec
-from gcl_jax.judgements import KS
-from gcl_jax.scoring import score
+from gcl_jax.evaluation.judgements import KS
+from gcl_jax.evaluation.scoring import score
 from tests.test_metrics import KS as CUTS
 from tests.test_metrics import random_case, trec_eval
 from tests.test_search import untrained_run

@@ -12,7 +12,7 @@ import pytest
 from conftest import TinySource
 
 from gcl_jax import config, hits, search, state
-from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.config import (
     DataConfig,
     EvalConfig,

@@ -19,7 +19,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
 from gcl_jax import config, evaluate, flops, sharding, state
-from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.datasets.builder import write_store
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.runs import load_run

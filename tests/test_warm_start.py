@@ -11,7 +11,7 @@ from flax import traverse_util
 from test_finetune import draw_params
 
 from gcl_jax import config, sharding
-from gcl_jax.checkpoint import Checkpointer
+from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import DataError
 from gcl_jax.models import port

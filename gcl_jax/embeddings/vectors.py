@@ -32,7 +32,7 @@ from gcl_jax.data import checksums
 from gcl_jax.data.locks import locked
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embedding import Corpus, Embedder, FieldEmbeddings
+from gcl_jax.embeddings.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
 
 FORMAT = 1

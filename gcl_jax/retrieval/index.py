@@ -6,8 +6,8 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from jaxtyping import Float, Int
 
-from gcl_jax import cpu_search, mesh_search
 from gcl_jax.errors import UserError
+from gcl_jax.retrieval import cpu_search, mesh_search
 
 # Queries in one program; more go by in tiles.
 TILE = 1024

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax import groups, metrics, trec
-from gcl_jax.judgements import Ranking
+from gcl_jax import metrics, trec
+from gcl_jax.evaluation import groups
+from gcl_jax.evaluation.judgements import Ranking
 
 PerQuery = Mapping[str, np.ndarray]
 

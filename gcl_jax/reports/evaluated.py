@@ -13,7 +13,7 @@ from gcl_jax import config
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError
-from gcl_jax.examples import Sample, read_sample
+from gcl_jax.reports.examples import Sample, read_sample
 from gcl_jax.search import SearchIndex
 
 SPLIT_NOTES = {
@@ -86,7 +86,7 @@ def open_index(run: EvaluatedRun) -> tuple[SearchIndex, int]:
     """An index of all documents that the splits search, and how many parameters the model has."""
     import jax
 
-    from gcl_jax.embedding_cache import EmbeddingCache
+    from gcl_jax.embeddings.cache import EmbeddingCache
     from gcl_jax.runs import load_run
 
     cfg, store, params, mesh, step = load_run(run.workdir)

@@ -1,4 +1,4 @@
-"""Exact search on the devices of a mesh: their part of `gcl_jax.retrieval`.
+"""Exact search on the devices of a mesh: their part of `gcl_jax.retrieval.index`.
 
 The rows of a corpus are split over the devices, in chunks. Every device multiplies the queries by
 one block of its rows after another and keeps its best; then the devices exchange them, each merging

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from gcl_jax.errors import DataError
+from gcl_jax.evaluation.results import GROUP_COLUMN
 from gcl_jax.metrics import paired_bootstrap
-from gcl_jax.results import GROUP_COLUMN
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

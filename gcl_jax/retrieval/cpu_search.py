@@ -1,4 +1,4 @@
-"""Exact search on the processor: its part of `gcl_jax.retrieval`.
+"""Exact search on the processor: its part of `gcl_jax.retrieval.index`.
 
 What XLA has for the best of many on a CPU, `top_k`, runs on one thread and takes 10 to 70 ns a
 score. Here a score below the k-th best so far costs one comparison, 0.7 ns; few are above it.

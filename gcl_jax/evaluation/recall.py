@@ -15,10 +15,10 @@ from jaxtyping import Float, Int
 from gcl_jax import distributed
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embedding import Embedder
-from gcl_jax.embedding_cache import EmbeddingCache
-from gcl_jax.results import write_json
-from gcl_jax.retrieval import exact_top_k
+from gcl_jax.embeddings.cache import EmbeddingCache
+from gcl_jax.embeddings.embedder import Embedder
+from gcl_jax.evaluation.results import write_json
+from gcl_jax.retrieval.index import exact_top_k
 from gcl_jax.runs import NEWEST, load_run
 
 KS = (1, 5, 10)

@@ -17,10 +17,10 @@ from jaxtyping import Float, Int
 
 from gcl_jax import distributed
 from gcl_jax.data.store import Records
-from gcl_jax.embedding import Embedder
+from gcl_jax.embeddings.embedder import Embedder
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.results import write_json
-from gcl_jax.retrieval import exact_top_k
+from gcl_jax.evaluation.results import write_json
+from gcl_jax.retrieval.index import exact_top_k
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")

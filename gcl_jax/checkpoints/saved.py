@@ -14,8 +14,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from gcl_jax.checkpoints.integrity import Damaged, digests, sealed, unsealed
 from gcl_jax.errors import DataError
-from gcl_jax.integrity import Damaged, digests, sealed, unsealed
 
 # Errors that say nothing about the files: too little memory, or somebody else's files.
 _NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)

@@ -14,12 +14,12 @@ import jax
 from jax.sharding import Mesh
 
 from gcl_jax import flops
-from gcl_jax.abstract import Data, abstract_batch, abstract_training, bytes_per_device
 from gcl_jax.config import TrainConfig
-from gcl_jax.hlo import Collective, read_collectives
+from gcl_jax.planning.abstract import Data, abstract_batch, abstract_training, bytes_per_device
+from gcl_jax.planning.hlo import Collective, read_collectives
+from gcl_jax.planning.topology import Topology
 from gcl_jax.sharding import make_mesh
 from gcl_jax.step import make_train_step
-from gcl_jax.topology import Topology
 
 # Passes that a float32 product of `Precision.HIGHEST` takes of the unit that bfloat16 takes one of:
 # a TPU adds up six products of parts; a GPU leaves its tensor cores (67 of 989 TFLOP/s on an H100).

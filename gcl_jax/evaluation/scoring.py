@@ -5,8 +5,8 @@ from pathlib import Path
 
 from gcl_jax import metrics, trec
 from gcl_jax.errors import DataError
-from gcl_jax.judgements import KS
-from gcl_jax.results import PER_QUERY, SplitResult, means, summary, write
+from gcl_jax.evaluation.judgements import KS
+from gcl_jax.evaluation.results import PER_QUERY, SplitResult, means, summary, write
 
 
 def score(qrels: trec.Table, run: trec.Table) -> tuple[SplitResult, dict[str, int]]:

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from gcl_jax import logs
+from gcl_jax.embeddings.vectors import EMBEDDINGS, IDS
 from gcl_jax.errors import UserError
-from gcl_jax.vectors import EMBEDDINGS, IDS
 
 ROWS_AT_A_TIME = 65_536
 

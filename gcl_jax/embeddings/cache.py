@@ -1,7 +1,7 @@
 """Embeddings that a run keeps, WORKDIR/embeddings/KEY: a corpus is embedded once per checkpoint.
 
-KEY stands for all that the embeddings depend on (see `gcl_jax.vectors.Task.manifest`): checkpoint
-and parameters, the records of the store, fields and weights, dimensions, preprocessing.
+KEY stands for all that the embeddings depend on (see `gcl_jax.embeddings.vectors.Task.manifest`):
+checkpoint and parameters, the records of the store, fields and weights, dimensions, preprocessing.
 """
 
 import contextlib
@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gcl_jax import distributed, vectors
+from gcl_jax import distributed
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.locks import is_locked
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embedding import Corpus, Embedder
+from gcl_jax.embeddings import vectors
+from gcl_jax.embeddings.embedder import Corpus, Embedder
 from gcl_jax.errors import DataError
 from gcl_jax.runs import parameters_digest
 

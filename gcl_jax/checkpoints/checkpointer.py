@@ -26,12 +26,20 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
+from gcl_jax.checkpoints.integrity import Damaged, digests
+from gcl_jax.checkpoints.retention import preservation_policy
+from gcl_jax.checkpoints.saved import (
+    Saved,
+    contents,
+    described,
+    first_cause,
+    named,
+    quiet_orbax,
+    require_fit,
+)
 from gcl_jax.config import CheckpointConfig, TrainConfig
 from gcl_jax.distributed import announce, is_first
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.integrity import Damaged, digests
-from gcl_jax.retention import preservation_policy
-from gcl_jax.saved import Saved, contents, described, first_cause, named, quiet_orbax, require_fit
 from gcl_jax.state import Params, TrainState
 
 T = TypeVar("T")

@@ -11,8 +11,8 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.overview import thumbnail
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.errors import DataError
+from gcl_jax.evaluation.judgements import Judgements, load_judgements
 from gcl_jax.hits import fields_of_kind
-from gcl_jax.judgements import Judgements, load_judgements
 from gcl_jax.search import SearchIndex
 
 RESULTS_PER_QUERY = 10

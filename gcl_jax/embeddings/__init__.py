@@ -1,0 +1,1 @@
+"""Records of a store through the towers: in memory, on disk, and for other programs."""

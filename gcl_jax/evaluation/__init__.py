@@ -1,0 +1,1 @@
+"""Ranked evaluation: judgements, results, comparisons, and what CLIP models are asked besides."""

@@ -1,0 +1,1 @@
+"""What `gcl_jax.report` shows, section by section."""

@@ -1,0 +1,1 @@
+"""Exact search by inner product, on whatever devices there are."""
