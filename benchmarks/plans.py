@@ -71,10 +71,10 @@ def opened(name: str, quick: bool):
 def compiled(case: Case, topology) -> dict:
     """All figures of one case."""
     from gcl_jax.plan import figures
-    from gcl_jax.planning import abstract, plans
+    from gcl_jax.planning import abstract, planner
 
     cfg, data = abstract.resolve(config(case))
-    return figures(cfg, plans.compile_plan(cfg, data, topology), topology, UTILISATION)
+    return figures(cfg, planner.compile_plan(cfg, data, topology), topology, UTILISATION)
 
 
 def first_that_fits(case: Case, topology) -> tuple[Case, dict]:

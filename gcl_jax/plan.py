@@ -21,7 +21,7 @@ from gcl_jax.validation import validate
 if TYPE_CHECKING:
     from gcl_jax.config import TrainConfig
     from gcl_jax.planning.abstract import Data
-    from gcl_jax.planning.plans import Plan
+    from gcl_jax.planning.planner import Plan
     from gcl_jax.planning.topology import Topology
 
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v6e:16x16, v5p:8x8x8, h100:8, cpu:8.")
@@ -37,7 +37,7 @@ GIB = 2**30
 
 def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology") -> str:
     """All figures of `plan`, for people."""
-    from gcl_jax.planning import plans
+    from gcl_jax.planning import planner
 
     sides = [
         ", ".join(f"{field} ({data.kinds[side][field]})" for field in fields)
@@ -79,7 +79,7 @@ def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology")
     if topology.chip is None:
         return "\n".join(lines)
     share = _UTILISATION.value
-    times = plans.project(cfg, plan, topology, share)
+    times = planner.project(cfg, plan, topology, share)
     pairs = plan.batch / times.overlapped, plan.batch / times.exposed
     return "\n".join(
         [
@@ -103,12 +103,12 @@ def _row(name: str, size: int) -> str:
 
 def figures(cfg: "TrainConfig", plan: "Plan", topology: "Topology", utilisation: float) -> dict:
     """All figures of `plan`, for programs: sizes in bytes, times in seconds."""
-    from gcl_jax.planning import plans
+    from gcl_jax.planning import planner
 
     found = dataclasses.asdict(plan) | {"sent": plan.sent}
     found["collectives"] = [c._asdict() for c in plan.collectives]
     if topology.chip is not None and plan.collectives:
-        times = plans.project(cfg, plan, topology, utilisation)
+        times = planner.project(cfg, plan, topology, utilisation)
         found["projection"] = times._asdict() | {
             "overlapped": times.overlapped,
             "exposed": times.exposed,
@@ -124,7 +124,7 @@ def run(cfg: "TrainConfig") -> bool:
     import jax
 
     from gcl_jax import logs
-    from gcl_jax.planning import abstract, plans
+    from gcl_jax.planning import abstract, planner
     from gcl_jax.planning.topology import open_topology
 
     logs.quiet_libraries()
@@ -142,7 +142,7 @@ def run(cfg: "TrainConfig") -> bool:
             verdict = "fits" if plan.fits else "does not fit"
             print(f"batch {plan.batch:,} {verdict}: {plan.verdict}", file=sys.stderr, flush=True)
 
-        found = plans.find_batch(cfg, data, topology, tell)
+        found = planner.find_batch(cfg, data, topology, tell)
         if found is None:
             print(f"{topology.name}: not even one pair on each device fits")
             return False
@@ -150,7 +150,7 @@ def run(cfg: "TrainConfig") -> bool:
         cfg = dataclasses.replace(cfg, optim=dataclasses.replace(cfg.optim, batch_size=plan.batch))
         print(f"largest batch that fits: {plan.batch:,}, to an eighth\n")
     else:
-        plan = plans.compile_plan(cfg, data, topology)
+        plan = planner.compile_plan(cfg, data, topology)
     print(report(cfg, data, plan, topology))
     if _JSON.value:
         Path(_JSON.value).write_text(

@@ -18,7 +18,7 @@ from gcl_jax import evaluate, search, sharding
 from gcl_jax.config import TrainConfig
 from gcl_jax.models.port import to_state_dict
 from gcl_jax.models.port.files import is_hub_id
-from gcl_jax.planning import abstract, plans
+from gcl_jax.planning import abstract, planner
 from gcl_jax.planning.abstract import bytes_per_device
 from gcl_jax.train import parse_flags, train
 from gcl_jax.validation import validate
@@ -83,7 +83,7 @@ def test_full_size_without_arrays(name, shape):
     """The whole training step is traced and lowered for eight devices; a state's share on each."""
     cfg, mesh = plan.load(name), make_cpu_mesh(*shape)
     cfg, data = abstract.resolve(cfg)
-    lowered, state, _ = plans.lower(cfg, data, mesh)
+    lowered, state, _ = planner.lower(cfg, data, mesh)
     after, metrics = lowered.out_info
     same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), state, after)
     assert all(jax.tree.leaves(same))

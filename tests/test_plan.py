@@ -18,7 +18,7 @@ from gcl_jax.config import MeshConfig
 from gcl_jax.data.pipeline import train_batches
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.flops import train_flops
-from gcl_jax.planning import abstract, plans, topology
+from gcl_jax.planning import abstract, planner, topology
 from gcl_jax.planning.hlo import PARTS
 from gcl_jax.presets import preset
 from gcl_jax.state import abstract_model
@@ -91,7 +91,7 @@ def planned(request):
     cfg.data.store, cfg.optim.batch_size = "none", 256
     cfg.mesh, cfg.loss.form, cfg.model.embed_dim = MeshConfig(fsdp=request.param), "gather", 256
     cfg, data = abstract.resolve(cfg)
-    return cfg, plans.compile_plan(cfg, data, EIGHT)
+    return cfg, planner.compile_plan(cfg, data, EIGHT)
 
 
 def test_sizes_flops_and_bytes_of_a_small_step(planned):
@@ -120,7 +120,7 @@ def test_under_fsdp_layers_move_and_activations_stay():
     cfg.model.vision.width = cfg.model.text.width = 256
     cfg.model.text.vocab_size = 64
     cfg, data = abstract.resolve(cfg)
-    plan = plans.compile_plan(cfg, data, EIGHT)
+    plan = planner.compile_plan(cfg, data, EIGHT)
     layer = 12 * 256**2 * 4
     forward = (cfg.model.vision.layers + 2 * cfg.model.text.layers) * layer * 7 / 8
     sent = {part: sum(c.sent for c in plan.collectives if c.part == part) for part in PARTS}
@@ -133,10 +133,10 @@ def test_too_little_memory_is_an_answer(tiny_config):
     cfg = tiny_config
     cfg.data.store = "none"
     cfg, data = abstract.resolve(cfg)
-    plan = plans.compile_plan(cfg, data, EIGHT._replace(memory=1e6))
+    plan = planner.compile_plan(cfg, data, EIGHT._replace(memory=1e6))
     assert (plan.fits, plan.peak) == (False, None)
     assert re.fullmatch(r"state and batch alone need 0.01 of 0.00 GiB", plan.verdict)
-    assert plans.find_batch(cfg, data, EIGHT._replace(memory=1e6), lambda plan: None) is None
+    assert planner.find_batch(cfg, data, EIGHT._replace(memory=1e6), lambda plan: None) is None
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_too_little_memory_is_an_answer(tiny_config):
     ],
 )
 def test_the_compilers_refusals_in_one_line(message, verdict):
-    assert plans.why_not(message) == verdict
+    assert planner.why_not(message) == verdict
 
 
 @pytest.mark.parametrize("start", [8, 64, 4096])
@@ -171,28 +171,28 @@ def test_the_search_for_a_batch(tiny_config, monkeypatch, start, largest, found)
 
     monkeypatch.setattr(planning, "compile_plan", fake)
     tiny_config.optim.batch_size = start
-    best = plans.find_batch(tiny_config, None, EIGHT, tried.append)
+    best = planner.find_batch(tiny_config, None, EIGHT, tried.append)
     assert best.batch == found
     assert len(tried) == len({plan.batch for plan in tried}) <= 14
 
 
-PLAN = plans.Plan("t", (8, 1), 8, 1, 1, 1, 1, 1, 1, 1.0, True, "", 1e12, 1e10)
+PLAN = planner.Plan("t", (8, 1), 8, 1, 1, 1, 1, 1, 1, 1.0, True, "", 1e12, 1e10)
 
 
 def test_the_projection_is_arithmetic(tiny_config):
     chip = topology.CHIPS["TPU v5e"]
     target = EIGHT._replace(chip=chip, platform="tpu")
-    sent = (plans.Collective("all-reduce", "gradients", 1, 2e9),)
+    sent = (planner.Collective("all-reduce", "gradients", 1, 2e9),)
     plan = dataclasses.replace(PLAN, collectives=sent)
     tiny_config.loss.dtype = "float32"
-    times = plans.project(tiny_config, plan, target, 0.5)
+    times = planner.project(tiny_config, plan, target, 0.5)
     assert times.towers == pytest.approx(1e12 / (197e12 / 2))
     assert times.loss == pytest.approx(6 * 1e10 / (197e12 / 2))
     assert times.communication == pytest.approx(2e9 / 200e9)
     assert times.exposed == pytest.approx(sum(times))
     assert times.overlapped == pytest.approx(times.towers + times.loss)
     tiny_config.model.remat, tiny_config.optim.chunks = "full", 2
-    again = plans.project(tiny_config, plan, target, 0.5)
+    again = planner.project(tiny_config, plan, target, 0.5)
     assert again.towers == pytest.approx(5 / 3 * times.towers)
 
 
@@ -261,7 +261,7 @@ def test_vit_b32_on_a_tpu_slice():
     target = topology.open_topology("v5e:4x4")
     target = target._replace(compiler_options=plans.QUICK)
     cfg, data = abstract.resolve(plans.config(plans.Case("ViT-B-32", "v5e:4x4", 4096, fsdp=4)))
-    plan = plans.compile_plan(cfg, data, target)
+    plan = planner.compile_plan(cfg, data, target)
     assert plan.fits
     assert plan.parameters == pytest.approx(4 * 151.28e6 / 4, rel=0.01)
     assert 1.0 < plan.temporaries / 2**30 < 4.0
