@@ -11,9 +11,7 @@ Beside the steps lie `damaged`, those that did not verify, and `deleted`, those 
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -27,14 +25,13 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from gcl_jax.checkpoints.integrity import Damaged, digests
+from gcl_jax.checkpoints.orbax_setup import first_cause, set_up
 from gcl_jax.checkpoints.retention import preservation_policy
 from gcl_jax.checkpoints.saved import (
     Saved,
     contents,
     described,
-    first_cause,
     named,
-    quiet_orbax,
     require_fit,
 )
 from gcl_jax.config import CheckpointConfig, TrainConfig
@@ -43,9 +40,6 @@ from gcl_jax.errors import DataError, UserError
 from gcl_jax.state import Params, TrainState
 
 T = TypeVar("T")
-
-# Why a save fails without anybody's fault, as the operating system words it.
-_NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
 
 
 class Restored(NamedTuple):
@@ -77,7 +71,7 @@ class Checkpointer:
         self._damaged: dict[int, str] = {}  # and why
         self._scores: dict[int, float | None] = {}
         self._saving: concurrent.futures.Future | None = None
-        quiet_orbax()
+        set_up()
         if read_only:
             if not self.directory.is_dir():
                 raise DataError(f"{self.directory} does not exist; train first")
@@ -276,10 +270,9 @@ class Checkpointer:
             raise self._failure(error) from error
 
     def _failure(self, error: BaseException) -> UserError:
-        cause = first_cause(error)
-        reason = next((reason for reason in _NO_ROOM if reason in cause), cause)
         return UserError(
-            f"cannot save a checkpoint in {self.directory}: {reason}; those in it are intact"
+            f"cannot save a checkpoint in {self.directory}: {first_cause(error)}; those in it are "
+            "intact"
         )
 
     def _folder(self, step: int) -> Path:

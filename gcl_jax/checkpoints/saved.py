@@ -1,9 +1,6 @@
 """One checkpoint on disk: what is in it, and its arrays, verified."""
 
 import contextlib
-import logging
-import re
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from gcl_jax.checkpoints.integrity import Damaged, digests, sealed, unsealed
+from gcl_jax.checkpoints.orbax_setup import first_cause
 from gcl_jax.errors import DataError
 
 # Errors that say nothing about the files: too little memory, or somebody else's files.
@@ -139,28 +137,6 @@ def require_fit(
     ]
     if problems:
         raise DataError(f"{source} does not fit this configuration: {'; '.join(problems)}")
-
-
-def quiet_orbax() -> None:
-    """Keeps off the terminal the stack traces of errors that are raised as well."""
-    for name in ("absl", "asyncio"):
-        logging.getLogger(name).addFilter(_not_of_orbax)
-    report = sys.unraisablehook
-    # What it was still reading or writing when the first error ended its event loop.
-    sys.unraisablehook = lambda u: None if "loop is closed" in str(u.exc_value) else report(u)
-
-
-def _not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
-
-
-def first_cause(error: BaseException) -> str:
-    """What began the chain of errors that ends in `error`, in one line."""
-    while (cause := error.__cause__ or error.__context__) is not None:
-        error = cause
-    line = str(error).partition("\n")[0]
-    # tensorstore appends what it had open, in JSON.
-    return re.split(r" \[(?:tensorstore_spec|source loc)", line)[0] or type(error).__name__
 
 
 def _listed(names: list[str]) -> str:
