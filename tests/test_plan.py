@@ -270,5 +270,5 @@ def test_vit_b32_on_a_tpu_slice():
     # In bfloat16, each tower's layers once forward and once backward, the text tower for two
     # fields; and the table of tokens, in float32.
     layers = 2 * 2 * (85.0e6 + 2 * 37.8e6) + 4 * 49408 * 512
-    assert sent["parameters"] == pytest.approx(layers * 3 / 4, rel=0.25)
+    assert 1 < sent["parameters"] / (layers * 3 / 4) < 1.5  # some again within the backward pass
     assert sent["activations"] < 0.01 * sum(sent.values())
