@@ -78,15 +78,8 @@ def compiled(case: Case, topology) -> dict:
 
 
 def first_that_fits(case: Case, topology) -> tuple[Case, dict]:
-    """`case` with the parameters split over 16 chips if state and gradients would take more than a
-    quarter of one, and with the batch in 1, 2, 4, ... chunks."""
-    import jax
-
-    from gcl_jax.state import abstract_model
-
+    """`case` with the parameters split over 16 chips, and with the batch in 1, 2, 4, ... chunks."""
     cfg = config(case)
-    parameters = sum(x.size for x in jax.tree.leaves(abstract_model(cfg.model)[1]))
-    fsdp = 16 if 16 * parameters > topology.memory / 4 else 1
     vision, text = cfg.model.vision, cfg.model.text
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
     # What `remat` keeps, the inputs of the layers in bfloat16, is a lower bound.
@@ -96,7 +89,7 @@ def first_that_fits(case: Case, topology) -> tuple[Case, dict]:
     while local // chunks * kept > topology.memory and chunks < local:
         chunks *= 2
     while True:
-        case = dataclasses.replace(case, fsdp=fsdp, chunks=chunks)
+        case = dataclasses.replace(case, fsdp=16, chunks=chunks)
         found = compiled(case, topology)
         if found["fits"] or chunks >= local:
             return case, found
