@@ -74,7 +74,8 @@ def outcome(config_file, workdir):
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
         assert checkpointer.latest_step() == 4
         params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
-    varying = {"pairs_per_second", "data_wait", "gradient_norm"}
+    varying = {"pairs_per_second", "data_wait", "teraflops_per_device", "peak_memory_gib"}
+    varying.add("gradient_norm")  # which differs by up to 3e-6
     rows = [{key: row[key] for key in row.keys() - varying} for row in logged(workdir)]
     assert [row["step"] for row in rows] == [1, 2, 2, 3, 4]
     return jax.device_get(params), rows
@@ -125,11 +126,11 @@ def test_a_run_survives_the_death_of_a_process(config_file, tmp_path):
             processes[victim].kill()
             errors = survivor.communicate(timeout=60)[1]
             code, message = survivor.returncode, f"process {1 - victim} lost another process"
-            # Losing the coordinator, jax may be quicker than we are to end the process.
+            # jax ends the process where it waits for the other's word, not for its numbers.
             assert (code == 1 and message in errors) or (
-                (victim, code) == (0, -signal.SIGABRT) and "another task died" in errors
-            )
-            newest = max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+                code == -signal.SIGABRT and "another task died" in errors
+            ), errors
+            newest = newest_step(checkpoints)
             processes = start_by_flags(config_file, workdir)
         wait_for(lambda: (checkpoints / f"{newest + 2}").is_dir(), processes)
         processes[1].send_signal(signal.SIGTERM)
@@ -139,9 +140,13 @@ def test_a_run_survives_the_death_of_a_process(config_file, tmp_path):
             process.kill()
     assert [process.returncode for process in processes] == [128 + signal.SIGTERM] * 2
     assert f"continuing {workdir} from step {newest} of" in errors[0]
-    saved = max(int(path.name) for path in checkpoints.iterdir())
+    saved = newest_step(checkpoints)
     assert f"saved step {saved}; run the same command to continue" in errors[0]
     assert "saved step" not in errors[1]
+
+
+def newest_step(checkpoints):
+    return max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
 
 
 def start_by_flags(config_file, workdir):

@@ -91,9 +91,10 @@ class Checkpointer:
     def __enter__(self) -> "Checkpointer":
         return self
 
-    def __exit__(self, *_) -> None:
-        if self._read_only:
-            return
+    def __exit__(self, kind, *_) -> None:
+        lost = kind is not None and issubclass(kind, jax.errors.JaxRuntimeError)
+        if self._read_only or (lost and jax.process_count() > 1):
+            return  # a save would wait for a process that is gone
         try:
             self._wait()
         finally:
