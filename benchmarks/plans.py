@@ -45,7 +45,7 @@ class Case:
 
 
 def config(case: Case):
-    """A text query and an image as the document; bfloat16 over float32."""
+    """A text as the query, an image as the document; bfloat16 over float32."""
     from gcl_jax.config import DataConfig, LossConfig, MeshConfig, OptimConfig, TrainConfig
     from gcl_jax.presets import preset
 

@@ -467,6 +467,7 @@ def test_a_missing_package_is_named_before_the_work(workdir, monkeypatch, capsys
     assert not (tmp_path / "v").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_write_what_one_does(workdir, tmp_path, compile_cache):
     out = tmp_path / "vectors"
     command = [sys.executable, "-m", "gcl_jax.embed", f"--workdir={workdir}", f"--out={out}"]

@@ -102,7 +102,9 @@ def test_memory_is_linear_and_documents_go_the_stated_way(form, is_known):
     check(make_cpu_mesh(4, 2), (4096, 16384, 65536), form, is_known)
 
 
-@pytest.mark.parametrize(("form", "is_known"), [("gather", True), ("ring", False)])
+@pytest.mark.parametrize(
+    ("form", "is_known"), [pytest.param("gather", True, marks=pytest.mark.slow), ("ring", False)]
+)
 def test_on_a_tpu_slice_too(form, is_known):
     """Of batches so large that they do not fit into the vector memory, which is not counted."""
     check(tpu_mesh(), (262144, 393216), form, is_known)

@@ -155,8 +155,13 @@ REDUCED = ["ViT-B-32-quickgelu", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bi
 
 @pytest.mark.parametrize(
     ("name", "pairs"),
-    [*FULL_SIZE.items(), *((name, 5) for name in REDUCED)],
-    ids=[*FULL_SIZE, *(f"{name} reduced" for name in REDUCED)],
+    [
+        *(
+            pytest.param(name, pairs, marks=[pytest.mark.slow] * (name == "ViT-L-14"), id=name)
+            for name, pairs in FULL_SIZE.items()
+        ),
+        *(pytest.param(name, 5, id=f"{name} reduced") for name in REDUCED),
+    ],
 )
 def test_clip_equals_open_clip(open_clip, name, pairs):
     import torch

@@ -170,7 +170,7 @@ def test_the_search_for_a_batch(tiny_config, monkeypatch, start, largest, found)
         size = cfg.optim.batch_size
         return dataclasses.replace(PLAN, batch=size, fits=size <= largest)
 
-    monkeypatch.setattr(planning, "compile_plan", fake)
+    monkeypatch.setattr(planner, "compile_plan", fake)
     tiny_config.optim.batch_size = start
     best = planner.find_batch(tiny_config, None, EIGHT, tried.append)
     assert best.batch == found
@@ -251,7 +251,7 @@ def test_the_command(config_file, tmp_path):
 def test_the_tables_cases_are_configurations():
     case = plans.Case("ViT-L-14", "v5e:16x16", 32768, fsdp=16, chunks=2, form="ring")
     cfg, data = abstract.resolve(plans.config(case))
-    assert data.kinds["document"] == {"image": "image", "title": "text"}
+    assert data.kinds["document"] == {"image": "image"}
     assert cfg.model.vision.width == preset("ViT-L-14").vision.width
     assert (cfg.mesh.fsdp, cfg.optim.chunks, cfg.loss.form) == (16, 2, "ring")
 
@@ -265,11 +265,11 @@ def test_vit_b32_on_a_tpu_slice():
     plan = planner.compile_plan(cfg, data, target)
     assert plan.fits
     assert plan.parameters == pytest.approx(4 * 151.28e6 / 4, rel=0.01)
-    assert 1.0 < plan.temporaries / 2**30 < 4.0
+    assert 0.5 < plan.temporaries / 2**30 < 4.0
     sent = {part: sum(c.sent for c in plan.collectives if c.part == part) for part in PARTS}
-    assert sent["loss"] == pytest.approx(3 * 8 * 4096 * 512 * 15 / 16, rel=0.05)
-    # In bfloat16, each tower's layers once forward and once backward, the text tower for two
-    # fields; and the table of tokens, in float32.
-    layers = 2 * 2 * (85.0e6 + 2 * 37.8e6) + 4 * 49408 * 512
+    assert sent["loss"] == pytest.approx(8 * 4096 * 512 * 15 / 16, rel=0.05)
+    # In bfloat16, each tower's layers once forward and once backward; and the table of tokens, in
+    # float32.
+    layers = 2 * 2 * (85.0e6 + 37.8e6) + 4 * 49408 * 512
     assert 1 < sent["parameters"] / (layers * 3 / 4) < 1.5  # some again within the backward pass
     assert sent["activations"] < 0.01 * sum(sent.values())

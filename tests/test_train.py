@@ -65,7 +65,7 @@ def interrupt_at(step, monkeypatch):
     monkeypatch.setattr(setup, "make_train_step", make_interrupted)
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_interrupted_and_resumed_equals_uninterrupted(cfg, tmp_path, monkeypatch, step):
     """With all that draws or averages: augmentation, patch dropout, moving averages."""
     cfg.data.augmentation = "crop_flip"

@@ -87,7 +87,8 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _runs(computations: dict[str, list[str]], text: str) -> dict[str, int]:
-    """{computation: how often it runs in a step}, of those where collectives count."""
+    """{computation: how often it runs in a step}, of those where collectives count. The branches
+    of a conditional are none: what they hold, the accuracy, is of logged steps alone."""
     runs: dict[str, int] = collections.defaultdict(int)
 
     def visit(name: str, times: int) -> None:
@@ -102,9 +103,6 @@ def _runs(computations: dict[str, list[str]], text: str) -> dict[str, int]:
             if not is_part and " all-reduce" not in line and " reduce-scatter" not in line:
                 for called in re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", line):
                     visit(called, times)
-                for branches in re.findall(r"branch_computations=\{([^}]*)\}", line):
-                    for called in re.findall(r"%([\w.\-]+)", branches):
-                        visit(called, times)
 
     visit("ENTRY", 1)
     return runs
