@@ -42,7 +42,14 @@ def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None)
             f"config.optim.batch_size={batch_size} is no multiple of the {count} devices"
         )
     shape, types = (data, cfg.fsdp), (AxisType.Auto,) * 2
-    return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # TPU chips are the nodes of a torus, whose axes make those of the mesh.
+        raise ConfigError(
+            f"config.mesh: data={data} x fsdp={cfg.fsdp} cannot be laid over the axes of this "
+            "slice; fsdp must be a product of some of them, such as 8 or 64 of 8x8x8"
+        ) from None
 
 
 def param_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
