@@ -81,6 +81,7 @@ def outcome(config_file, workdir):
     return jax.device_get(params), rows
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(four_steps, tmp_path):
     """Training, evaluation, checkpoints and their continuation on 2 x 4 devices and on 1 x 8, on
     other meshes and with other forms of the loss: always the same run."""

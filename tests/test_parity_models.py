@@ -157,7 +157,9 @@ REDUCED = ["ViT-B-32-quickgelu", "ViT-L-14-336", "ViT-H-14", "ViT-g-14", "ViT-bi
     ("name", "pairs"),
     [
         *(
-            pytest.param(name, pairs, marks=[pytest.mark.slow] * (name == "ViT-L-14"), id=name)
+            pytest.param(
+                name, pairs, marks=[pytest.mark.slow] * (name in ("ViT-B-16", "ViT-L-14")), id=name
+            )
             for name, pairs in FULL_SIZE.items()
         ),
         *(pytest.param(name, 5, id=f"{name} reduced") for name in REDUCED),
