@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from gcl_jax import logs
 from gcl_jax.data.negatives import compacted
 from gcl_jax.errors import UserError
-from gcl_jax.retrieval.index import exact_top_k
+from gcl_jax.retrieval.index import Index
 
 ANCHORS_PER_BLOCK = 512
 PAIRS_PER_BLOCK = 8192
@@ -93,7 +93,7 @@ def mine_negatives(
         anchors, candidates: embeddings of length 1.
         anchor, candidate, score: the pairs, as rows of `anchors` and of `candidates`.
     """
-    known = _Scores(anchor, candidate, score, len(candidates))
+    known, index = _Scores(anchor, candidate, score, len(candidates)), Index(candidates)
     rng = np.random.default_rng(mining.seed)
     # Only so many of the best can be out of the question: the search goes that much deeper.
     positive = np.bincount(anchor[score >= mining.max_score], minlength=len(anchors))
@@ -104,7 +104,7 @@ def mine_negatives(
         for start in range(0, len(anchors), ANCHORS_PER_BLOCK):
             rows = np.arange(start, min(start + ANCHORS_PER_BLOCK, len(anchors)))
             depth = mining.range_max + int(positive[rows].max(initial=0))
-            cosine, found = exact_top_k(anchors[rows], candidates, depth)
+            cosine, found = index.search(anchors[rows], depth)
             found_score = known(rows[:, None], found)
             ranked = (found_score == 0) | (found_score < mining.max_score)
             rank = np.cumsum(ranked, axis=1) - 1

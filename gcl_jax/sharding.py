@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from gcl_jax.config import MeshConfig
@@ -41,15 +42,12 @@ def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None)
         raise ConfigError(
             f"config.optim.batch_size={batch_size} is no multiple of the {count} devices"
         )
-    shape, types = (data, cfg.fsdp), (AxisType.Auto,) * 2
-    try:
-        return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices)
-    except NotImplementedError:
-        # TPU chips are the nodes of a torus, whose axes make those of the mesh.
-        raise ConfigError(
-            f"config.mesh: data={data} x fsdp={cfg.fsdp} cannot be laid over the axes of this "
-            "slice; fsdp must be a product of some of them, such as 8 or 64 of 8x8x8"
-        ) from None
+    # `jax.make_mesh` would lay fsdp=16 over no 8x8x8 slice: it splits an axis of the torus on v5e
+    # alone.
+    placed = mesh_utils.create_device_mesh(
+        (data, cfg.fsdp), devices, allow_split_physical_axes=True
+    )
+    return Mesh(placed, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def param_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:

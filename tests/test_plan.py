@@ -177,7 +177,19 @@ def test_the_search_for_a_batch(tiny_config, monkeypatch, start, largest, found)
     assert len(tried) == len({plan.batch for plan in tried}) <= 14
 
 
-PLAN = planner.Plan("t", (8, 1), 8, 1, 1, 1, 1, 1, 1, 1.0, True, "", 1e12, 1e10)
+PLAN = planner.Plan(
+    topology="t",
+    mesh=(8, 1),
+    batch=8,
+    parameters=1,
+    optimizer=1,
+    inputs=1,
+    memory=1.0,
+    tower_flops=1e12,
+    loss_flops=1e10,
+    fits=True,
+    verdict="",
+)
 
 
 def test_the_projection_is_arithmetic(tiny_config):

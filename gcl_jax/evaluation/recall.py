@@ -22,7 +22,6 @@ from gcl_jax.retrieval.index import exact_top_k
 from gcl_jax.runs import NEWEST, load_run
 
 KS = (1, 5, 10)
-ROWS_AT_A_TIME = 4096
 
 
 def recall_at(
@@ -32,21 +31,17 @@ def recall_at(
 ) -> dict[str, dict[str, float]]:
     """{"text_to_image" or "image_to_text": {"R@1": share, ...}} over the texts, and over the images
     that have a text; the others are only in the way. `image_of`: each text's image."""
-    ranked = _found(texts, images)
-    hits = {"text_to_image": ranked == image_of[:, None]}
+    _, best_images = exact_top_k(texts, images, max(KS))
     described = np.unique(image_of)
-    hits["image_to_text"] = image_of[_found(images[described], texts)] == described[:, None]
+    _, best_texts = exact_top_k(images[described], texts, max(KS))
+    hits = {
+        "text_to_image": best_images == image_of[:, None],
+        "image_to_text": image_of[best_texts] == described[:, None],
+    }
     return {
         direction: {f"R@{k}": float(hit[:, :k].any(axis=1).mean()) for k in KS}
         for direction, hit in hits.items()
     }
-
-
-def _found(queries: np.ndarray, documents: np.ndarray) -> np.ndarray:
-    blocks = range(0, len(queries), ROWS_AT_A_TIME)
-    return np.concatenate(
-        [exact_top_k(queries[i : i + ROWS_AT_A_TIME], documents, max(KS))[1] for i in blocks]
-    )
 
 
 def recall_splits(

@@ -41,14 +41,14 @@ class Plan:
     parameters: int
     optimizer: int
     inputs: int
-    temporaries: int | None
-    program: int | None
-    peak: int | None
     memory: float
-    fits: bool
-    verdict: str
     tower_flops: float
     loss_flops: float
+    fits: bool
+    verdict: str
+    temporaries: int | None = None
+    program: int | None = None
+    peak: int | None = None
     collectives: tuple[Collective, ...] = ()
 
     @property
@@ -87,14 +87,13 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
     arguments = known["parameters"] + known["optimizer"] + known["inputs"]
     if arguments > topology.memory:
         verdict = f"state and batch alone need {_gib(arguments, topology.memory)}"
-        return Plan(**known, temporaries=None, program=None, peak=None, fits=False, verdict=verdict)
+        return Plan(**known, verdict=verdict, fits=False)
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        verdict = why_not(str(error))
-        return Plan(**known, temporaries=None, program=None, peak=None, fits=False, verdict=verdict)
+        return Plan(**known, verdict=why_not(str(error)), fits=False)
     held = compiled.memory_analysis()
     peak = held.argument_size_in_bytes + held.temp_size_in_bytes
     peak += held.output_size_in_bytes - held.alias_size_in_bytes + held.generated_code_size_in_bytes
