@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=20_000)
     parser.add_argument("--images", action="store_true", help="give every document a JPEG")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--out", type=Path, help="also write the figures there")
     parser.add_argument("--pipeline", action="store_true", help="compare with a DataLoader")
     parser.add_argument("--image_size", type=int, default=224, help="of the model, for --pipeline")
     parser.add_argument("--train_steps", type=int, default=0, help="train on the texts as well")
@@ -151,8 +151,8 @@ def main() -> None:
         **measured,
     }
     print(json.dumps(figures, indent=2))
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

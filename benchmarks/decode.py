@@ -93,7 +93,7 @@ def measure(ways: dict[str, Callable[[bytes], np.ndarray | Image.Image]], data: 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--image_size", type=int, default=224, help="of the model")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--out", type=Path, help="also write the figures there")
     args = parser.parse_args()
     figures = {}
     every = decoders()
@@ -111,8 +111,8 @@ def main() -> None:
             print(f"decode {name}", figures[f"decode {name}"], flush=True)
             figures[f"crop {name}"] = measure(crops, file.getvalue())
             print(f"crop {name}", figures[f"crop {name}"], flush=True)
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

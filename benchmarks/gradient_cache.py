@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--chunks", default="1,2,4,8,16")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--out", type=Path, default=OUTPUT)
     args = parser.parse_args()
     programs, states, times, rows = {}, {}, {}, {}
     for chunks in map(int, args.chunks.split(",")):
@@ -89,7 +89,7 @@ def main() -> None:
         row |= {"seconds": round(seconds, 3), "ratio": round(seconds / whole, 3)}
         print(f"{chunks:>6}{row['seconds']:>10.3f}{row['mib']:>10.1f}{row['ratio']:>7.2f}x")
     about = {"device": jax.devices()[0].device_kind, "batch_size": args.batch_size}
-    args.output.write_text(json.dumps({"about": about, "chunks": rows}, indent=2) + "\n")
+    args.out.write_text(json.dumps({"about": about, "chunks": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

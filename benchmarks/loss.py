@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="fewer beyond 8192")
     parser.add_argument("--limit_mib", type=float, default=4096, help="for all logits at once")
     parser.add_argument("--gib", type=float, default=16, help="memory that a batch may fill")
-    parser.add_argument("--output", type=Path, default=HERE / "loss.json")
+    parser.add_argument("--out", type=Path, default=HERE / "loss.json")
     parser.add_argument("--torch_peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.torch_peak:
@@ -214,7 +214,7 @@ def main() -> None:
     }
 
     def save() -> None:
-        args.output.write_text(json.dumps(summary, indent=2) + "\n")
+        args.out.write_text(json.dumps(summary, indent=2) + "\n")
 
     for batch in map(int, args.batches.split(",")):
         repeats = max(1, min(args.repeats, round(args.repeats * (8192 / batch) ** 2)))

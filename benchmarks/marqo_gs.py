@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--peak", type=float, default=H100, help="FLOP/s (default: H100, bfloat16)")
     parser.add_argument("--utilisation", type=float, default=0.2, help="assumed (default 0.2)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there, too")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures there, too")
     args = parser.parse_args()
     rows = [plan(name, args.peak, args.utilisation) for name in NAMES]
     names = ("config", "parameters", *(f"GB {data}x{fsdp}" for data, fsdp in MESHES))
@@ -91,8 +91,8 @@ def main() -> None:
     print("|---" * len(names) + "|")
     for row in rows:
         print(as_line(row))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    if args.out:
+        args.out.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=2000)
     parser.add_argument("--depth", type=int, default=1000)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--out", type=Path, default=OUTPUT)
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     shape = (args.queries, args.depth)
@@ -136,7 +136,7 @@ def main() -> None:
         for name, seconds in median.items()
     }
     print(json.dumps(figures, indent=2))
-    args.output.write_text(json.dumps({"about": about, "median": figures}, indent=2) + "\n")
+    args.out.write_text(json.dumps({"about": about, "median": figures}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -200,7 +200,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--models", default=",".join(MODELS))
     parser.add_argument("--topologies", default=",".join(TOPOLOGIES))
-    parser.add_argument("--json", type=Path, default=HERE / "plans.json")
+    parser.add_argument("--out", type=Path, default=HERE / "plans.json")
     parser.add_argument("--case", help=argparse.SUPPRESS)
     parser.add_argument("--search", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
@@ -221,7 +221,7 @@ def main() -> None:
     meshes: list[str] = []
     rows: list[str] = []
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
-        find = Results(args.json, bar)
+        find = Results(args.out, bar)
         for name, case in compared().items():
             with passed_over(bar):
                 meshes.append(mesh_row(name, find(case)[1]))

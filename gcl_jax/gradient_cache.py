@@ -5,6 +5,7 @@ chunk without gradients, take the gradients of the loss by the embeddings, and e
 more to carry them on to the parameters. The result is exact; the towers run forward twice.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from gcl_jax.errors import ConfigError
-from gcl_jax.sharding import BATCH_AXES
+from gcl_jax.sharding import BATCH_AXES, is_split
 
 Encode = Callable[[Any, Any, jax.Array], Any]
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
@@ -46,29 +47,59 @@ def cached_value_and_grad(encode: Encode, loss: Loss, chunks: int, mesh: Mesh):
     if chunks == 1:
         return jax.value_and_grad(whole, has_aux=True)
 
+    def embed(params, chunks):
+        return jax.lax.scan(lambda _, chunk: (None, encode(params, *chunk)), None, chunks)[1]
+
+    def carry_on(params, chunks, by_embeddings):
+        """The sum over the chunks of what their embeddings' gradients say of the parameters."""
+
+        def add(gradients, chunk):
+            inputs, by_chunk = chunk
+            _, pull = jax.vjp(lambda params: encode(params, *inputs), params)
+            return jax.tree.map(jnp.add, gradients, *pull(by_chunk)), None
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return jax.lax.scan(add, zeros, (chunks, by_embeddings))[0]
+
+    if mesh.size > 1 and not is_split(mesh):
+        embed, carry_on = _on_each_device(embed, carry_on, mesh)
+
     def in_chunks(params, inputs, rest, key):
         numbered = _split(inputs, chunks, mesh), jax.random.split(key, chunks)
-
-        def embed(_, chunk):
-            return None, encode(params, *chunk)
-
-        _, embeddings = jax.lax.scan(embed, None, numbered)
-        embeddings = _join(embeddings, mesh)
+        embeddings = _join(embed(params, numbered), mesh)
         value, (gradients, by_embeddings) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
             params, embeddings, rest
         )
-
-        def carry_on(gradients, chunk):
-            inputs, by_embeddings = chunk
-            _, pull = jax.vjp(lambda params: encode(params, *inputs), params)
-            (by_params,) = pull(by_embeddings)
-            return jax.tree.map(jnp.add, gradients, by_params), None
-
-        by_chunk = _split(by_embeddings, chunks, mesh)
-        gradients, _ = jax.lax.scan(carry_on, gradients, (numbered, by_chunk))
-        return value, gradients
+        by_params = carry_on(params, numbered, _split(by_embeddings, chunks, mesh))
+        return value, jax.tree.map(jnp.add, gradients, by_params)
 
     return in_chunks
+
+
+def _on_each_device(embed, carry_on, mesh: Mesh):
+    """Both on the device's own rows and with random numbers of its own. Left to itself, the
+    compiler would sum the gradients over the devices after every chunk, not once."""
+    rows, whole = PartitionSpec(None, BATCH_AXES), PartitionSpec()
+
+    def own(chunks):
+        inputs, keys = chunks
+        device = jax.lax.axis_index(BATCH_AXES)
+        return inputs, jax.vmap(jax.random.fold_in, (0, None))(keys, device)
+
+    def summed(params, chunks, by_embeddings):
+        # As many copies: else their gradients would be summed wherever a parameter is used.
+        params = jax.tree.map(lambda x: jax.lax.pcast(x, BATCH_AXES, to="varying"), params)
+        return jax.lax.psum(carry_on(params, own(chunks), by_embeddings), BATCH_AXES)
+
+    def embedded(params, chunks):
+        return embed(params, own(chunks))
+
+    on_devices = functools.partial(jax.shard_map, mesh=mesh)
+    chunks = rows, whole
+    return (
+        on_devices(embedded, in_specs=(whole, chunks), out_specs=rows),
+        on_devices(summed, in_specs=(whole, chunks, rows), out_specs=whole),
+    )
 
 
 def _split(x, chunks: int, mesh: Mesh):

@@ -1,5 +1,6 @@
 """The device mesh, where parameters live on it, and how host batches reach it."""
 
+import contextlib
 from collections.abc import Sequence
 
 import jax
@@ -105,7 +106,9 @@ _gathered.defvjp(lambda params: (_gathered(params), None), lambda _, by: (_split
 
 
 def on_mesh(mesh: Mesh):
-    """A context in which code that is traced knows the mesh."""
+    """A context in which code that is traced knows the mesh, if parameters are split over it."""
+    if not is_split(mesh):
+        return contextlib.nullcontext()
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 

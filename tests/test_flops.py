@@ -26,8 +26,13 @@ from gcl_jax.state import abstract_model, merge
     ("name", "gflop"), [("ViT-B-32", 14.78), ("ViT-B-16", 41.09), ("ViT-L-14", 175.33)]
 )
 def test_an_image_and_a_text_as_open_clip_profiles_them(name, gflop):
+    """It computes all tokens of the last blocks, of which only one is read."""
     model = preset(name)
     flops = tower_flops(model, "image") + tower_flops(model, "text")
+    patches = (model.vision.image_size // model.vision.patch_size) ** 2
+    for tower, tokens in ((model.vision, patches + 1), (model.text, 77)):
+        per_token = 2 * (2 + 2 * tower.mlp_ratio) * tower.width**2 + 4 * tokens * tower.width
+        flops += (tokens - 1) * per_token
     assert flops == pytest.approx(gflop * 1e9, rel=0.01)
 
 

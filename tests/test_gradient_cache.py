@@ -10,6 +10,7 @@ from test_contrastive import assert_close
 from gcl_jax.errors import ConfigError
 from gcl_jax.gradient_cache import cached_value_and_grad
 from gcl_jax.optim import make_optimizer
+from gcl_jax.planning.hlo import read_collectives
 from gcl_jax.sharding import batch_sharding, to_global
 from gcl_jax.state import abstract_model, abstract_state, init_state
 from gcl_jax.step import make_train_step
@@ -38,16 +39,23 @@ def problem():
     return params, inputs, np.float32(rng.normal(size=(ROWS, 2))), jax.random.key(1)
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)], indirect=True)
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 2), (8, 1)], indirect=True)
 def test_chunks_equal_the_whole_with_the_same_random_numbers(mesh):
-    """Each chunk is a third of the rows of every device."""
+    """Each chunk is a third of the rows of every device, which draws for itself if it has all
+    parameters."""
     params, inputs, target, key = problem()
-    places = np.arange(ROWS).reshape(mesh.size, CHUNKS, -1).swapaxes(0, 1).reshape(CHUNKS, -1)
+    places = np.arange(ROWS).reshape(mesh.size, CHUNKS, -1).swapaxes(0, 1)
+    keys = jax.random.split(key, CHUNKS)
+    if mesh.shape["data"] == 8:
+        drawn = [[jax.random.fold_in(key, device) for device in range(8)] for key in keys]
+    else:
+        places, drawn = places.reshape(CHUNKS, 1, -1), [[key] for key in keys]
 
     def by_hand(params):
         parts = [
-            encode(params, {"x": inputs["x"][place]}, chunk_key)
-            for place, chunk_key in zip(places, jax.random.split(key, CHUNKS), strict=True)
+            encode(params, {"x": inputs["x"][place]}, own)
+            for chunk, own_keys in zip(places, drawn, strict=True)
+            for place, own in zip(chunk, own_keys, strict=True)
         ]
         back = np.argsort(places.ravel())
         embeddings = jax.tree.map(lambda *x: jnp.concatenate(x)[back], *parts)
@@ -69,7 +77,29 @@ def test_one_chunk_is_plain_value_and_grad():
     assert_close(cached(params, inputs, target, key), expected, 1e-6)
 
 
-@pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
+def test_gradients_are_summed_over_devices_once():
+    """Of the bytes that a device sends, those of the sum stay; the others are embeddings."""
+    params, _, _, key = problem()
+    params["kernel"] = np.zeros((5, 512), np.float32)
+    mesh = make_cpu_mesh(8, 1)
+
+    def sent(chunks):
+        rows = {"x": np.zeros((96, 5), np.float32)}
+        value_and_grad = cached_value_and_grad(encode, mean_of_embeddings, chunks, mesh)
+        batch = to_global((rows, np.zeros((96, 1), np.float32)), mesh)
+        text = jax.jit(value_and_grad).lower(params, *batch, key).compile().as_text()
+        found = read_collectives(text, 8, 96, [x.shape for x in jax.tree.leaves(params)])
+        return sum(c.sent for c in found)
+
+    once = 2 * 7 / 8 * 4 * 5 * 512
+    assert once <= sent(12) < 1.1 * once
+
+
+def mean_of_embeddings(params, embeddings, target):
+    return jnp.mean(embeddings["square"]), {}
+
+
+@pytest.mark.parametrize("mesh", [(4, 2), (8, 1)], indirect=True)
 def test_a_step_in_chunks_equals_the_whole_step(mesh, tiny_config, tiny_batch):
     """Gradients are seen through Adam's first moment after one step."""
     tiny_config.optim.batch_size, tiny_config.optim.clip_norm = 32, 0.0

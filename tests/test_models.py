@@ -1,5 +1,6 @@
 """The towers, from encoded images to gradients; `test_parity_models` has every family."""
 
+import functools
 import io
 import math
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from towers import SMALL, random_params
 
@@ -15,6 +17,7 @@ from gcl_jax.data.transforms import ImageTransform, decode_image
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import normalize
+from gcl_jax.models.layers import Numerics, Transformer, tokens_at
 from gcl_jax.models.port import from_state_dict, to_state_dict
 from gcl_jax.presets import preset
 from gcl_jax.state import abstract_model, init_params, merge
@@ -182,3 +185,41 @@ def test_parameters_and_compute_have_the_configured_dtypes():
     others = {x.dtype for x in jax.tree.leaves(params) if x.ndim}
     assert others == {jnp.dtype("bfloat16")}
     assert params["logit_scale"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize(
+    ("is_causal", "post_norm", "read", "options"),
+    [
+        (False, False, 0, {}),
+        (False, False, 6, {"remat": "dots"}),
+        (True, False, "own", {"lora_rank": 2}),
+        (False, True, 0, {"remat": "full"}),
+        (False, True, "own", {"dtype": "bfloat16"}),
+    ],
+)
+def test_one_token_alone_is_that_of_all(is_causal, post_norm, read, options):
+    """Values and gradients, by parameters and inputs."""
+    rng = np.random.default_rng(0)
+    model = small_model(**options)
+    how = Numerics.of(model)
+    make = functools.partial(Transformer, model.text, model.text.heads, how, post_norm=post_norm)
+    graphdef, params = nnx.split(make(rngs=nnx.Rngs(0)))
+    params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
+    x = jnp.asarray(rng.standard_normal((PAIRS, 7, 48)), how.dtype)
+    lengths = jnp.asarray([7, 3, 5, 7, 2]) if post_norm else None
+    read = jnp.asarray([1, 2, 4, 6, 0]) if read == "own" else read
+
+    def summed(params, x, in_part):
+        transformer = nnx.merge(graphdef, params)
+        if in_part:
+            tokens = transformer(x, is_causal=is_causal, lengths=lengths, read=read)
+        else:
+            tokens = tokens_at(transformer(x, is_causal=is_causal, lengths=lengths), read)
+        assert tokens.shape == (PAIRS, 1, 48)
+        return jnp.sum(jnp.sin(tokens.astype(jnp.float32))), tokens
+
+    computed = jax.jit(jax.value_and_grad(summed, (0, 1), has_aux=True), static_argnums=2)
+    expected, actual = computed(params, x, False), computed(params, x, True)
+    tolerance = 1e-5 if how.dtype == jnp.float32 else 5e-2
+    for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        assert relative_error(one, other) < tolerance

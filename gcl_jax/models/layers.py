@@ -34,6 +34,19 @@ REMAT_POLICIES = {
 }
 
 
+# Of the tokens of each row: the same for all rows, or each row's own.
+Position = int | Int[Array, " b"]
+
+
+def tokens_at(x: Float[Array, "b t d"], position: Position | None) -> Float[Array, "b r d"]:
+    """The token of each row at `position` (r = 1); all of them if that is None."""
+    if position is None:
+        return x
+    if isinstance(position, int):
+        return x[:, position : position + 1]
+    return jnp.take_along_axis(x, position[:, None, None], axis=1)
+
+
 def normal(std: float) -> nnx.initializers.Initializer:
     return nnx.initializers.normal(std)
 
@@ -94,11 +107,17 @@ class Linear(nnx.Linear):
             self.lora_a = how.param(inputs**-0.5, (inputs, how.lora_rank), rngs)
             self.lora_b = how.param(0.0, (how.lora_rank, outputs), rngs)
 
-    def __call__(self, x: Float[Array, "... i"], *_) -> Float[Array, "... o"]:
-        y = super().__call__(x)
+    def __call__(
+        self, x: Float[Array, "... i"], outputs: slice = slice(None), *_
+    ) -> Float[Array, "... o"]:
+        """Of the outputs, those of the slice."""
+        assert self.bias is not None
+        x = x.astype(self.dtype)
+        y = x @ self.kernel[...][:, outputs].astype(x.dtype)
+        y += self.bias[...][outputs].astype(x.dtype)
         if self.lora_scale:
             a, b = self.lora_a[...].astype(x.dtype), self.lora_b[...].astype(x.dtype)
-            y += (x @ a) @ b * self.lora_scale
+            y += (x @ a) @ b[:, outputs] * self.lora_scale
         return y
 
 
@@ -111,19 +130,32 @@ class Attention(nnx.Module):
         self.out_proj = Linear(width, width, out_std, how, rngs)
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, is_causal: bool, lengths: Int[Array, " b"] | None
-    ) -> Float[Array, "b t d"]:
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        is_causal: bool,
+        lengths: Int[Array, " b"] | None,
+        read: Position | None,
+    ) -> Float[Array, "b r d"]:
         b, t, d = x.shape
-        q, k, v = jnp.split(self.in_proj(x).reshape(b, t, 3 * self.heads, -1), 3, axis=2)
+        if read is None:
+            q, k, v = jnp.split(self.in_proj(x).reshape(b, t, 3 * self.heads, -1), 3, axis=2)
+        else:
+            q = self.in_proj(tokens_at(x, read), slice(None, d)).reshape(b, 1, self.heads, -1)
+            keys_values = self.in_proj(x, slice(d, None)).reshape(b, t, 2 * self.heads, -1)
+            k, v = jnp.split(keys_values, 2, axis=2)
+            if is_causal:
+                lengths = jnp.broadcast_to(read + 1, (b,))
         attended = jax.nn.dot_product_attention(
             q,
             k,
             v,
-            is_causal=is_causal,
+            is_causal=is_causal and read is None,
             key_value_seq_lengths=lengths,
-            implementation=self.implementation,
+            # cuDNN has nothing to gain from a single query.
+            implementation=self.implementation if read is None else "xla",
         )
-        return self.out_proj(attended.reshape(b, t, d))
+        return self.out_proj(attended.reshape(b, -1, d))
 
 
 class Mlp(nnx.Module):
@@ -160,13 +192,19 @@ class ResidualBlock(nnx.Module):
         self.mlp = Mlp(width, int(width * cfg.mlp_ratio), out_std, cfg.act, how, rngs)
 
     def __call__(
-        self, x: Float[Array, "b t d"], *, is_causal: bool, lengths: Int[Array, " b"] | None
-    ) -> Float[Array, "b t d"]:
-        attend = functools.partial(self.attn, is_causal=is_causal, lengths=lengths)
+        self,
+        x: Float[Array, "b t d"],
+        *,
+        is_causal: bool,
+        lengths: Int[Array, " b"] | None,
+        read: Position | None = None,
+    ) -> Float[Array, "b r d"]:
+        """All tokens, or only those at `read` (r = 1) and what they depend on."""
+        attend = functools.partial(self.attn, is_causal=is_causal, lengths=lengths, read=read)
         if self.post_norm:
-            x = self.ln_1(x + attend(x))
+            x = self.ln_1(tokens_at(x, read) + attend(x))
             return self.ln_2(x + self.mlp(x))
-        x = x + attend(self.ln_1(x))
+        x = tokens_at(x, read) + attend(self.ln_1(x))
         return x + self.mlp(self.ln_2(x))
 
 
@@ -197,14 +235,26 @@ class Transformer(nnx.Module):
         *,
         is_causal: bool,
         lengths: Int[Array, " b"] | None = None,
-    ) -> Float[Array, "b t d"]:
-        """`lengths`: how many tokens of each row are real; the padding behind is never attended."""
+        read: Position | None = None,
+    ) -> Float[Array, "b r d"]:
+        """All tokens, or only those at `read` (r = 1), for which the last block computes a sixth.
+
+        `lengths`: how many tokens of each row are real; the padding behind is never attended.
+        """
         graphdef, stacked = nnx.split(self.blocks)
 
-        def layer(x, params):
+        def layer(x, params, read=None):
             block = nnx.merge(graphdef, gathered(params, self.dtype))
-            return block(rows_split(x), is_causal=is_causal, lengths=lengths), None
+            return block(rows_split(x), is_causal=is_causal, lengths=lengths, read=read)
 
-        if self.remat != "none" or is_split(jax.sharding.get_abstract_mesh()):
-            layer = jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat])
-        return jax.lax.scan(layer, x, stacked)[0]
+        def saving(layer):
+            if self.remat != "none" or is_split(jax.sharding.get_abstract_mesh()):
+                return jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat])
+            return layer
+
+        whole = saving(layer)
+        if read is None:
+            return jax.lax.scan(lambda x, params: (whole(x, params), None), x, stacked)[0]
+        before, last = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in (slice(-1), -1))
+        x = jax.lax.scan(lambda x, params: (whole(x, params), None), x, before)[0]
+        return saving(functools.partial(layer, read=read))(x, last)

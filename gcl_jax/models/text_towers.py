@@ -27,13 +27,9 @@ class TextTower(nnx.Module):
         model's sight; SigLIP's tower attends to its padding and reads the last token.
         """
         x = self.token_embedding[...][tokens] + self.positional_embedding[...][: tokens.shape[1]]
-        x = self.transformer(x.astype(self.dtype), is_causal=self.causal)
-        if self.pool == "last":
-            pooled = x[:, -1]
-        else:
-            end = jnp.argmax(tokens, axis=-1)
-            pooled = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
-        return self.projection(self.ln_final(pooled))
+        read = tokens.shape[1] - 1 if self.pool == "last" else jnp.argmax(tokens, axis=-1)
+        x = self.transformer(x.astype(self.dtype), is_causal=self.causal, read=read)
+        return self.projection(self.ln_final(x[:, 0]))
 
 
 class BertTower(nnx.Module):
@@ -59,7 +55,8 @@ class BertTower(nnx.Module):
         positions = self.positional_embedding[...][self.first_position : self.first_position + t]
         x = self.token_embedding[...][tokens] + positions + self.token_type_embedding[...][0]
         x = self.ln_embedding(x.astype(self.dtype))
-        x = self.transformer(x, is_causal=False, lengths=lengths)
+        read = 0 if self.pool == "first" else None
+        x = self.transformer(x, is_causal=False, lengths=lengths, read=read)
         if self.pool == "first":
             return self.projection(x[:, 0])
         real = jnp.arange(t) < lengths[:, None]

@@ -47,7 +47,7 @@ class VisionTower(nnx.Module):
         x = _drop_patches(x + positions[1:], self.patch_dropout, key)
         token = self.class_embedding[...].astype(self.dtype) + positions[0]
         x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, x.shape[-1])), x], axis=1)
-        x = self.transformer(self.ln_pre(x), is_causal=False)
+        x = self.transformer(self.ln_pre(x), is_causal=False, read=0)
         return self.ln_post(x[:, 0]) @ self.proj[...].astype(self.dtype)
 
     def _patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n p"]:
