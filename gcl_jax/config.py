@@ -153,6 +153,9 @@ class OptimConfig:
     tower's first six layers). `layer_decay` below 1 multiplies the learning rate once more with
     every layer away from a tower's output. `ema_decay` above 0 keeps an exponential moving average
     of the parameters, which evaluation, search and export then use.
+    Two ways to need less memory: `momentum_dtype="bfloat16"`, 2 instead of 4 bytes a parameter, and
+    `second_moment="factored"`, Adafactor's (arXiv 1804.04235), which keeps the means of rows and
+    columns of a matrix, so next to nothing; it does without `betas[1]` and `eps`.
     The towers embed a batch in `chunks` parts, one after the other: batches that do not fit into
     memory, for the price of a second forward pass.
     """
@@ -166,6 +169,8 @@ class OptimConfig:
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6
+    momentum_dtype: str = "float32"
+    second_moment: str = "full"
     clip_norm: float = 1.0
     chunks: int = 1
     freeze: tuple[str, ...] = ()

@@ -138,14 +138,15 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
     """AdamW for the trained part of `params` (arrays or ShapeDtypeStructs of the whole model):
     clipping by global norm (off when `clip_norm` is 0), then the update times `lr_multipliers`.
 
-    It computes and keeps its moments in float32, whatever the parameters' dtype. A frozen layer
-    takes no part in the norm. Raises as `lr_multipliers` does.
+    It computes in float32, whatever the parameters' dtype, and keeps its moments as `cfg` says. A
+    frozen layer takes no part in the norm. Raises as `lr_multipliers` does.
     """
     multipliers = traverse_util.unflatten_dict(lr_multipliers(cfg, params), sep=".")
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    b1, b2 = cfg.betas
-    adamw = optax.adamw(
-        lr_schedule(cfg, steps), b1, b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
+    adamw = optax.chain(
+        _scaled_by_moments(cfg),
+        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(lr_schedule(cfg, steps)),
     )
     inner = optax.chain(*clip, adamw)
 
@@ -160,6 +161,19 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
         return jax.tree.map(jnp.multiply, updates, multipliers), state
 
     return optax.GradientTransformation(init, update)
+
+
+def _scaled_by_moments(cfg: OptimConfig) -> optax.GradientTransformation:
+    """Adam's; or Adafactor's: normalised by a factored second moment, cut to a root mean square of 1
+    for each parameter, and only then averaged."""
+    b1, b2 = cfg.betas
+    if cfg.second_moment == "full":
+        return optax.scale_by_adam(b1, b2, cfg.eps, mu_dtype=cfg.momentum_dtype)
+    return optax.chain(
+        optax.scale_by_factored_rms(),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(b1, accumulator_dtype=cfg.momentum_dtype),
+    )
 
 
 def updates_done(state: optax.OptState) -> jax.Array:

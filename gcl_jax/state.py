@@ -64,8 +64,10 @@ def state_shardings(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Me
     trained = param_shardings(trained_part(cfg.optim, params), mesh)
     opt_state = optax.tree.map_params(
         tx,
-        lambda _, sharding: sharding,
+        # A factored moment is not of its parameter's shape.
+        lambda x, param, sharding: sharding if x.shape == param.shape else everywhere,
         state.opt_state,
+        trained_part(cfg.optim, params),
         trained,
         transform_non_params=lambda _: everywhere,
     )

@@ -25,6 +25,8 @@ CHOICES = {
     "data.augmentation": ("none", "crop", "crop_flip"),
     "data.text_negatives": ("none", "swap", "replace"),
     "data.sampler": ("uniform", "score"),
+    "optim.momentum_dtype": ("float32", "bfloat16"),
+    "optim.second_moment": ("full", "factored"),
     "loss.targets": ("diagonal", "known"),
     "loss.weight_norm": ("none", "mean", "sum"),
     "loss.dtype": ("float32", "bfloat16"),

@@ -90,6 +90,64 @@ def test_three_steps_follow_adamws_formula(clip_norm):
         np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+def test_a_factored_second_moment_follows_adafactors_formula():
+    """Of matrices of 128 rows and columns, or more, be they stacked; three steps in float64."""
+    cfg = OptimConfig(
+        lr=1e-2, warmup_steps=1, weight_decay=0.1, clip_norm=0.0, second_moment="factored"
+    )
+    rng = np.random.default_rng(0)
+    shapes = {"proj": (128, 160), "bias": (160,), "blocks.kernel": (2, 160, 128)}
+    decays = {"proj": 1, "bias": 0, "blocks.kernel": 1}
+    draw = lambda: {name: rng.normal(size=shape) for name, shape in shapes.items()}
+    nest = lambda flat: traverse_util.unflatten_dict(jax.tree.map(jnp.float32, flat), sep=".")
+
+    expected = draw()
+    row, column, second, first = (dict.fromkeys(shapes, 0.0) for _ in range(4))
+    params = nest(expected)
+    tx, schedule = make_optimizer(cfg, 5, params), lr_schedule(cfg, 5)
+    state = tx.init(params)
+    kept = sum(x.size for x in jax.tree.leaves(state))
+    assert kept < 1.05 * sum(map(np.prod, shapes.values())), "the momentum, and little else"
+    for t in range(1, 4):
+        gradients = draw()
+        updates, state = tx.update(nest(gradients), state, params)
+        params = optax.apply_updates(params, updates)
+
+        old = 1 - t**-0.8
+        for name, g in gradients.items():
+            if g.ndim > 1:
+                row[name] = old * row[name] + (1 - old) * (g**2).mean(-1, keepdims=True)
+                column[name] = old * column[name] + (1 - old) * (g**2).mean(-2, keepdims=True)
+                v = row[name] * column[name] / row[name].mean(-2, keepdims=True)
+            else:
+                v = second[name] = old * second[name] + (1 - old) * g**2
+            u = g / np.sqrt(v)
+            first[name] = 0.9 * first[name] + 0.1 * u / max(1, np.sqrt((u**2).mean()))
+            step = first[name] / (1 - 0.9**t) + 0.1 * decays[name] * expected[name]
+            expected[name] = expected[name] - float(schedule(t - 1)) * step
+    for name, x in traverse_util.flatten_dict(params, sep=".").items():
+        np.testing.assert_allclose(x, expected[name], rtol=1e-5, atol=1e-5, err_msg=name)
+
+
+def test_a_momentum_in_bfloat16_takes_half_the_memory_and_little_away():
+    params = {"proj": jnp.zeros((64, 64))}
+    rng = np.random.default_rng(0)
+    gradients = [{"proj": jnp.float32(rng.normal(size=(64, 64)))} for _ in range(5)]
+    after = {}
+    for dtype in ("float32", "bfloat16"):
+        cfg = OptimConfig(lr=1e-2, warmup_steps=0, clip_norm=0.0, momentum_dtype=dtype)
+        tx = make_optimizer(cfg, 10, params)
+        state, x = tx.init(params), params
+        for g in gradients:
+            updates, state = tx.update(g, state, x)
+            x = optax.apply_updates(x, updates)
+        (momentum,) = [m for m in jax.tree.leaves(optax.tree.get(state, "mu"))]
+        assert momentum.dtype == dtype
+        after[dtype] = np.asarray(x["proj"])
+    difference = np.abs(after["bfloat16"] - after["float32"]).max()
+    assert 0 < difference < 0.01 * np.abs(after["float32"]).max()
+
+
 def shapes_of(**model):
     """A model of three vision layers and one text layer, without arrays."""
     vision = VisionConfig(image_size=16, patch_size=8, width=16, layers=3, head_width=8)

@@ -129,3 +129,17 @@ def test_training_is_the_same_on_every_mesh(tiny_config, tiny_batch):
             optax.tree.get(other.opt_state, "mu"),
             optax.tree.get(state.opt_state, "mu"),
         )
+
+
+def test_memory_saving_moments_are_the_same_on_every_mesh(tiny_config, tiny_batch):
+    """Matrices of 128 x 128 and more are factored; their row and column means are on all devices,
+    the momentum where its parameter is."""
+    tiny_config.model.text.width = 128
+    tiny_config.optim.second_moment, tiny_config.optim.momentum_dtype = "factored", "bfloat16"
+    history, state = train_three_steps(make_cpu_mesh(1, 1), tiny_config, tiny_batch)
+    other_history, other = train_three_steps(make_cpu_mesh(4, 2), tiny_config, tiny_batch)
+    blocks = optax.tree.get(state.opt_state, "v_row")["text"]["transformer"]["blocks"]
+    assert blocks["mlp"]["c_fc"]["kernel"].shape == (1, 128)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3), other_history, history)
+    close = functools.partial(np.testing.assert_allclose, atol=1e-4)
+    jax.tree.map(close, other.params, state.params)
