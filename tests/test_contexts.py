@@ -136,15 +136,15 @@ def test_a_text_that_does_not_fit_is_never_cut(cfg, store):
         batches.close()
 
 
-@pytest.mark.parametrize("name", ["clip", "bert", "xlm-roberta", "siglip"])
+@pytest.mark.parametrize("name", ["clip", "bert", "siglip"])
 def test_loss_and_gradients_are_those_of_the_whole_context(name):
-    model = SMALL[name]
+    model = dataclasses.replace(SMALL[name], vision=None)
     short = dataclasses.replace(model, text=dataclasses.replace(model.text, context_length=8))
     cut = random_fields(short, 6)[1]
     pad = model.text.pad_id if model.text.family == "bert" else 0
     full = np.pad(cut, ((0, 0), (0, 4)), constant_values=pad)
     graphdef, _ = abstract_model(model)
-    rows = PairRows(jnp.linspace(0.1, 1, 3), jnp.arange(3), jnp.arange(3))
+    rows = PairRows(jnp.linspace(0.1, 1, 3), jnp.ones(3, bool), jnp.arange(3), jnp.arange(3))
 
     @jax.jit
     @jax.value_and_grad
