@@ -98,20 +98,19 @@ def set_up(cfg: TrainConfig) -> Training:
 
 
 def text_contexts(cfg: TrainConfig, store: RankedStore) -> dict[str, dict[str, int]]:
-    """{"query" and "document": {field: tokens}} of the text fields that all processes pad to the
-    longest text of the training split: each looks at its share of the texts."""
-    found = longest_texts(
-        cfg, store, jax.process_index(), jax.process_count(), quiet=not distributed.is_first()
-    )
-    fields = [(side, field) for side, own in found.items() for field in own]
-    if not fields:
-        return found
-    own = np.array([found[side][field] for side, field in fields], np.int32)
-    everywhere = multihost_utils.process_allgather(own).reshape(-1, len(fields)).max(axis=0)
-    most = cfg.model.text.context_length
-    for (side, field), longest in zip(fields, everywhere, strict=True):
-        found[side][field] = padded_length(int(longest), most)
-        distributed.announce(f"{side} field {field!r}: {found[side][field]} of {most} tokens")
+    """{"query" and "document": {field: tokens}} of the text fields that need less than the context
+    length in this run; the processes share the search, and its result."""
+
+    def largest(own: np.ndarray) -> np.ndarray:
+        return multihost_utils.process_allgather(own).reshape(-1, len(own)).max(axis=0)
+
+    place = jax.process_index(), jax.process_count()
+    longest = longest_texts(cfg, store, *place, largest, quiet=not distributed.is_first())
+    most, found = cfg.model.text.context_length, dict[str, dict[str, int]]()
+    for side, fields in longest.items():
+        found[side] = {field: padded_length(n, most) for field, n in fields.items()}
+        for field, tokens in found[side].items():
+            distributed.announce(f"{side} field {field!r}: {tokens} of {most} tokens")
     return found
 
 

@@ -4,6 +4,8 @@ import collections
 import copy
 import dataclasses
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
@@ -65,12 +67,35 @@ def test_the_longest_text_of_the_training_split(cfg, store):
     assert np.count_nonzero(tokens) == 12
 
 
-def test_each_of_two_hosts_looks_at_its_share(cfg, store):
-    shares = [longest_texts(cfg, store, shard, 2) for shard in range(2)]
-    assert [share["query"]["query"] for share in shares] == [4, 12]
-    # More hosts than texts: some have none to look at.
+def test_each_of_two_hosts_looks_at_its_share(cfg, store, monkeypatch):
+    monkeypatch.setattr(contexts, "BLOCK", 1)
+    shares = [longest_texts(cfg, store, shard, 2)["query"]["query"] for shard in range(2)]
+    assert shares == [4, 12]
+    # More hosts than texts: the last has none to look at.
     many = [longest_texts(cfg, store, shard, 5)["query"]["query"] for shard in range(5)]
-    assert sorted(many) == [2, 4, 4, 4, 12]
+    assert many == [4, 4, 4, 12, 2]
+
+
+def test_hosts_agree_and_ask_equally_often(cfg, store, monkeypatch):
+    """Two hosts as threads; the second finds in its first block that nothing longer can come."""
+    monkeypatch.setattr(contexts, "BLOCK", 1)
+    cfg.model.text.context_length = 5
+    meeting, told = threading.Barrier(2, timeout=60), [[], []]
+
+    def host(shard):
+        def largest(own):
+            told[shard].append(own)
+            meeting.wait()
+            result = np.maximum(*(asked[-1] for asked in told))
+            meeting.wait()
+            return result
+
+        return longest_texts(cfg, store, shard, 2, largest)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(host, range(2)))
+    assert found == [{"query": {"query": 5}, "document": {"title": 4, "brand": 5}}] * 2
+    assert [len(asked) for asked in told] == [2 + 5] * 2  # of four queries and nine documents
 
 
 def test_prefixes_count_and_hard_negatives_do(cfg, store):
