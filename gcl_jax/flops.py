@@ -13,13 +13,16 @@ from gcl_jax.config import ModelConfig, TextConfig, TrainConfig, VisionConfig
 from gcl_jax.errors import ConfigError
 
 Kinds = Mapping[str, Mapping[str, str]]
+Contexts = Mapping[str, Mapping[str, int]]
 
 
-def tower_flops(cfg: ModelConfig, kind: str, *, training: bool = False) -> float:
-    """Of one forward pass of one "image" or of one "text" padded to the context length: matrix
-    products and attention (causal or not, in full); for `training` without the dropped patches.
-    Of the last block only what the tower reads, as it is computed here: a count of all its tokens,
-    such as open_clip's profile, is 2 to 7% higher.
+def tower_flops(
+    cfg: ModelConfig, kind: str, *, training: bool = False, tokens: int | None = None
+) -> float:
+    """Of one forward pass of one "image" or of one "text" padded to `tokens` (default: the context
+    length): matrix products and attention (causal or not, in full); for `training` without the
+    dropped patches. Of the last block only what the tower reads, as it is computed here: a count of
+    all its tokens, such as open_clip's profile, is 2 to 7% higher.
 
     The low-rank updates of LoRA, norms and activations are left out: below 2% of the others.
 
@@ -30,7 +33,7 @@ def tower_flops(cfg: ModelConfig, kind: str, *, training: bool = False) -> float
         if cfg.vision is None:
             raise ConfigError("the model has no image tower (config.model.vision is None)")
         return _image_flops(cfg.vision, cfg.embed_dim, training)
-    return _text_flops(cfg.text, cfg.embed_dim)
+    return _text_flops(cfg.text, cfg.embed_dim, tokens or cfg.text.context_length)
 
 
 def _image_flops(cfg: VisionConfig, embed_dim: int, training: bool) -> float:
@@ -45,8 +48,8 @@ def _image_flops(cfg: VisionConfig, embed_dim: int, training: bool) -> float:
     return embedding + _blocks_flops(cfg, tokens, reads_one=False) + pooling
 
 
-def _text_flops(cfg: TextConfig, embed_dim: int) -> float:
-    blocks = _blocks_flops(cfg, cfg.context_length, reads_one=cfg.pool != "mean")
+def _text_flops(cfg: TextConfig, embed_dim: int, tokens: int) -> float:
+    blocks = _blocks_flops(cfg, tokens, reads_one=cfg.pool != "mean")
     if cfg.proj == "none":
         return blocks
     if cfg.proj == "mlp":
@@ -68,7 +71,13 @@ def _block_flops(cfg: VisionConfig | TextConfig, tokens: int, queries: int) -> f
     return 2 * (2 * tokens * width**2 + queries * of_query)
 
 
-def pair_flops(cfg: TrainConfig, kinds: Kinds | None = None, *, training: bool = False) -> float:
+def pair_flops(
+    cfg: TrainConfig,
+    kinds: Kinds | None = None,
+    contexts: Contexts | None = None,
+    *,
+    training: bool = False,
+) -> float:
     """Of one forward pass of one pair: all fields of its query and of its document; for `training`
     also `data.num_negatives` documents from `data.negatives`, and queries by `data.text_negatives`.
 
@@ -76,6 +85,8 @@ def pair_flops(cfg: TrainConfig, kinds: Kinds | None = None, *, training: bool =
         cfg: with its fields spelled out, as `RankedStore.resolve` does.
         kinds: {"query" and "document": {field: "image" or "text"}}, as a store has them; by
             default the field called "image" is one.
+        contexts: {"query" and "document": {field: tokens}}, where a text is padded to less than
+            the context length.
     """
     data = cfg.data
     sides = {"query": data.query_fields, "document": data.document_fields}
@@ -88,16 +99,19 @@ def pair_flops(cfg: TrainConfig, kinds: Kinds | None = None, *, training: bool =
         for field in fields:
             default = "image" if field == "image" else "text"
             kind = kinds[side][field] if kinds else default
-            total += rows[side] * tower_flops(cfg.model, kind, training=training)
+            tokens = contexts[side].get(field) if contexts else None
+            total += rows[side] * tower_flops(cfg.model, kind, training=training, tokens=tokens)
     return total
 
 
-def train_flops(cfg: TrainConfig, kinds: Kinds | None = None) -> float:
+def train_flops(
+    cfg: TrainConfig, kinds: Kinds | None = None, contexts: Contexts | None = None
+) -> float:
     """Of the towers in one training step of the whole global batch: forward, and twice that
     backward, which is what model FLOP utilisation counts. What `remat` and `chunks` compute again
     is not in it, nor that frozen layers need less, nor the loss (`loss_flops`). Arguments: as in
     `pair_flops`."""
-    return 3 * pair_flops(cfg, kinds, training=True) * cfg.optim.batch_size
+    return 3 * pair_flops(cfg, kinds, contexts, training=True) * cfg.optim.batch_size
 
 
 def loss_flops(cfg: TrainConfig) -> float:

@@ -105,15 +105,23 @@ def _step(line: str) -> float:
 
 
 def progress(
-    total: int, *, unit: str, description: str, initial: int = 0, quiet: bool = False
+    total: int,
+    *,
+    unit: str,
+    description: str,
+    initial: int = 0,
+    quiet: bool = False,
+    delay: float = 0.0,
 ) -> tqdm.tqdm:
-    """A bar with count, rate and time left on stderr; sparse when that is no terminal."""
+    """A bar with count, rate and time left on stderr; sparse when that is no terminal. Work that is
+    over within `delay` seconds shows none."""
     return tqdm.tqdm(
         total=total,
         initial=initial,
         desc=description,
         unit=unit,
         disable=quiet,
+        delay=delay,
         dynamic_ncols=True,
         mininterval=0.2 if sys.stderr.isatty() else 10,
     )

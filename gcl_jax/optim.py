@@ -164,8 +164,8 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
 
 
 def _scaled_by_moments(cfg: OptimConfig) -> optax.GradientTransformation:
-    """Adam's; or Adafactor's: normalised by a factored second moment, cut to a root mean square of 1
-    for each parameter, and only then averaged."""
+    """Adam's; or Adafactor's: normalised by a factored second moment, cut to a root mean square of
+    1 for each parameter, and only then averaged."""
     b1, b2 = cfg.betas
     if cfg.second_moment == "full":
         return optax.scale_by_adam(b1, b2, cfg.eps, mu_dtype=cfg.momentum_dtype)

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gcl_jax import config, distributed, flops, optim, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.retention import require_metric
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.contexts import longest_texts, padded_length
 from gcl_jax.data.pipeline import pair_weights, train_batches
 from gcl_jax.data.sampling import pairs_per_epoch
 from gcl_jax.data.store import RankedStore
@@ -61,7 +64,8 @@ def set_up(cfg: TrainConfig) -> Training:
     store = open_store(cfg.data.store)
     cfg = store.resolve(cfg)
     require_metric(cfg)
-    batches = train_batches(cfg, store, jax.process_index(), jax.process_count())
+    contexts = text_contexts(cfg, store)
+    batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), contexts)
     pairs = store.pairs(cfg.data.train_split)
     epoch = pairs_per_epoch(cfg, pairs)
     if epoch < len(pairs):
@@ -78,6 +82,7 @@ def set_up(cfg: TrainConfig) -> Training:
     if cfg.loss.targets == "known":
         weights = known_weights(cfg, store)
         constants["known"] = jax.device_put(weights, sharding.replicated(mesh))
+    kinds = {"query": store.queries.fields, "document": store.documents.fields}
     return Training(
         cfg,
         store,
@@ -88,8 +93,25 @@ def set_up(cfg: TrainConfig) -> Training:
         tx,
         train_step,
         constants,
-        flops.train_flops(cfg, {"query": store.queries.fields, "document": store.documents.fields}),
+        flops.train_flops(cfg, kinds, contexts),
     )
+
+
+def text_contexts(cfg: TrainConfig, store: RankedStore) -> dict[str, dict[str, int]]:
+    """{"query" and "document": {field: tokens}} of the text fields that need less than the context
+    length in this run; the processes share the search, and its result."""
+
+    def largest(own: np.ndarray) -> np.ndarray:
+        return multihost_utils.process_allgather(own).reshape(-1, len(own)).max(axis=0)
+
+    place = jax.process_index(), jax.process_count()
+    longest = longest_texts(cfg, store, *place, largest, quiet=not distributed.is_first())
+    most, found = cfg.model.text.context_length, dict[str, dict[str, int]]()
+    for side, fields in longest.items():
+        found[side] = {field: padded_length(n, most) for field, n in fields.items()}
+        for field, tokens in found[side].items():
+            distributed.announce(f"{side} field {field!r}: {tokens} of {most} tokens")
+    return found
 
 
 def start_or_continue(

@@ -135,6 +135,8 @@ def test_memory_saving_moments_are_the_same_on_every_mesh(tiny_config, tiny_batc
     """Matrices of 128 x 128 and more are factored; their row and column means are on all devices,
     the momentum where its parameter is."""
     tiny_config.model.text.width = 128
+    # The loss does not depend on the biases of keys: their gradients are rounding, made large.
+    tiny_config.optim.freeze = (".*in_proj[.]bias",)
     tiny_config.optim.second_moment, tiny_config.optim.momentum_dtype = "factored", "bfloat16"
     history, state = train_three_steps(make_cpu_mesh(1, 1), tiny_config, tiny_batch)
     other_history, other = train_three_steps(make_cpu_mesh(4, 2), tiny_config, tiny_batch)

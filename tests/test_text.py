@@ -1,6 +1,7 @@
 """Tokenizers: CLIP's ids equal open_clip's, recorded and live; Hugging Face ids transformers'."""
 
 import functools
+import html
 import importlib.util
 import json
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import ftfy
 import huggingface_hub
 import hypothesis
 import hypothesis.strategies as st
@@ -226,6 +228,19 @@ def test_ids_equal_transformers(folder, context_length):
     assert tokenizer.pad_id == hf.pad_token_id
 
 
+def test_the_longest_text_ends_where_all_ids_are_padding(kind, folder, clip):
+    tokenizer = load_tokenizer(folder, 64)
+    for each in (clip, tokenizer):
+        for texts in (NASTY, [""], ["a", "b c"]):
+            columns = each.longest(texts)
+            ids = each(texts)
+            assert (ids[:, columns:] == each.pad_id).all()
+            # SigLIP pads with its end token.
+            real = columns - ("siglip" in kind and each is tokenizer)
+            assert (ids[:, :real] != each.pad_id).any(axis=0).all()
+    assert clip.longest([]) == 0
+
+
 @pytest.mark.parametrize("clean", ["", "canonicalize", "lower", "whitespace"])
 def test_ids_equal_live_open_clips(open_clip, folder, clean):
     oracle = importlib.import_module("open_clip.tokenizer").HFTokenizer
@@ -297,6 +312,23 @@ def test_hugging_face_folder(word_level):
     np.testing.assert_array_equal(ids, [[2, 3, 0], [3, 1, 0], [2, 2, 2], [0, 0, 0]])
     assert (tokenizer.vocab_size, tokenizer.pad_id) == (4, 0)
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(tokenizer))(["red"]), [[2, 0, 0]])
+
+
+def test_padding_goes_where_the_tokenizer_wants_it(word_level):
+    tokenizer = load_tokenizer(word_level(pad_token="[PAD]", padding_side="left"), 5)
+    texts = ["red shoe", "", "red red red red red red"]
+    np.testing.assert_array_equal(
+        tokenizer(texts), [[0, 0, 0, 2, 3], [0, 0, 0, 0, 0], [2, 2, 2, 2, 2]]
+    )
+    assert tokenizer.longest(texts[1:2]) == 5
+
+
+@hypothesis.given(st.text(st.characters(max_codepoint=127), max_size=40))
+@hypothesis.example("caf\x1b[1mé &amp;amp; \x00\t a  b ")
+def test_ascii_is_cleaned_as_all_texts_are(text):
+    mended = " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+    assert CLEANERS["whitespace"](text) == mended
+    assert CLEANERS["lower"](text) == mended.lower()
 
 
 def test_errors_are_one_line(word_level, tmp_path, monkeypatch):

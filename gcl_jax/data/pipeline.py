@@ -2,7 +2,7 @@
 
 A training batch of b pairs:
 
-    query, document    {field: uint8 (b, size, size, 3) | int32 (b, context_length)}
+    query, document    {field: uint8 (b, size, size, 3) | int32 (b, t)}, t as `contexts` say
     query_present, document_present   {field: bool (b,)}: False where the record lacks the field
     weight             float32 (b,): the score's loss weight (`gcl_jax.score_weights`)
     query_id, document_id   int32 (b,): row numbers in the store
@@ -34,6 +34,7 @@ from gcl_jax.data.sampling import sampled
 from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
 from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.flops import Contexts
 from gcl_jax.score_weights import score_to_weight
 from gcl_jax.text import Tokenizer, load_tokenizer
 
@@ -55,8 +56,10 @@ class FieldEncoder:
         fields: Sequence[str],
         cached_records: int = 0,
         training: bool = False,
+        contexts: Mapping[str, int] | None = None,
     ):
         """For `training`, images may be decoded at a smaller scale if `cfg.data` augments them.
+        `contexts` are the token columns of the text fields that have less than the context length.
 
         Raises `ConfigError` for an image field of a model without image tower, and for a
         tokenizer that is not the model's."""
@@ -64,6 +67,7 @@ class FieldEncoder:
         self._prefix: str = getattr(cfg.model.text, f"{side}_prefix")
         self._records = records
         self._kinds = {field: records.fields[field] for field in fields}
+        self._contexts = dict(contexts or {})
         self._scaling: dict[str, Any] = {}
         images = [field for field, kind in self._kinds.items() if kind == "image"]
         if training and not images:
@@ -108,7 +112,7 @@ class FieldEncoder:
             if not value:
                 loaded[field] = None
             elif isinstance(value, str):
-                loaded[field] = self._tokenizer([self._prefix + value])[0]
+                loaded[field] = self._tokens(field, self._prefix + value, record["id"])
             else:
                 try:
                     loaded[field] = decode_image(value, **self._scaling)
@@ -142,12 +146,27 @@ class FieldEncoder:
             present[field] = np.bool_(value is not None)
             if self._kinds[field] == "text":
                 # An empty text, not padding alone: a tower that attends to nothing returns NaN.
-                inputs[field] = self._tokenizer([""])[0] if value is None else value
+                inputs[field] = self._tokens(field, "") if value is None else value
             elif value is None:
                 inputs[field] = np.zeros((self._image_size, self._image_size, 3), np.uint8)
             else:
                 inputs[field] = self._pixels(value, rng)
         return inputs, present
+
+    def _tokens(self, field: str, text: str, record: str = "") -> np.ndarray:
+        """int32 (t,) without the columns that no text of `field` needs.
+
+        Raises:
+            DataError: this one needs them.
+        """
+        ids = self._tokenizer([text])[0]
+        columns = self._contexts.get(field, len(ids))
+        if np.any(ids[columns:] != self._tokenizer.pad_id):
+            raise DataError(
+                f"record {record!r}, field {field!r}: more tokens than the {columns} that fit all "
+                "texts when this run began; did the store change? Run the same command again"
+            )
+        return ids[:columns]
 
     def _pixels(self, image, rng: np.random.Generator | None) -> np.ndarray:
         data = self._cfg.data
@@ -185,16 +204,16 @@ def pair_weights(cfg: TrainConfig, pairs: Pairs) -> np.ndarray:
 class _PairExamples:
     """grain random-access source: example i is pair i of the training split."""
 
-    def __init__(self, cfg: TrainConfig, store: RankedStore):
+    def __init__(self, cfg: TrainConfig, store: RankedStore, contexts: Contexts | None = None):
         self._pairs = store.pairs(cfg.data.train_split)
         self._weights = pair_weights(cfg, self._pairs)
-        fields, cached = cfg.data, cfg.data.cached_records
-        self._encode_query = FieldEncoder(
-            cfg, "query", store.queries, list(fields.query_fields), cached, training=True
-        )
-        self._encode_document = FieldEncoder(
-            cfg, "document", store.documents, list(fields.document_fields), cached, training=True
-        )
+
+        def encoder(side: Side, records: Records, fields: Mapping[str, float]) -> FieldEncoder:
+            own, cached = contexts[side] if contexts else {}, cfg.data.cached_records
+            return FieldEncoder(cfg, side, records, list(fields), cached, True, own)
+
+        self._encode_query = encoder("query", store.queries, cfg.data.query_fields)
+        self._encode_document = encoder("document", store.documents, cfg.data.document_fields)
         encoders = {"query": self._encode_query, "document": self._encode_document}
         self._negatives = PairNegatives(cfg, store, encoders)
 
@@ -220,14 +239,21 @@ class _PairExamples:
         }
 
 
-def train_batches(cfg: TrainConfig, store: RankedStore, shard: int = 0, num_shards: int = 1):
+def train_batches(
+    cfg: TrainConfig,
+    store: RankedStore,
+    shard: int = 0,
+    num_shards: int = 1,
+    contexts: Contexts | None = None,
+):
     """An endless iterator over this host's share of the global batches, sampled anew each epoch as
-    `cfg.data` says.
+    `cfg.data` says. `contexts` are the token columns of each side's text fields, by default all of
+    the context length (`gcl_jax.data.contexts` finds how many there need be).
 
     Batches depend only on (config, store, step, num_shards). `get_state()` and `set_state()` save
     and restore the position, exactly and on any number of shards.
     """
-    source = _PairExamples(cfg, store)
+    source = _PairExamples(cfg, store, contexts)
     pairs = grain.MapDataset.source(source).seed(cfg.seed)
     examples = sampled(pairs, cfg, store.pairs(cfg.data.train_split))
     examples = examples.repeat().random_map(source.example)
