@@ -106,8 +106,8 @@ def _program(plan: "Plan") -> list[str]:
     assert work is not None
     return [
         f"as compiled it computes {work.flops / 1e12:.3g} TFLOP in matrix products "
-        f"({work.padded / 1e12:.3g} in whole vectors of 128), and moves {work.memory / GIB:.3g} GiB "
-        "to and from its memory:",
+        f"({work.padded / 1e12:.3g} in whole vectors of 128), and moves "
+        f"{work.memory / GIB:.3g} GiB to and from its memory:",
         f"  {work.padding / work.memory:>6.1%} of that is padding, "
         f"{work.copies.bytes / work.memory:.1%} copies into another layout "
         f"({work.copies.times:,} times), {work.casts.bytes / work.memory:.1%} casts "

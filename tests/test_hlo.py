@@ -95,7 +95,8 @@ WORKS = "  %f = f32[8] fusion(%p), kind=kLoop, calls=%fused"
 )
 def test_a_collective_is_exposed_unless_something_computes_meanwhile(lines, exposed):
     (found,) = read("\n".join(lines))
-    assert found.exposed == (found.sent if exposed else 0.0) and found.sent > 0
+    assert found.sent > 0
+    assert found.exposed == (found.sent if exposed else 0.0)
 
 
 def test_a_collective_in_a_wrapper_of_its_own():
@@ -152,19 +153,25 @@ def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
   %all-reduce.1 = bf16[512,2048]{{1,0}} all-reduce(%p), {ALL}
 }}
 """
-    (found,) = read("  %f = bf16[128,2048] fusion(%p), calls=%all-reduce-scatter.1", more)
+    fusion = "  %f = bf16[128,2048] fusion(%p), calls=%all-reduce-scatter.1"
+    (found,) = read(fusion, more)
     assert found[:4] == ("reduce-scatter", "gradients", 1, 2 * 512 * 2048 * 15 / 16)
+    of_loss = f'{fusion}, metadata={{op_name="jit(f)/shard_map/reduce_scatter"}}'
+    assert read(of_loss, more)[0].part == "loss"
 
 
 def test_parts_by_shape_where_names_were_merged():
-    def part(shape: str, kind: str = "all-gather", name: str = "jit(f)/dot") -> str:
+    def part(
+        shape: str, kind: str = "all-gather", name: str = "jit(f)/dot", batch: int = 4096
+    ) -> str:
         line = f'  %x = {shape} {kind}(%p), {ALL}, metadata={{op_name="{name}"}}'
-        return read(line, fsdp=4)[0].part
+        return read(line, batch=batch, fsdp=4)[0].part
 
     assert part("bf16[1,512,512]") == "parameters"  # a fourth of a layer of `WEIGHT`
     assert part("bf16[12,512,2048]") == "parameters"
     assert part("bf16[1024,77,512]") == "activations"
     assert part("f32[4096,512]") == "loss"
+    assert part("f32[512,2048]", "all-reduce", batch=512) == "gradients"
     assert part("f32[16,1,256]", name="jit(f)/shard_map/all_gather") == "loss"
     # The compiler gives a merged all-reduce the name of one of its parts.
     assert part("bf16[512,2048]", "all-reduce", "jit(f)/shard_map/psum") == "gradients"

@@ -272,7 +272,7 @@ def test_vit_b32_on_a_tpu_slice():
     """The whole step, sharded 4 x 4, of the TPU's own compiler; with less effort than a run's."""
     tpu_mesh()  # skips without libtpu
     target = topology.open_topology("v5e:4x4")
-    target = target._replace(compiler_options=plans.QUICK)
+    target = target._replace(compiler_options=topology.QUICK)
     cfg, data = abstract.resolve(plans.config(plans.Case("ViT-B-32", "v5e:4x4", 4096, fsdp=4)))
     plan = planner.compile_plan(cfg, data, target)
     assert plan.fits

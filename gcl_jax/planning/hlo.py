@@ -63,10 +63,10 @@ def read_collectives(
                 kind = found[1]
                 if kind == "all-reduce" and any("all-reduce-scatter" in x for x in outer.called()):
                     kind = "reduce-scatter"  # the TPU compiler's: fused with a slice of its result
-                group = _group_size(one.line, devices)
+                group, name_of = _group_size(one.line, devices), one.jax_name() or outer.jax_name()
                 parts: dict[str, float] = {}
                 for array in _payload(one, found[1], found[2] is not None, group):
-                    part = _part(one, found[1], array.dims, batch, shapes)
+                    part = _part(kind, name_of, array.dims, batch, shapes)
                     parts[part] = parts.get(part, 0.0) + array.size * _share_sent(kind, group)
                 exposed = not _is_hidden(outer, body[place + 1 :])
                 for i, (part, sent) in enumerate(parts.items()):
@@ -89,7 +89,7 @@ def _is_hidden(start: Instruction, after: list[Instruction]) -> bool:
     """Whether something computes between `start` and the end of what it starts."""
     if start.name.startswith("async-collective-start"):
         end = start.name.replace("start", "done")
-    elif start.opcode.endswith("-start"):
+    elif start.opcode.endswith("-start") and '"is_sync":true' not in start.line:
         end = next((one.name for one in after if start.name in one.operands), "")
     else:
         return False
@@ -150,11 +150,11 @@ def _squeezed(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(n for n in dims if n != 1))
 
 
-def _part(one: Instruction, kind: str, dims: tuple[int, ...], batch: int, shapes: set) -> str:
+def _part(kind: str, name: str, dims: tuple[int, ...], batch: int, shapes: set) -> str:
     # The TPU compiler merges all-reduces under the name of one of them.
-    is_named = kind != "all-reduce" and "shard_map" in one.jax_name()
+    is_named = kind != "all-reduce" and "shard_map" in name
     squeezed = _squeezed(dims)
-    if is_named or (batch in dims and len(squeezed) < 3):
+    if is_named or (batch in dims and len(squeezed) < 3 and squeezed not in shapes):
         return "loss"
     if squeezed not in shapes and len(squeezed) > 2:
         return "activations"

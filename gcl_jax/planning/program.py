@@ -71,11 +71,9 @@ class Program:
         """(body, turns) of the loops in a computation."""
         for one in self.computations[name]:
             if one.opcode == "while":
-                condition, body = (
-                    re.search(rf"{part}=%([\w.\-]+)", one.line) for part in ("condition", "body")
-                )
-                assert condition and body, one.line
-                yield body[1], _turns(one.line, self.computations[condition[1]])
+                found = re.search(r"condition=%([\w.\-]+), body=%([\w.\-]+)", one.line)
+                assert found, one.line
+                yield found[2], _turns(one.line, self.computations[found[1]])
 
     @functools.cached_property
     def runs(self) -> dict[str, int]:

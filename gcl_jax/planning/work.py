@@ -6,7 +6,6 @@ it only takes slices of, it reads the slices.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Iterable
@@ -23,7 +22,9 @@ _FREE = {
 }  # fmt: skip
 _MOVES = {"copy", "transpose"}
 _SHAPES = {"parameter", "constant", "bitcast", "reshape", "tuple", "get-tuple-element"}
-_GEMM = "__cublas$gemm"
+_GEMM = "__cublas$"
+# Of a convolution along one axis, in the order of `_meetings`, and what they are if not given.
+_WINDOW = {"size": 1, "stride": 1, "pad": 0, "lhs_dilate": 1, "rhs_dilate": 1}
 
 Arrays = tuple[Array, ...]
 
@@ -57,8 +58,7 @@ class Work:
     the same with rows in groups of `SUBLANES`, and inner and outer dimensions in vectors of
     `LANES`. memory: bytes to and from main memory, as they lie there; padding: of these, in tiles
     that arrays do not fill. copies: into another layout (not into faster memory). casts: to another
-    type and nothing else. cycles: the compiler's own estimate, where it gives one. culprits: the
-    largest copies and casts.
+    type and nothing else. culprits: the largest copies and casts.
     """
 
     flops: float
@@ -67,12 +67,11 @@ class Work:
     padding: float
     copies: Moved
     casts: Moved
-    cycles: float
     culprits: tuple[Culprit, ...]
 
 
 def read_work(program: Program, culprits: int = 8) -> Work:
-    flops = padded = memory = padding = cycles = 0.0
+    flops = padded = memory = padding = 0.0
     found: dict[tuple[str, str, str], Moved] = {}
     kinds = {"copy": Moved(), "cast": Moved()}
     for name, times in program.runs.items():
@@ -82,7 +81,6 @@ def read_work(program: Program, culprits: int = 8) -> Work:
                 flops, padded = flops + times * product[0], padded + times * product[1]
             if one.opcode in _FREE or one.opcode.endswith("-done"):
                 continue
-            cycles += times * _cycles(one)
             logical, laid_out = _traffic(one, program)
             memory, padding = memory + times * laid_out, padding + times * (laid_out - logical)
             if kind := _kind(one, program):
@@ -97,7 +95,6 @@ def read_work(program: Program, culprits: int = 8) -> Work:
         padding,
         kinds["copy"],
         kinds["cast"],
-        cycles,
         tuple(Culprit(*key, moved) for key, moved in largest),
     )
 
@@ -106,33 +103,23 @@ def product_flops(one: Instruction, program: Program) -> tuple[float, float]:
     """(FLOPs, the same with padding) of a matrix product or a convolution; zeros of all else."""
     if one.opcode == "convolution":
         return _convolution(one, program)
-    if one.opcode == "dot":
-        left = program.by_name[one.operands[0]].arrays[0].dims
-        numbers = {
-            side: [
-                int(i) for i in re.findall(r"\d+", re.search(rf"{side}=\{{([^}}]*)", one.line)[1])
-            ]
-            if f"{side}=" in one.line
-            else []
-            for side in ("lhs_contracting_dims", "lhs_batch_dims")
-        }
-        return _dot(one, left, numbers["lhs_contracting_dims"], numbers["lhs_batch_dims"])
-    if one.opcode == "custom-call" and _GEMM in one.line:
-        left = program.by_name[one.operands[0]].arrays[0].dims
-        config = json.loads(re.search(r'"dot_dimension_numbers":(\{[^}]*\})', one.line)[1])
-        numbers = [
-            [int(i) for i in config.get(f"lhs_{kind}_dimensions", ())]
-            for kind in ("contracting", "batch")
-        ]
-        return _dot(one, left, *numbers)
-    return 0.0, 0.0
-
-
-def _dot(one: Instruction, left, contracting: list[int], batch: list[int]) -> tuple[float, float]:
-    inner, groups = (math.prod(left[i] for i in dims) for dims in (contracting, batch))
+    is_gemm = one.opcode == "custom-call" and _GEMM in one.line
+    if one.opcode != "dot" and not is_gemm:
+        return 0.0, 0.0
+    left = program.by_name[one.operands[0]].arrays[0].dims
+    inner, groups = (
+        math.prod(left[i] for i in _numbers(one.line, f"lhs_{kind}"))
+        for kind in ("contracting", "batch")
+    )
     rows = math.prod(left) // (inner * groups)
     columns = math.prod(one.arrays[0].dims) // (rows * groups)
     return 2.0 * groups * rows * columns * inner, groups * _padded(rows, columns, inner)
+
+
+def _numbers(line: str, key: str) -> list[int]:
+    """Of a dot `key_dims={1,2}`, of NVIDIA's `"key_dimensions":["1","2"]`."""
+    found = re.search(rf'{key}_dim(?:s=\{{|ensions":\[)([^}}\]]*)', line)
+    return [int(n) for n in re.findall(r"\d+", found[1])] if found else []
 
 
 def _padded(rows: int, columns: int, inner: int) -> float:
@@ -164,16 +151,12 @@ def _convolution(one: Instruction, program: Program) -> tuple[float, float]:
     }
     meetings = 1
     for i, axis in enumerate(sorted(label for label in labels[3] if label.isdigit())):
-        field = lambda key, default, i=i: given[key][i] if key in given else default
-        low = int(re.match(r"-?\d+", field("pad", "0"))[0])
+        size, stride, low, dilation, window_dilation = (
+            int(given[key][i].partition("_")[0]) if key in given else default
+            for key, default in _WINDOW.items()
+        )
         meetings *= _meetings(
-            sizes[0][axis],
-            sizes[2][axis],
-            int(field("size", 1)),
-            int(field("stride", 1)),
-            low,
-            int(field("lhs_dilate", 1)),
-            int(field("rhs_dilate", 1)),
+            sizes[0][axis], sizes[2][axis], size, stride, low, dilation, window_dilation
         )
     rows, columns, inner = sizes[2]["b"], sizes[2]["f"], sizes[1]["i"]
     return 2.0 * meetings * rows * columns * inner, meetings * _padded(rows, columns, inner)
@@ -193,11 +176,6 @@ def _meetings(size, results, window, stride, low, dilation, window_dilation) -> 
             at = first + place * window_dilation
             count += 0 <= at <= (size - 1) * dilation and at % dilation == 0
     return count
-
-
-def _cycles(one: Instruction) -> float:
-    found = re.search(r'"estimated_cycles":"(\d+)"', one.line)
-    return float(found[1]) if found else 0.0
 
 
 def _kind(one: Instruction, program: Program) -> str:
@@ -232,6 +210,8 @@ def _traffic(one: Instruction, program: Program) -> tuple[float, float]:
         read = (array for place in places for array in _read(one, place, program))
         updates = one.opcode == "dynamic-update-slice"
         written = _read(one, 1, program) if updates else one.arrays
+        if _GEMM in one.line:
+            written = written[:1]  # without its workspace
     sizes = zip(_total(read), _total(written), strict=True)
     logical, laid_out = (a + b for a, b in sizes)
     return logical, laid_out
