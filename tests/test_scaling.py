@@ -31,14 +31,12 @@ def test_what_parameters_should_send():
     """Both towers' layers twice in bfloat16, the table of tokens once in float32; the rest is
     small."""
     layers = 12 * 12 * (768**2 + 512**2)
-    whole = 2 * 2 * layers + 4 * 49408 * 512
-    assert formulas()["parameters"] == pytest.approx(whole * 3 / 4, rel=0.02)
-    # Four chips' 160 queries of 12 tokens are fewer rows than the table has.
+    assert formulas()["parameters"] == pytest.approx(2 * 2 * layers * 3 / 4, rel=0.02)
+    assert formulas()["table"] == 4 * 49408 * 512 * 3 / 4
     demo = scaling.Case("demo", "v5e:4x4", 160, 4)
-    layers = 12 * 128**2 * (3 + 1)
-    others = 2 * (768 * 128 + 2 * 128 * 512)
+    layers, others = 12 * 128**2 * (3 + 1), 768 * 128 + 2 * 128 * 512
     assert formulas(case=demo)["parameters"] == pytest.approx(
-        (4 * layers + others) * 3 / 4, rel=0.02
+        (2 * 2 * layers + 2 * others) * 3 / 4, rel=0.02
     )
 
 
@@ -55,7 +53,7 @@ def found(case: scaling.Case = CASE, **changes) -> dict:
         "thorough": False,
         "peak": 2000.0,
         "copies": 1000.0,
-        "formulas": {"loss": 100.0, "parameters": 100.0},
+        "formulas": {"loss": 100.0, "parameters": 100.0, "table": 300.0},
         "collectives": collectives,
         "sent": 252.0,
         "exposed": 153.0,
@@ -83,6 +81,7 @@ OTHER = scaling.Case("ViT-B-32", "v6e:16x16", 256, 4)
     ("rows", "said"),
     [
         ({CASE: found(), LARGER: found(peak=3040.0, copies=2000.0)}, []),
+        ({CASE: found(formulas={"loss": 100.0, "parameters": 49.0, "table": 51.0})}, []),
         ({CASE: found(), OTHER: found(peak=9000.0)}, []),
         ({CASE: found(), LARGER: {"failed": "no compiler"}}, []),
         (
@@ -90,11 +89,18 @@ OTHER = scaling.Case("ViT-B-32", "v6e:16x16", 256, 4)
             ["v5e ViT-B-32 256 4 gather False: a chip holds"],
         ),
         (
-            {CASE: found(formulas={"loss": 110.0, "parameters": 94.0})},
+            {CASE: found(formulas={"loss": 110.0, "parameters": 94.0, "table": 900.0})},
             ["gather False: loss sends -6.4% of the formula", "parameters sends +5.3%"],
         ),
     ],
-    ids=["as it should", "of another kind", "not compiled", "holds more", "sends otherwise"],
+    ids=[
+        "as it should",
+        "with the table of tokens",
+        "of another kind",
+        "not compiled",
+        "holds more",
+        "sends otherwise",
+    ],
 )
 def test_what_is_missed(rows, said):
     missed = scaling.missed(rows)

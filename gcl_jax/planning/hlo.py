@@ -151,9 +151,9 @@ def _squeezed(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _part(kind: str, name: str, dims: tuple[int, ...], batch: int, shapes: set) -> str:
-    # The TPU compiler merges all-reduces under the name of one of them.
-    is_named = kind != "all-reduce" and "shard_map" in name
     squeezed = _squeezed(dims)
+    # Compilers merge collectives under the name of one of them, that for TPUs all-reduces only.
+    is_named = "shard_map" in name and kind != "all-reduce" and squeezed not in shapes
     if is_named or (batch in dims and len(squeezed) < 3 and squeezed not in shapes):
         return "loss"
     if squeezed not in shapes and len(squeezed) > 2:
