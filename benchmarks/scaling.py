@@ -55,7 +55,7 @@ def cases() -> list[Case]:
     """The demo's towers up to 512 chips in both forms of the loss, ViT-B-32 on some slices, GPUs
     and, for machines without any compiler, CPU devices."""
     ladders = [
-        Case("demo", slice_, 160, 4, form)
+        Case("demo", slice_, 128, 4, form)
         for ladder in LADDERS
         for slice_ in ladder
         for form in ("gather", "ring")
@@ -63,7 +63,7 @@ def cases() -> list[Case]:
     large = [Case("ViT-B-32", ladder[i], 256, 4) for ladder in LADDERS for i in (1, 3)]
     thorough = [
         Case("ViT-B-32", "v5e:4x4", 256, 4, thorough=True),
-        Case("demo", "v5e:4x4", 160, 4, thorough=True),
+        Case("demo", "v5e:4x4", 128, 4, thorough=True),
     ]
     gpus = [Case("ViT-B-32", "h100:1", 256, 1), Case("ViT-B-32", "h100:8", 256, 8)]
     cpus = [Case("demo", f"cpu:{n}", 40, 4, form) for n in (8, 16) for form in ("gather", "ring")]

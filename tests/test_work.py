@@ -181,3 +181,17 @@ def test_of_what_a_fusion_slices_and_updates_only_that_moves():
   %flat = f32[12,800]{1,0} parameter(2)
   ROOT %r = f32[12,8,100]{2,1,0} fusion(%all, %n, %flat), kind=kLoop, calls=%sliced"""
     assert read_work(program(body, FUSED)).memory == 4 + 2 * 4 * 8 * 100
+
+
+def test_what_goes_into_faster_memory_is_read_once():
+    body = """  %p = f32[12,8,100]{2,1,0:T(8,128)} parameter(0)
+  %s = ((f32[12,8,100]{2,1,0:T(8,128)}), f32[3,8,100]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) \
+slice-start(%p), slice={[0:3], [0:8], [0:100]}
+  %d = f32[3,8,100]{2,1,0:T(8,128)S(1)} slice-done(%s)
+  %c = (f32[12,8,100]{2,1,0:T(8,128)S(1)}, f32[12,8,100]{2,1,0:T(8,128)}, u32[]{:S(2)}) \
+copy-start(%p)
+  ROOT %e = f32[12,8,100]{2,1,0:T(8,128)S(1)} copy-done(%c)"""
+    work = read_work(program(body))
+    assert work.memory == (3 + 12) * 4 * 8 * 128
+    assert work.padding == (3 + 12) * 4 * 8 * 28
+    assert work.copies == Moved()

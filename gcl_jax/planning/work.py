@@ -197,6 +197,9 @@ def _total(found: Iterable[Array]) -> tuple[float, float]:
 
 def _traffic(one: Instruction, program: Program) -> tuple[float, float]:
     """Bytes read and written in main memory: (of the arrays, of the tiles that they lie in)."""
+    if one.opcode == "slice-start":  # into faster memory: (whole, slice, context)
+        piece = one.arrays[1]
+        return piece.size, piece.laid_out
     if one.opcode.endswith("-start"):
         return _total(one.arrays)
     if one.opcode == "fusion":
