@@ -63,10 +63,11 @@ def read_collectives(
                 kind = found[1]
                 if kind == "all-reduce" and any("all-reduce-scatter" in x for x in outer.called()):
                     kind = "reduce-scatter"  # the TPU compiler's: fused with a slice of its result
-                group, name_of = _group_size(one.line, devices), one.jax_name() or outer.jax_name()
+                group, origin = _group_size(one.line, devices), one.jax_name() or outer.jax_name()
                 parts: dict[str, float] = {}
-                for array in _payload(one, found[1], found[2] is not None, group):
-                    part = _part(kind, name_of, array.dims, batch, shapes)
+                payload = _payload(one, found[1], found[2] is not None, group)
+                for array in payload:
+                    part = _part(kind, origin, len(payload) > 1, array.dims, batch, shapes)
                     parts[part] = parts.get(part, 0.0) + array.size * _share_sent(kind, group)
                 exposed = not _is_hidden(outer, body[place + 1 :])
                 for i, (part, sent) in enumerate(parts.items()):
@@ -150,11 +151,15 @@ def _squeezed(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(n for n in dims if n != 1))
 
 
-def _part(kind: str, name: str, dims: tuple[int, ...], batch: int, shapes: set) -> str:
+def _part(
+    kind: str, origin: str, merged: bool, dims: tuple[int, ...], batch: int, shapes: set
+) -> str:
     squeezed = _squeezed(dims)
     # Compilers merge collectives under the name of one of them, that for TPUs all-reduces only.
-    is_named = "shard_map" in name and kind != "all-reduce" and squeezed not in shapes
-    if is_named or (batch in dims and len(squeezed) < 3 and squeezed not in shapes):
+    is_named = "shard_map" in origin and kind != "all-reduce"
+    if is_named and not (merged and squeezed in shapes):
+        return "loss"
+    if batch in dims and len(squeezed) < 3 and squeezed not in shapes:
         return "loss"
     if squeezed not in shapes and len(squeezed) > 2:
         return "activations"
