@@ -160,6 +160,20 @@ def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
     assert read(of_loss, more.replace("[512,", "[500,"))[0].part == "loss"
 
 
+def test_a_collective_without_a_name_is_of_what_made_its_operand():
+    """As the TPU compiler leaves a reduce-scatter that it had to fill up: 672 for 640 rows."""
+    more = f"""%all-reduce-scatter.1 (p: f32[8]) -> f32[8] {{
+  %all-reduce.1 = f32[10752,512]{{1,0}} all-reduce(%p), {ALL}
+}}
+"""
+    body = """  %g = f32[10240,512] get-tuple-element(%w), metadata={op_name="jit(f)/shard_map/while"}
+  %b = f32[10240,512] bitcast(%g)
+  %f = f32[672,512] fusion(%b), calls=%all-reduce-scatter.1
+  %c = f32[672,512] collective-permute(%f), source_target_pairs={{0,1}}"""
+    assert {c.part for c in read(body, more, batch=10240)} == {"loss"}
+    assert "loss" not in {c.part for c in read(body.replace("shard_map", "x"), more, batch=10240)}
+
+
 def test_parts_by_shape_where_names_were_merged():
     def part(
         shape: str, kind: str = "all-gather", name: str = "jit(f)/dot", batch: int = 4096

@@ -63,7 +63,8 @@ def read_collectives(
                 kind = found[1]
                 if kind == "all-reduce" and any("all-reduce-scatter" in x for x in outer.called()):
                     kind = "reduce-scatter"  # the TPU compiler's: fused with a slice of its result
-                group, origin = _group_size(one.line, devices), one.jax_name() or outer.jax_name()
+                group = _group_size(one.line, devices)
+                origin = one.jax_name() or _origin(outer, program)
                 parts: dict[str, float] = {}
                 payload = _payload(one, found[1], found[2] is not None, group)
                 for array in payload:
@@ -77,6 +78,18 @@ def read_collectives(
                     total[2] += runs * sent * exposed
     read = [Collective(*key, int(total[0]), *total[1:]) for key, total in totals.items()]
     return sorted((c for c in read if c.sent), key=lambda c: -c.sent)
+
+
+def _origin(one: Instruction, program: Program) -> str:
+    """jax's name of `one`, or of the first with a name of those that made what it sends: when the
+    TPU compiler makes a reduce-scatter or fills it up, it forgets the name."""
+    for _ in range(8):
+        if name := one.jax_name():
+            return name
+        if not one.operands:
+            break
+        one = program.by_name.get(one.operands[0], one)
+    return ""
 
 
 def _goes_on(one: Instruction) -> bool:
