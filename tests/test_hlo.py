@@ -166,7 +166,7 @@ def test_a_collective_without_a_name_is_of_what_made_its_operand():
   %all-reduce.1 = f32[10752,512]{{1,0}} all-reduce(%p), {ALL}
 }}
 """
-    body = """  %g = f32[10240,512] get-tuple-element(%w), metadata={op_name="jit(f)/shard_map/while"}
+    body = """  %g = f32[10240,512] gather(%w), metadata={op_name="jit(f)/shard_map/while"}
   %b = f32[10240,512] bitcast(%g)
   %f = f32[672,512] fusion(%b), calls=%all-reduce-scatter.1
   %c = f32[672,512] collective-permute(%f), source_target_pairs={{0,1}}"""
