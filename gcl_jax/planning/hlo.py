@@ -68,7 +68,7 @@ def read_collectives(
                 parts: dict[str, float] = {}
                 payload = _payload(one, found[1], found[2] is not None, group)
                 for array in payload:
-                    part = _part(kind, origin, len(payload) > 1, array.dims, batch, shapes)
+                    part = _part(kind, origin, len(payload) > 1, array, batch, shapes)
                     parts[part] = parts.get(part, 0.0) + array.size * _share_sent(kind, group)
                 exposed = not _is_hidden(outer, body[place + 1 :])
                 for i, (part, sent) in enumerate(parts.items()):
@@ -164,16 +164,15 @@ def _squeezed(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(n for n in dims if n != 1))
 
 
-def _part(
-    kind: str, origin: str, merged: bool, dims: tuple[int, ...], batch: int, shapes: set
-) -> str:
-    squeezed = _squeezed(dims)
+def _part(kind: str, origin: str, merged: bool, array: Array, batch: int, shapes: set) -> str:
+    squeezed = _squeezed(array.dims)
     # Compilers merge collectives under the name of one of them, that for TPUs all-reduces only.
     is_named = "shard_map" in origin and kind != "all-reduce"
     if is_named and not (merged and squeezed in shapes):
         return "loss"
-    if batch in dims and len(squeezed) < 3 and squeezed not in shapes:
+    if batch in array.dims and len(squeezed) < 3 and squeezed not in shapes:
         return "loss"
-    if squeezed not in shapes and len(squeezed) > 2:
+    is_float = array.dtype.startswith(("f", "bf"))
+    if not is_float or (squeezed not in shapes and len(squeezed) > 2):
         return "activations"
     return "parameters" if kind == "all-gather" else "gradients"
