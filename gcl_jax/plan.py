@@ -75,7 +75,11 @@ def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology")
     lines += ["", "one device sends        MiB     times"]
     for c in plan.collectives:
         lines.append(f"  {c.sent / 2**20:>23,.1f}{c.times:>10,}   {c.kind}, {c.part}")
-    lines.append(f"  {plan.sent / 2**20:>23,.1f}             in all")
+    lines.append(
+        f"  {plan.sent / 2**20:>23,.1f}             in all; {plan.exposed / 2**20:,.1f} of them "
+        "while it computes nothing"
+    )
+    lines += ["", *_program(plan)]
     if topology.chip is None:
         return "\n".join(lines)
     share = _UTILISATION.value
@@ -97,6 +101,25 @@ def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology")
     )
 
 
+def _program(plan: "Plan") -> list[str]:
+    work = plan.work
+    assert work is not None
+    return [
+        f"as compiled it computes {work.flops / 1e12:.3g} TFLOP in matrix products "
+        f"({work.padded / 1e12:.3g} in whole vectors of 128), and moves "
+        f"{work.memory / GIB:.3g} GiB to and from its memory:",
+        f"  {work.padding / work.memory:>6.1%} of that is padding, "
+        f"{work.copies.bytes / work.memory:.1%} copies into another layout "
+        f"({work.copies.times:,} times), {work.casts.bytes / work.memory:.1%} casts "
+        f"({work.casts.times:,} times)",
+        *(
+            f"  {one.moved.bytes / work.memory:>6.1%} {one.kind} of {one.shape} x "
+            f"{one.moved.times:,}: {one.name or 'the compiler'}"
+            for one in work.culprits[:3]
+        ),
+    ]
+
+
 def _row(name: str, size: int) -> str:
     return f"  {name:<16}{size / GIB:>9.2f}"
 
@@ -105,7 +128,7 @@ def figures(cfg: "TrainConfig", plan: "Plan", topology: "Topology", utilisation:
     """All figures of `plan`, for programs: sizes in bytes, times in seconds."""
     from gcl_jax.planning import planner
 
-    found = dataclasses.asdict(plan) | {"sent": plan.sent}
+    found = dataclasses.asdict(plan) | {"sent": plan.sent, "exposed": plan.exposed}
     found["collectives"] = [c._asdict() for c in plan.collectives]
     if topology.chip is not None and plan.collectives:
         times = planner.project(cfg, plan, topology, utilisation)

@@ -7,6 +7,7 @@ from conftest import make_cpu_mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gcl_jax.planning.hlo import Collective, read_collectives
+from gcl_jax.planning.program import read_program
 from tests.test_loss_memory import compile_loss, tpu_mesh
 
 WEIGHT = (12, 512, 2048)
@@ -14,7 +15,7 @@ WEIGHT = (12, 512, 2048)
 
 def read(body: str, more: str = "", batch: int = 4096, fsdp: int = 1) -> list[Collective]:
     text = f"HloModule m\n{more}\nENTRY %main.1 (p: f32[8]) -> f32[8] {{\n{body}\n}}\n"
-    return read_collectives(text, 16, batch, [WEIGHT], fsdp)
+    return read_collectives(read_program(text), 16, batch, [WEIGHT], fsdp)
 
 
 ALL = "replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}"
@@ -28,6 +29,7 @@ ALL = "replica_groups={{0,1,2,3,4,5,6,7,8,9,10,11,12,13,14,15}}"
         ("replica_groups=[4,4]<=[16]", 4),
         ("replica_groups=[2,8]<=[8,2]T(1,0)", 8),
         ("replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", 8),
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=4], device_ids=([4,4]T(1,0)) {'b'}", 4),
         ("replica_groups={}", 16),
     ],
 )
@@ -36,7 +38,7 @@ def test_a_ring_sends_all_but_its_own_share(groups, size):
         f"  %all-reduce.1 = f32[512,2048]{{1,0:T(8,128)}} all-reduce(%p), {groups}, to_apply=%add"
     )
     (found,) = read(line)
-    assert found == ("all-reduce", "gradients", 1, 2 * 4 * 512 * 2048 * (size - 1) / size)
+    assert found[:4] == ("all-reduce", "gradients", 1, 2 * 4 * 512 * 2048 * (size - 1) / size)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +77,42 @@ def test_the_end_of_an_asynchronous_one_is_not_a_second():
     assert [c.times for c in read(body)] == [1]
 
 
+GATHER = f"  %s = (bf16[32,2048], bf16[512,2048]) all-gather-start(%p), {ALL}"
+DONE = "  %d = bf16[512,2048] all-gather-done(%s)"
+ALIAS = "  %b = f32[8] bitcast(%p)"
+WORKS = "  %f = f32[8] fusion(%p), kind=kLoop, calls=%fused"
+
+
+@pytest.mark.parametrize(
+    ("lines", "exposed"),
+    [
+        ([f"  %s = bf16[512,2048] all-gather(%p), {ALL}", WORKS], True),
+        ([GATHER, DONE, WORKS], True),
+        ([WORKS, GATHER, ALIAS, DONE], True),
+        ([GATHER, ALIAS, WORKS, DONE], False),
+    ],
+    ids=["blocking", "ends at once", "nothing but names between", "computes meanwhile"],
+)
+def test_a_collective_is_exposed_unless_something_computes_meanwhile(lines, exposed):
+    (found,) = read("\n".join(lines))
+    assert found.sent > 0
+    assert found.exposed == (found.sent if exposed else 0.0)
+
+
+def test_a_collective_in_a_wrapper_of_its_own():
+    """As the NVIDIA compiler starts a reduce-scatter."""
+    more = f"""%wrapped (p: f32[8]) -> f32[8] {{
+  %reduce-scatter.1 = f32[32,2048] reduce-scatter(%p), {ALL}
+}}
+"""
+    start = "  %s = ((f32[512,2048]), f32[32,2048]) async-start(%p), calls=%wrapped"
+    done = "  %d = f32[32,2048] async-done(%s)"
+    (hidden,) = read("\n".join([start, WORKS, done]), more)
+    (exposed,) = read("\n".join([start, done]), more)
+    assert hidden.sent == exposed.sent == exposed.exposed == 4 * 512 * 2048 * 15 / 16
+    assert hidden.exposed == 0
+
+
 CONDITION = """%cond.1 (p: (s32[], f32[8])) -> pred[] {
   %limit = s32[]{:T(128)} constant(12)
   ROOT %lt = pred[] compare(%i, %limit), direction=LT
@@ -93,7 +131,7 @@ BODY = f"""%body.1 (p: (s32[], f32[8])) -> (s32[], f32[8]) {{
 def test_what_stands_in_a_loop_runs_as_often_as_it_turns(condition, known):
     loop = f"  %while.1 = (s32[], f32[8]) while(%t), condition=%cond.1, body=%body.1{known}"
     (found,) = read(loop, condition + BODY)
-    assert found == ("all-gather", "parameters", 12, 12 * 2 * 512 * 2048 * 15 / 16)
+    assert found[:4] == ("all-gather", "parameters", 12, 12 * 2 * 512 * 2048 * 15 / 16)
 
 
 def test_a_collective_in_several_fusions_of_a_tpu_counts_once():
@@ -107,7 +145,7 @@ def test_a_collective_in_several_fusions_of_a_tpu_counts_once():
   %fusion.7 = f32[8] fusion(%p), kind=kCustom, calls=%async_collective_fusion.2
   %async-collective-done = f32[8] fusion(%p), calls=%fused_computation.3"""
     (found,) = read(body, more)
-    assert found == ("all-gather", "loss", 1, 4 * 4096 * 512 * 15 / 16)
+    assert found == ("all-gather", "loss", 1, 4 * 4096 * 512 * 15 / 16, 0.0)
 
 
 def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
@@ -115,24 +153,49 @@ def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
   %all-reduce.1 = bf16[512,2048]{{1,0}} all-reduce(%p), {ALL}
 }}
 """
-    (found,) = read("  %f = bf16[128,2048] fusion(%p), calls=%all-reduce-scatter.1", more)
-    assert found == ("reduce-scatter", "gradients", 1, 2 * 512 * 2048 * 15 / 16)
+    fusion = "  %f = bf16[128,2048] fusion(%p), calls=%all-reduce-scatter.1"
+    (found,) = read(fusion, more)
+    assert found[:4] == ("reduce-scatter", "gradients", 1, 2 * 512 * 2048 * 15 / 16)
+    of_loss = f'{fusion}, metadata={{op_name="jit(f)/shard_map/reduce_scatter"}}'
+    assert read(of_loss, more.replace("[512,", "[500,"))[0].part == "loss"
+
+
+def test_a_collective_without_a_name_is_of_what_made_its_operand():
+    """As the TPU compiler leaves a reduce-scatter that it had to fill up: 672 for 640 rows."""
+    more = f"""%all-reduce-scatter.1 (p: f32[8]) -> f32[8] {{
+  %all-reduce.1 = f32[10752,512]{{1,0}} all-reduce(%p), {ALL}
+}}
+"""
+    body = """  %g = f32[10240,512] gather(%w), metadata={op_name="jit(f)/shard_map/while"}
+  %b = f32[10240,512] bitcast(%g)
+  %f = f32[672,512] fusion(%b), calls=%all-reduce-scatter.1
+  %c = f32[672,512] collective-permute(%f), source_target_pairs={{0,1}}"""
+    assert {c.part for c in read(body, more, batch=10240)} == {"loss"}
+    assert "loss" not in {c.part for c in read(body.replace("shard_map", "x"), more, batch=10240)}
 
 
 def test_parts_by_shape_where_names_were_merged():
-    def part(shape: str, kind: str = "all-gather", name: str = "jit(f)/dot") -> str:
+    def part(
+        shape: str, kind: str = "all-gather", name: str = "jit(f)/dot", batch: int = 4096
+    ) -> str:
         line = f'  %x = {shape} {kind}(%p), {ALL}, metadata={{op_name="{name}"}}'
-        return read(line, fsdp=4)[0].part
+        return read(line, batch=batch, fsdp=4)[0].part
 
     assert part("bf16[1,512,512]") == "parameters"  # a fourth of a layer of `WEIGHT`
     assert part("bf16[12,512,2048]") == "parameters"
     assert part("bf16[1024,77,512]") == "activations"
+    assert part("s32[512,2048]") == "activations"  # tokens
     assert part("f32[4096,512]") == "loss"
+    assert part("f32[512,2048]", "all-reduce", batch=512) == "gradients"
     assert part("f32[16,1,256]", name="jit(f)/shard_map/all_gather") == "loss"
     # The compiler gives a merged all-reduce the name of one of its parts.
     assert part("bf16[512,2048]", "all-reduce", "jit(f)/shard_map/psum") == "gradients"
     merged = f"  %x = (f32[4096], f32[512,2048], f32[]) all-reduce(%p), {ALL}"
     assert {c.part for c in read(merged)} == {"loss", "gradients"}
+    merged = f"  %x = (f32[256,300], f32[32,2048]) reduce-scatter(%p), {ALL}"
+    named = f'{merged}, metadata={{op_name="jit(f)/shard_map/reduce_scatter"}}'
+    sent = {c.part: c.sent for c in read(named, fsdp=16)}
+    assert sent == {"loss": 4 * 256 * 300 * 15, "gradients": 4 * 32 * 2048 * 15}
 
 
 def test_a_real_scan_gathers_each_layer_once_per_pass():
@@ -149,7 +212,7 @@ def test_a_real_scan_gathers_each_layer_once_per_pass():
     given = [jax.ShapeDtypeStruct((5, 64, 64), jnp.float32, sharding=split)]
     given.append(jax.ShapeDtypeStruct((16, 64), jnp.float32, sharding=rows))
     text = jax.jit(forward, out_shardings=rows).lower(*given).compile().as_text()
-    (found,) = read_collectives(text, 8, 16, [(5, 64, 64)], 8)
+    (found,) = read_collectives(read_program(text), 8, 16, [(5, 64, 64)], 8)
     assert found.part == "parameters"
     assert found.sent == 5 * 4 * 64 * 64 * 7 / 8
 
@@ -163,7 +226,7 @@ def test_the_loss_sends_what_the_formula_says(form, per_element, where):
     # A CPU multiplies, and sends, no bfloat16.
     dtype, more = (jnp.float32, 2) if where == "cpu" else (jnp.bfloat16, 0)
     program = compile_loss(mesh, batch, form, False, dim, dtype)
-    found = read_collectives(program.as_text(), mesh.size, batch, [])
+    found = read_collectives(read_program(program.as_text()), mesh.size, batch, [])
     # Documents travel once in the gather, twice in the ring.
     expected = (per_element + more * (1 if form == "gather" else 2)) * batch * dim
     if form == "gather":

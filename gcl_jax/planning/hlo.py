@@ -11,30 +11,30 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from gcl_jax.planning.program import Array, Instruction, Program
+
 KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 
 PARTS = ("parameters", "gradients", "loss", "activations")
 
-_ITEM_BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64}
-_INSTRUCTION = re.compile(
-    rf"^\s+(?:ROOT )?%\S+ = (?P<shape>.*?) (?P<kind>{'|'.join(KINDS)})(?P<start>-start)?\("
-)
-_ARRAY = re.compile(r"\b(pred|bf16|[fsuc]\d+|f8\w+)\[([\d,]*)\]")
-_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+_COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
+_COMPUTES = {"fusion", "convolution", "dot", "custom-call", "while", "call", "reduce", "sort"}
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind for one purpose. part: one of `PARTS`. count: how many run in a step.
-    sent: bytes that one device sends in all of them."""
+    """Collectives of one kind for one purpose. part: one of `PARTS`. times: how many run in a step.
+    sent: bytes that one device sends in all of them. exposed: of these, what it sends while it
+    computes nothing: the collective blocks, or nothing stands between its start and its end."""
 
     kind: str
     part: str
     times: int
     sent: float
+    exposed: float
 
 
 def read_collectives(
-    text: str, devices: int, batch: int, parameters: Iterable[tuple[int, ...]], fsdp: int = 1
+    program: Program, devices: int, batch: int, parameters: Iterable[tuple[int, ...]], fsdp: int = 1
 ) -> list[Collective]:
     """What one device sends in one run of the program, the most bytes first.
 
@@ -43,107 +43,96 @@ def read_collectives(
     Arrays of three or more dimensions that are neither are activations: these should not move.
 
     Args:
-        text: of a compiled training step, `compiled.as_text()`.
+        program: a compiled training step.
         devices: on which it runs.
         batch: the global batch.
         parameters: their global shapes.
         fsdp: over how many devices they are split.
     """
     shapes = _shapes_of(parameters, fsdp)
-    computations = _computations(text)
-    totals: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0])
-    for name, runs in _runs(computations, text).items():
-        scatters = "all-reduce-scatter" in name
-        for line in computations[name]:
-            found = _INSTRUCTION.match(line)
-            if not found:
+    totals: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+    for name, runs in program.runs.items():
+        body = program.computations[name]
+        for place, outer in enumerate(body):
+            if _goes_on(outer):
                 continue
-            kind = found["kind"]
-            if scatters and kind == "all-reduce":
-                kind = "reduce-scatter"  # the TPU compiler's: fused with the slice of its result
-            group = _group_size(line, devices)
-            arrays = _payload(found["shape"], found["kind"], bool(found["start"]), group)
-            parts: dict[str, float] = {}
-            for dims, size in arrays:
-                part = _part(found["kind"], line, dims, batch, shapes)
-                parts[part] = parts.get(part, 0.0) + size * _share_sent(kind, group)
-            for i, (part, sent) in enumerate(parts.items()):
-                totals[kind, part][0] += runs * (i == 0)
-                totals[kind, part][1] += runs * sent
-    read = [Collective(*key, int(times), sent) for key, (times, sent) in totals.items()]
+            for one in program.within(outer):
+                found = _COLLECTIVE.fullmatch(one.opcode)
+                if not found:
+                    continue
+                kind = found[1]
+                if kind == "all-reduce" and any("all-reduce-scatter" in x for x in outer.called()):
+                    kind = "reduce-scatter"  # the TPU compiler's: fused with a slice of its result
+                group = _group_size(one.line, devices)
+                origin = one.jax_name() or _origin(outer, program)
+                parts: dict[str, float] = {}
+                payload = _payload(one, found[1], found[2] is not None, group)
+                for array in payload:
+                    part = _part(kind, origin, len(payload) > 1, array, batch, shapes)
+                    parts[part] = parts.get(part, 0.0) + array.size * _share_sent(kind, group)
+                exposed = not _is_hidden(outer, body[place + 1 :])
+                for i, (part, sent) in enumerate(parts.items()):
+                    total = totals[kind, part]
+                    total[0] += runs * (i == 0)
+                    total[1] += runs * sent
+                    total[2] += runs * sent * exposed
+    read = [Collective(*key, int(total[0]), *total[1:]) for key, total in totals.items()]
     return sorted((c for c in read if c.sent), key=lambda c: -c.sent)
 
 
-def _computations(text: str) -> dict[str, list[str]]:
-    """{name: lines}; the entry is called "ENTRY"."""
-    computations: dict[str, list[str]] = {}
-    lines: list[str] = []
-    for line in text.splitlines():
-        if line.startswith((" ", "}")):
-            lines.append(line)
-        elif header := _HEADER.match(line):
-            lines = computations["ENTRY" if line.startswith("ENTRY") else header[1]] = []
-    return computations
+def _origin(one: Instruction, program: Program) -> str:
+    """jax's name of `one`, or of the first with a name of those that made what it sends: when the
+    TPU compiler makes a reduce-scatter or fills it up, it forgets the name."""
+    for _ in range(8):
+        if name := one.jax_name():
+            return name
+        if not one.operands:
+            break
+        one = program.by_name.get(one.operands[0], one)
+    return ""
 
 
-def _runs(computations: dict[str, list[str]], text: str) -> dict[str, int]:
-    """{computation: how often it runs in a step}, of those where collectives count. The branches
-    of a conditional are none: what they hold, the accuracy, is of logged steps alone."""
-    runs: dict[str, int] = collections.defaultdict(int)
-
-    def visit(name: str, times: int) -> None:
-        runs[name] += times
-        for line in computations[name]:
-            if loop := re.search(r" while\(.*condition=%([\w.\-]+), body=%([\w.\-]+)", line):
-                visit(loop[2], times * _trip_count(line, computations[loop[1]]))
-                continue
-            # A collective that overlaps with computation on a TPU is one fusion that starts it,
-            # some that carry it on and one that ends it; each of them repeats it.
-            is_part = "async_collective_fusion" in line or "%async-collective-done" in line[:40]
-            if not is_part and " all-reduce" not in line and " reduce-scatter" not in line:
-                for called in re.findall(r"(?:calls|to_apply)=%([\w.\-]+)", line):
-                    visit(called, times)
-
-    visit("ENTRY", 1)
-    return runs
+def _goes_on(one: Instruction) -> bool:
+    """Whether it carries on or ends what another has started. A collective that overlaps with
+    computation on a TPU is one fusion that starts it, some that carry it on and one that ends it;
+    each of them repeats it."""
+    return "async_collective_fusion" in one.line or one.name.startswith("async-collective-done")
 
 
-def _trip_count(line: str, condition: list[str]) -> int:
-    """Of a `while` that a scan became: it counts from 0 up to the constant of its condition."""
-    if known := re.search(r'known_trip_count"?:?\s*=?\s*\{"?n"?:"?(\d+)', line):
-        return int(known[1])
-    limits = [int(n) for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", "\n".join(condition))]
-    return max(limits, default=1)
+def _is_hidden(start: Instruction, after: list[Instruction]) -> bool:
+    """Whether something computes between `start` and the end of what it starts."""
+    if start.name.startswith("async-collective-start"):
+        end = start.name.replace("start", "done")
+    elif start.opcode.endswith("-start") and '"is_sync":true' not in start.line:
+        end = next((one.name for one in after if start.name in one.operands), "")
+    else:
+        return False
+    for one in after:
+        if one.name == end:
+            break
+        if one.opcode in _COMPUTES:
+            return True
+    return False
 
 
-def _payload(
-    shape: str, kind: str, starts: bool, group: int
-) -> list[tuple[tuple[int, ...], float]]:
-    """[(dimensions, bytes)] of the arrays that go through a collective: of a gather its outputs, of
-    a scatter its inputs, of the others both are alike."""
-    arrays = [
-        (tuple(map(int, dims.split(","))) if dims else (), dtype)
-        for dtype, dims in _ARRAY.findall(shape)
-    ]
-    sizes = [(dims, math.prod(dims) * _bits(dtype) / 8) for dims, dtype in arrays]
+def _payload(one: Instruction, kind: str, starts: bool, group: int) -> list[Array]:
+    """The arrays that go through a collective: of a gather its outputs, of a scatter its inputs, of
+    the others both are alike."""
+    arrays = list(one.arrays)
     if starts and kind != "all-reduce":
         # (inputs, outputs, contexts of the runtime)
-        while sizes and kind == "collective-permute" and len(sizes) % 2 == 0 and sizes[-1][0] == ():
-            sizes = sizes[:-2]
-        half = len(sizes) // 2
-        return sizes[half : 2 * half] if kind == "all-gather" else sizes[:half]
+        while kind == "collective-permute" and len(arrays) % 2 == 0 and arrays[-1].dims == ():
+            arrays = arrays[:-2]
+        half = len(arrays) // 2
+        return arrays[half : 2 * half] if kind == "all-gather" else arrays[:half]
     if kind == "reduce-scatter":
-        return [(dims, size * group) for dims, size in sizes]
-    return sizes
-
-
-def _bits(dtype: str) -> int:
-    return _ITEM_BITS.get(dtype) or int(re.sub(r"\D.*", "", dtype[1:]))
+        return [array._replace(size=array.size * group) for array in arrays]
+    return arrays
 
 
 def _group_size(line: str, devices: int) -> int:
     """How many devices take part together, in each of the ways to write it."""
-    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", line):
+    if axes := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\S+)? \{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
         return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", axes[2]))
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
@@ -175,13 +164,15 @@ def _squeezed(dims: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted(n for n in dims if n != 1))
 
 
-def _part(kind: str, line: str, dims: tuple[int, ...], batch: int, shapes: set) -> str:
-    name = re.search(r'op_name="([^"]*)"', line)
-    # The TPU compiler merges all-reduces under the name of one of them.
-    is_named = kind != "all-reduce" and name is not None and "shard_map" in name[1]
-    squeezed = _squeezed(dims)
-    if is_named or (batch in dims and len(squeezed) < 3):
+def _part(kind: str, origin: str, merged: bool, array: Array, batch: int, shapes: set) -> str:
+    squeezed = _squeezed(array.dims)
+    # Compilers merge collectives under the name of one of them, that for TPUs all-reduces only.
+    is_named = "shard_map" in origin and kind != "all-reduce"
+    if is_named and not (merged and squeezed in shapes):
         return "loss"
-    if squeezed not in shapes and len(squeezed) > 2:
+    if batch in array.dims and len(squeezed) < 3 and squeezed not in shapes:
+        return "loss"
+    is_float = array.dtype.startswith(("f", "bf"))
+    if not is_float or (squeezed not in shapes and len(squeezed) > 2):
         return "activations"
     return "parameters" if kind == "all-gather" else "gradients"

@@ -17,7 +17,9 @@ from gcl_jax import flops
 from gcl_jax.config import TrainConfig
 from gcl_jax.planning.abstract import Data, abstract_batch, abstract_training, bytes_per_device
 from gcl_jax.planning.hlo import Collective, read_collectives
+from gcl_jax.planning.program import read_program
 from gcl_jax.planning.topology import Topology
+from gcl_jax.planning.work import Work, read_work
 from gcl_jax.sharding import make_mesh
 from gcl_jax.step import make_train_step
 
@@ -50,10 +52,16 @@ class Plan:
     program: int | None = None
     peak: int | None = None
     collectives: tuple[Collective, ...] = ()
+    work: Work | None = None
 
     @property
     def sent(self) -> float:
         return sum(c.sent for c in self.collectives)
+
+    @property
+    def exposed(self) -> float:
+        """Of `sent`, bytes that nothing is computed behind."""
+        return sum(c.exposed for c in self.collectives)
 
 
 def lower(cfg: TrainConfig, data: Data, mesh: Mesh):
@@ -97,7 +105,10 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
     held = compiled.memory_analysis()
     peak = held.argument_size_in_bytes + held.temp_size_in_bytes
     peak += held.output_size_in_bytes - held.alias_size_in_bytes + held.generated_code_size_in_bytes
+    program = read_program(compiled.as_text())
     shapes = {x.shape for x in jax.tree.leaves(state.params)}
+    fsdp = mesh.shape["fsdp"]
+    collectives = read_collectives(program, chips, cfg.optim.batch_size, shapes, fsdp)
     return Plan(
         **known,
         temporaries=held.temp_size_in_bytes,
@@ -105,11 +116,8 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
         peak=peak,
         fits=peak <= topology.memory,
         verdict=f"needs {_gib(peak, topology.memory)}",
-        collectives=tuple(
-            read_collectives(
-                compiled.as_text(), chips, cfg.optim.batch_size, shapes, mesh.shape["fsdp"]
-            )
-        ),
+        collectives=tuple(collectives),
+        work=read_work(program),
     )
 
 
