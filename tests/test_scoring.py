@@ -102,7 +102,7 @@ def test_wrong_calls_are_refused_in_one_line(tmp_path, command):
         (("--qrels", qrels), "--qrels needs --run"),
         (("--workdir", tmp_path, "--run", other), "--run is an option of --qrels"),
         (("--workdir", tmp_path, "--out", other), "--out is an option of --qrels"),
-        (("--qrels", qrels, "--run", other, "--embed_dim", "0"), "--embed_dim is an option of --w"),
+        (("--qrels", qrels, "--run", other, "--embed_dim", "1"), "--embed_dim is an option of --w"),
         (("--compare", qrels, other, "--write_runs"), "--write_runs is an option of --workdir"),
         (("--qrels", qrels, "--run", other), f"none of its queries is judged in {qrels}"),
         (("--qrels", other, "--run", other), f"{other}, line 1: 6 columns"),

@@ -32,12 +32,12 @@ from gcl_jax.data import checksums
 from gcl_jax.data.locks import locked
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
+from gcl_jax.embeddings import EMBEDDINGS, IDS
 from gcl_jax.embeddings.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-EMBEDDINGS, IDS = "embeddings.npy", "ids.parquet"
 # Work that a kill may cost.
 SECONDS_PER_NOTE = 5.0
 IDS_AT_A_TIME = 1 << 20

@@ -155,6 +155,6 @@ def as_ranking(
     for row, query in enumerate(query_ids):
         judged = judgements.documents[row] >= 0
         documents, grades = judgements.documents[row, judged], judgements.grades[row, judged]
-        qrels[query] = dict(zip(ids[documents], grades.tolist(), strict=True))
+        qrels[query] = dict(zip(ids[documents], grades.astype(int).tolist(), strict=True))
         run[query] = dict(zip(ids[found[row]], scores[row].tolist(), strict=True))
     return Ranking(qrels, run)
