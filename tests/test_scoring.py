@@ -150,6 +150,11 @@ def test_a_run_writes_what_others_score_alike(tmp_path, command):
             workdir / "eval" / f"{split}.gt_results.json",
             workdir / "eval" / f"{split}.retrieval.json",
         )
+        # Their program gives both to pytrec_eval as they are.
+        judged, found = (json.loads(path.read_text()) for path in theirs)
+        again = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(found)
+        given = [again[query]["ndcg_cut_10"] for query in ours[0].to_pylist()]
+        np.testing.assert_allclose(ours["NDCG@10"].to_numpy(), given, atol=1e-12)
         for number, pair in enumerate([(qrels_path, run_path), theirs]):
             out = tmp_path / f"{split}{number}"
             command("--qrels", pair[0], "--run", pair[1], "--out", out)
