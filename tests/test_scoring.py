@@ -3,14 +3,17 @@
 import json
 import sys
 
+import ir_measures
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import pytrec_eval
 from conftest import TinySource
+from ir_measures import AP, RR, P, R, nDCG
 
 from gcl_jax import evaluate, metrics, trec
 from gcl_jax.evaluation.judgements import KS
+from gcl_jax.evaluation.results import TABLES
 from gcl_jax.evaluation.scoring import score
 from tests.test_metrics import KS as CUTS
 from tests.test_metrics import random_case, trec_eval
@@ -150,7 +153,18 @@ def test_a_run_writes_what_others_score_alike(tmp_path, command):
             workdir / "eval" / f"{split}.gt_results.json",
             workdir / "eval" / f"{split}.retrieval.json",
         )
-        # Their program gives both to pytrec_eval as they are.
+        report = json.loads((workdir / "eval" / f"{split}.json").read_text())
+        means = {key: mean for table in TABLES for key, mean in report[table].items()}
+        measures = {nDCG @ 10: "NDCG@10", AP @ 1000: "MAP@1000", RR @ 10: "MRR@10"}
+        measures |= {R @ 5: "Recall@5", P @ 5: "P@5"}
+        aggregated = ir_measures.calc_aggregate(
+            measures,
+            ir_measures.read_trec_qrels(str(qrels_path)),
+            ir_measures.read_trec_run(str(run_path)),
+        )
+        for measure, key in measures.items():
+            assert aggregated[measure] == pytest.approx(means[key], abs=1e-12), key
+        # The authors' program gives both to pytrec_eval as they are.
         judged, found = (json.loads(path.read_text()) for path in theirs)
         again = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(found)
         given = [again[query]["ndcg_cut_10"] for query in ours[0].to_pylist()]
