@@ -58,6 +58,7 @@ def embed_run(args: argparse.Namespace) -> None:
     from gcl_jax.embeddings import vectors
     from gcl_jax.embeddings.cache import EmbeddingCache
     from gcl_jax.embeddings.embedder import Embedder
+    from gcl_jax.embeddings.task import Task
     from gcl_jax.runs import load_run, parameters_digest
 
     cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim, data, args.checkpoint)
@@ -69,7 +70,7 @@ def embed_run(args: argparse.Namespace) -> None:
     sides: list[Side] = list(FOLDERS) if args.side == "both" else [args.side]
     for side in sides:
         rows, kept = rows_of(store, side, args.split), args.out is None
-        task = vectors.Task(cfg, store, side, rows, step, digest, per_field=kept or args.per_field)
+        task = Task(cfg, store, side, rows, step, digest, per_field=kept or args.per_field)
         if kept:
             folder = cache.folder(task)
         else:

@@ -359,17 +359,39 @@ def test_a_run_that_cannot_be_written(workdir, monkeypatch, capsys):
     assert capsys.readouterr().out == printed.out
 
 
+def cut_short(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(1000)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.usefixtures("no_towers")
-def test_damaged_embeddings_are_made_again(workdir, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (cut_short, "embeddings.npy"),
+        (flip_a_bit, "embeddings.npy"),
+        (flip_a_bit, "fields/title.npy"),
+        (Path.unlink, "fields/title.npy"),
+    ],
+)
+def test_damaged_embeddings_are_made_again(workdir, monkeypatch, capsys, damage, name):
     call(monkeypatch, search, workdir, "cat", "--json")
     expected = capsys.readouterr().out
     (folder,) = (workdir / "embeddings").iterdir()
-    with (folder / "embeddings.npy").open("r+b") as file:
-        file.truncate(1000)
+    damage(folder / name)
     with pytest.raises(DataError, match="damaged"):
-        vectors.opened(folder)
+        vectors.verify(folder)
     call(monkeypatch, search, workdir, "cat", "--json")
-    assert capsys.readouterr().out == expected
+    printed = capsys.readouterr()
+    assert printed.out == expected
+    assert f"warning: {folder} is damaged" in printed.err
+    vectors.verify(folder)
 
 
 @pytest.mark.usefixtures("no_towers")
