@@ -90,6 +90,8 @@ def test_scores_of_files(tmp_path, command, form):
         mean = report["recall"][key] if "Recall" in key else report["summary"][key]
         assert mean == pytest.approx(np.mean(expected))
         assert f"{key:<12}{mean:>8.4f}" in text.splitlines()
+    hits = [0, theirs["q2"]["recall_5"] > 0, theirs["q3"]["recall_5"] > 0]
+    assert report["acc"]["Accuracy@5"] == pytest.approx(np.mean(hits))
     names, values = (line.split(",") for line in (out / "output.csv").read_text().splitlines())
     assert dict(zip(names, map(float, values), strict=True)) == report["summary"]
     assert "over 3 judged queries" in text
