@@ -75,7 +75,7 @@ def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judge
     pairs, corpus = store.pairs(split), store.corpus(split)
     grade = metrics.rescale_scores(pairs.score)
     rows, group = np.unique(pairs.query, return_inverse=True)
-    # The authors' sample depends on the order of the queries: sorted by their key, which in Marqo-GS
+    # The authors' sample depends on the order of the queries: by their key, which in Marqo-GS
     # is the text and a mark. It decides where one text begins with another.
     mark = SEPARATOR if store.info["provenance"]["source"] == "marqo_gs" else ""
     ids = np.array([store.queries.ids[row] + mark for row in rows])
