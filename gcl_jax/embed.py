@@ -8,24 +8,24 @@ same command.
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gcl_jax import config, distributed
+from gcl_jax import config, distributed, options
 from gcl_jax.config import DataConfig
-from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embeddings import exports, vectors
-from gcl_jax.embeddings.cache import EmbeddingCache
-from gcl_jax.embeddings.embedder import Embedder
+from gcl_jax.datasets import open_store
+from gcl_jax.embeddings import exports
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.runs import add_checkpoint_argument, load_run, parameters_digest
 
-FOLDERS: dict[Side, str] = {"document": "documents", "query": "queries"}
+if TYPE_CHECKING:
+    from gcl_jax.data.pipeline import Side
+
+FOLDERS: "dict[Side, str]" = {"document": "documents", "query": "queries"}
 
 
-def rows_of(store: RankedStore, side: Side, split: str | None) -> np.ndarray:
+def rows_of(store: RankedStore, side: "Side", split: str | None) -> np.ndarray:
     """int64 row numbers, ascending: all records of the side, or those of `split`: the corpus that
     it searches, or the queries of its pairs."""
     if split is None:
@@ -34,11 +34,10 @@ def rows_of(store: RankedStore, side: Side, split: str | None) -> np.ndarray:
     return np.asarray(chosen, np.int64)
 
 
-def other_data(args: argparse.Namespace) -> DataConfig | None:
+def other_data(args: argparse.Namespace, trained: DataConfig) -> DataConfig | None:
     """What the arguments say of the data, if it is not what the run was trained on."""
     if args.store is None and args.query_fields is None and args.document_fields is None:
         return None
-    trained = config.load(args.workdir / "config.json").data
     return DataConfig(
         store=args.store or trained.store,
         query_fields=args.query_fields or trained.query_fields,
@@ -48,10 +47,21 @@ def other_data(args: argparse.Namespace) -> DataConfig | None:
 
 def embed_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
+    # Whatever can be wrong with the arguments is told before jax and the model are loaded.
     exports.check(args.export)
-    cfg, store, params, mesh, step = load_run(
-        args.workdir, args.embed_dim, other_data(args), args.checkpoint
-    )
+    trained = config.load(args.workdir / "config.json").data
+    data = other_data(args, trained)
+    store = open_store((data or trained).store)
+    if args.split is not None:
+        store.pairs(args.split)
+
+    from gcl_jax.embeddings import vectors
+    from gcl_jax.embeddings.cache import EmbeddingCache
+    from gcl_jax.embeddings.embedder import Embedder
+    from gcl_jax.embeddings.task import Task
+    from gcl_jax.runs import load_run, parameters_digest
+
+    cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim, data, args.checkpoint)
     if args.batch_size is not None:
         cfg.eval.batch_size = args.batch_size
     embedder = Embedder(cfg, params, mesh)
@@ -60,7 +70,7 @@ def embed_run(args: argparse.Namespace) -> None:
     sides: list[Side] = list(FOLDERS) if args.side == "both" else [args.side]
     for side in sides:
         rows, kept = rows_of(store, side, args.split), args.out is None
-        task = vectors.Task(cfg, store, side, rows, step, digest, per_field=kept or args.per_field)
+        task = Task(cfg, store, side, rows, step, digest, per_field=kept or args.per_field)
         if kept:
             folder = cache.folder(task)
         else:
@@ -88,12 +98,6 @@ def _weights(text: str) -> dict[str, float]:
     return weights
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gcl_jax.embed",
@@ -119,8 +123,16 @@ def main() -> None:
             metavar="NAME=WEIGHT,...",
             help=f"{side} fields to merge (default: those of the run)",
         )
-    add("--embed_dim", type=_count, help="leading dimensions of the embeddings (default: config)")
-    add("--batch_size", type=_count, help="records per step, of all devices (default: config)")
+    add(
+        "--embed_dim",
+        type=options.count,
+        help="leading dimensions of the embeddings (default: config)",
+    )
+    add(
+        "--batch_size",
+        type=options.count,
+        help="records per step, of all devices (default: config)",
+    )
     add(
         "--export",
         action="append",
@@ -128,7 +140,7 @@ def main() -> None:
         choices=tuple(exports.EXPORTS),
         help="write the embeddings in this form, too; may be given again",
     )
-    add_checkpoint_argument(parser)
+    options.add_checkpoint(parser)
     distributed.add_arguments(parser)
     args = parser.parse_args()
     with reported_in_one_line():

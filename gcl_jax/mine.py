@@ -24,18 +24,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from gcl_jax import distributed
+from gcl_jax import distributed, options
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
-from gcl_jax.embeddings.embedder import Embedder
+from gcl_jax.datasets import one_store
 from gcl_jax.errors import DataError, reported_in_one_line
 from gcl_jax.mining import Mining, mine_negatives
-from gcl_jax.runs import load_run
+from gcl_jax.options import NEWEST
 
 SIDES = {"documents": ("document",), "queries": ("query",), "both": ("document", "query")}
 
 
 def mine_run(
-    workdir: Path, sides: Sequence[str], mining: Mining
+    workdir: Path, sides: Sequence[str], mining: Mining, checkpoint: str = NEWEST
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The negatives {side: int32 (pairs, H)} of the training split of the run in `workdir`, and
     what `negatives.json` says of them.
@@ -43,7 +43,13 @@ def mine_run(
     Raises:
         DataError: not a single one is left.
     """
-    cfg, store, params, mesh, step = load_run(workdir)
+    # What may be missing is told before jax and the model are loaded.
+    one_store([workdir])
+
+    from gcl_jax.embeddings.embedder import Embedder
+    from gcl_jax.runs import load_run
+
+    cfg, store, params, mesh, step = load_run(workdir, checkpoint=checkpoint)
     embedder = Embedder(cfg, params, mesh)
     split = cfg.data.train_split
     pairs = store.pairs(split)
@@ -172,6 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--sampling", choices=("top", "random"), default="top", help="(default: top)")
     add("--seed", type=int, default=0, help="of --sampling=random (default 0)")
+    options.add_checkpoint(parser)
     distributed.add_arguments(parser)
     return parser
 
@@ -185,7 +192,7 @@ def main() -> None:
         mining = Mining(**options)
         check_absent(args.out)
         with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
-            negatives, note = mine_run(args.workdir, SIDES[args.side], mining)
+            negatives, note = mine_run(args.workdir, SIDES[args.side], mining, args.checkpoint)
             if not distributed.is_first():
                 return
             write_mined(args.out, negatives, note)

@@ -9,7 +9,6 @@ from jaxtyping import Float, Int
 from gcl_jax import logs
 from gcl_jax.data.negatives import compacted
 from gcl_jax.errors import UserError
-from gcl_jax.retrieval.index import Index
 
 ANCHORS_PER_BLOCK = 512
 PAIRS_PER_BLOCK = 8192
@@ -93,6 +92,8 @@ def mine_negatives(
         anchors, candidates: embeddings of length 1.
         anchor, candidate, score: the pairs, as rows of `anchors` and of `candidates`.
     """
+    from gcl_jax.retrieval.index import Index
+
     known, index = _Scores(anchor, candidate, score, len(candidates)), Index(candidates)
     rng = np.random.default_rng(mining.seed)
     # Only so many of the best can be out of the question: the search goes that much deeper.

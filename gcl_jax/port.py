@@ -10,7 +10,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from gcl_jax import config
+from gcl_jax import config, options
 from gcl_jax.config import DataConfig, ModelConfig, TrainConfig
 from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line
 from gcl_jax.presets import PRESETS, preset
@@ -154,11 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     write.add_argument("--workdir", type=Path, required=True, help="directory of a run")
     write.add_argument("--format", choices=FORMATS, required=True)
     write.add_argument("--out", type=Path, required=True, help="folder to write")
-    write.add_argument(
-        "--checkpoint",
-        default="newest",
-        help="newest (default), best by the run's config.checkpoint.best, or a step",
-    )
+    options.add_checkpoint(write)
     write.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export in --out"
     )
@@ -201,11 +197,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def export_run(args: argparse.Namespace) -> None:
+    # What may be missing is told before jax and the model are loaded.
+    config.load(args.workdir / "config.json")
+    if args.format == "run":
+        _require_unused(args.out, "--out")
+
     from gcl_jax.models.port import export_pretrained
     from gcl_jax.runs import load_model
 
-    if args.format == "run":
-        _require_unused(args.out, "--out")
     cfg, params, _, _ = load_model(args.workdir, args.checkpoint)
     if args.format == "run":
         _write_run(params, cfg, args.out)

@@ -13,12 +13,12 @@ from typing import Any
 
 import jinja2
 
+from gcl_jax.datasets import one_store
 from gcl_jax.errors import reported_in_one_line
 from gcl_jax.reports.charts import training_charts
 from gcl_jax.reports.comparison import several_runs
 from gcl_jax.reports.evaluated import SPLIT_NOTES, essentials, open_index, read_run
 from gcl_jax.reports.examples import EXTREME_PER_SPLIT, answer_all, highest, make_section, spread
-from gcl_jax.search import one_store
 
 TYPICAL_PER_SPLIT = 3
 

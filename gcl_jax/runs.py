@@ -1,6 +1,5 @@
 """A training run, opened for reading."""
 
-import argparse
 import hashlib
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +16,7 @@ from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.datasets import open_store
 from gcl_jax.errors import UserError
-
-NEWEST = "newest"
+from gcl_jax.options import NEWEST
 
 
 class Run(NamedTuple):
@@ -102,11 +100,3 @@ def parameters_digest(params: state.Params) -> str:
     found = np.asarray(digests(named)).tolist()
     lines = [f"{n} {x.shape} {x.dtype} {d}" for (n, x), d in zip(named.items(), found, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def add_checkpoint_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--checkpoint",
-        default=NEWEST,
-        help="newest (default), best by the run's config.checkpoint.best, or a step",
-    )

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Int
 
-from gcl_jax import config
+from gcl_jax import config, options
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore, Records
-from gcl_jax.datasets import open_store
+from gcl_jax.datasets import one_store
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.hits import as_results, format_table, image_type, one_line, save_images
 
@@ -167,33 +167,15 @@ def _parse_assignment(kinds: Mapping[str, str], assignment: str) -> tuple[str, s
         ) from None
 
 
-def one_store(workdirs: Sequence[Path]) -> RankedStore:
-    """The store that all of these runs were trained on.
-
-    Raises:
-        ConfigError, DataError: a directory is no run, or its store is gone.
-        UserError: there is more than one store.
-    """
-    configs = [config.load(workdir / "config.json") for workdir in workdirs]
-    stores = [open_store(cfg.data.store) for cfg in configs]
-    for workdir, store in zip(workdirs, stores, strict=True):
-        if store.directory.resolve() != stores[0].directory.resolve():
-            raise UserError(
-                f"{workdir} searches {store.directory}, {workdirs[0]} {stores[0].directory}: side "
-                "by side all need the same store"
-            )
-    return stores[0]
-
-
 def search_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
     # Whatever can be wrong with the arguments is told before jax and the model are loaded.
-    if len(args.workdir) > 1:
-        raise UserError("several --workdir go with --serve only")
-    (workdir,) = args.workdir
-    cfg = config.load(workdir / "config.json")
-    store = open_store(cfg.data.store)
-    cfg = store.resolve(cfg)
+    for name in ("workdir", "checkpoint"):
+        if len(getattr(args, name)) > 1:
+            raise UserError(f"several --{name} go with --serve only")
+    (workdir,), (checkpoint,) = args.workdir, args.checkpoint or [options.NEWEST]
+    store = one_store([workdir])
+    cfg = store.resolve(config.load(workdir / "config.json"))
     kinds = {
         field: store.queries.fields[field] for field, w in cfg.data.query_fields.items() if w > 0
     }
@@ -203,7 +185,7 @@ def search_run(args: argparse.Namespace) -> None:
     from gcl_jax.embeddings.cache import EmbeddingCache
     from gcl_jax.runs import load_run
 
-    cfg, store, params, mesh, step = load_run(workdir, args.embed_dim)
+    cfg, store, params, mesh, step = load_run(workdir, args.embed_dim, checkpoint=checkpoint)
     index = SearchIndex(cfg, store, params, mesh, rows, EmbeddingCache(workdir, step))
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     answers = zip(queries, *index.search(queries, args.top_k), strict=True)
@@ -222,15 +204,17 @@ def search_run(args: argparse.Namespace) -> None:
 
 def serve_runs(args: argparse.Namespace) -> None:
     """The search page, with parsed arguments."""
+    runs, checkpoints = len(args.workdir), args.checkpoint or [options.NEWEST]
+    if len(checkpoints) not in (1, runs):
+        raise UserError(
+            f"{len(checkpoints)} --checkpoint for {runs} --workdir: give one for all, or one each"
+        )
+    one_store(args.workdir)  # told before jax is loaded and anything is embedded
+
     from gcl_jax.serve import serve
 
-    serve(args.workdir, args.split, args.embed_dim, args.port)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
-    return int(text)
+    checkpoints = checkpoints * (runs // len(checkpoints))
+    serve(args.workdir, checkpoints, args.split, args.embed_dim, args.port)
 
 
 def _port(text: str) -> int:
@@ -254,7 +238,13 @@ def main() -> None:
         help="directory of a training run; with --serve repeat it to compare runs side by side",
     )
     parser.add_argument(
-        "--top_k", type=_count, default=10, help="documents per query (default: 10)"
+        "--checkpoint",
+        action="append",
+        default=[],
+        help=f"{options.CHECKPOINT}; with --serve also one for each --workdir",
+    )
+    parser.add_argument(
+        "--top_k", type=options.count, default=10, help="documents per query (default: 10)"
     )
     parser.add_argument(
         "--split", help="search only the corpus of this split (default: all documents of the store)"
@@ -267,7 +257,9 @@ def main() -> None:
         help="a query field by name, an image by its path; repeat it for a query of several fields",
     )
     parser.add_argument(
-        "--embed_dim", type=_count, help="leading dimensions of the embeddings (default: config)"
+        "--embed_dim",
+        type=options.count,
+        help="leading dimensions of the embeddings (default: config)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per query, one per line"

@@ -11,6 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from gcl_jax.embeddings.cache import EmbeddingCache
 from gcl_jax.embeddings.embedder import Embedder
 from gcl_jax.errors import DataError
+from gcl_jax.options import NEWEST
 from gcl_jax.runs import load_run
 from gcl_jax.search import Query, QueryRecords, SearchIndex
 
@@ -25,7 +26,13 @@ class Searcher:
     """A run that answers one text or image at a time. The towers are shared by all fields, so
     either may be asked, whatever the query fields of the training data are."""
 
-    def __init__(self, workdir: Path, split: str | None, embed_dim: int | None):
+    def __init__(
+        self,
+        workdir: Path,
+        split: str | None,
+        embed_dim: int | None,
+        checkpoint: str = NEWEST,
+    ):
         """Embeds the documents, of the corpus of `split` or all, unless the run keeps their
         embeddings, and compiles what queries need.
 
@@ -33,7 +40,9 @@ class Searcher:
             ConfigError, DataError, UserError: `workdir` is no run, or has no such split or
                 dimensions; a document that cannot be read.
         """
-        cfg, self.store, params, mesh, self.step = load_run(workdir, embed_dim)
+        cfg, self.store, params, mesh, self.step = load_run(
+            workdir, embed_dim, checkpoint=checkpoint
+        )
         self.name = str(workdir)
         self.takes_images = cfg.model.vision is not None
         rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))

@@ -29,7 +29,7 @@ from werkzeug.wrappers import Request, Response
 from gcl_jax.data.store import Records
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.hits import as_results, fields_of_kind, image_type
-from gcl_jax.search import Query, one_store
+from gcl_jax.search import Query
 from gcl_jax.searcher import MAX_K, Searcher, check_image
 
 ADDRESS = "127.0.0.1"
@@ -198,11 +198,18 @@ class QuietHandler(WSGIRequestHandler):
         """The terminal is for errors; what people search for is not written down."""
 
 
-def serve(workdirs: Sequence[Path], split: str | None, embed_dim: int | None, port: int) -> None:
-    """Serves the page until Ctrl-C; `port` 0 takes a free one, and the address is printed.
+def serve(
+    workdirs: Sequence[Path],
+    checkpoints: Sequence[str],
+    split: str | None,
+    embed_dim: int | None,
+    port: int,
+) -> None:
+    """Serves the page until Ctrl-C, for a checkpoint of each run, all over one store; `port` 0
+    takes a free one, and the address is printed.
 
     Raises:
-        ConfigError, DataError, UserError: as `Searcher`; the port is in use; runs of two stores.
+        ConfigError, DataError, UserError: as `Searcher`; the port is in use.
     """
     with socket.socket() as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -212,8 +219,8 @@ def serve(workdirs: Sequence[Path], split: str | None, embed_dim: int | None, po
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             raise UserError(f"--port={port}: {reason}; choose another one") from None
-        one_store(workdirs)  # told before anything is embedded
-        app = SearchApp([Searcher(workdir, split, embed_dim) for workdir in workdirs])
+        runs = zip(workdirs, checkpoints, strict=True)
+        app = SearchApp([Searcher(w, split, embed_dim, checkpoint) for w, checkpoint in runs])
         server = make_server(
             ADDRESS, port, app, threaded=True, request_handler=QuietHandler, fd=listener.fileno()
         )

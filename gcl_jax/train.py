@@ -51,9 +51,10 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
     """
     import jax
 
-    from gcl_jax import evaluate, logs
+    from gcl_jax import logs
     from gcl_jax.checkpoints.checkpointer import Checkpointer
     from gcl_jax.embeddings.embedder import Embedder
+    from gcl_jax.evaluation.ranked import evaluate_in_training
     from gcl_jax.monitor import Monitor, Trace, diagnosis
     from gcl_jax.setup import set_up, start_or_continue
     from gcl_jax.state import abstract_state, averaged_params
@@ -116,7 +117,7 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
                 if evaluating:
                     with monitor.pause():
                         averaged = embedder.with_params(averaged_params(state))
-                        summaries = evaluate.evaluate_in_training(cfg, training.store, averaged)
+                        summaries = evaluate_in_training(cfg, training.store, averaged)
                     writer.write(step, summaries)
                 # What a rollback returns to must be sound, so not in the midst of skipped steps.
                 if saving and (signum or step == steps or not monitor.sick):

@@ -15,7 +15,7 @@ import pytest
 from conftest import TinySource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import config, embed, evaluate, report, search, state
+from gcl_jax import config, embed, evaluate, mine, report, search, state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.locks import locked
 from gcl_jax.data.store import RankedStore
@@ -265,12 +265,12 @@ def test_a_part_of_the_corpus_is_served_by_the_whole(workdir, monkeypatch):
     assert counts == [12, 24]
 
 
-def save(workdir: Path, step: int, seed: int) -> None:
+def save(workdir: Path, step: int, seed: int, keep: int = 1) -> None:
     cfg = config.load(workdir / "config.json")
     rng = np.random.default_rng(seed)
     _, shapes = state.abstract_model(cfg.model)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
-    cfg.checkpoint.keep = 1
+    cfg.checkpoint.keep = keep
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         checkpointer.save(step, state.TrainState(np.int32(step), params, ()), {})
 
@@ -291,6 +291,27 @@ def test_a_new_checkpoint_is_embedded_and_the_old_ones_embeddings_go(workdir, mo
     assert counts == [24, 24, 24]
     assert kept(workdir) == ["document-5"]
     assert results(workdir) != before
+
+
+@pytest.mark.usefixtures("no_towers")
+def test_all_commands_take_an_older_checkpoint(workdir, monkeypatch, capsys):
+    """And the report shows what the one that was evaluated finds."""
+    call(monkeypatch, search, workdir, "cat", "--json")
+    expected = capsys.readouterr().out
+    save(workdir, 5, seed=1, keep=2)
+    call(monkeypatch, evaluate, workdir, "--checkpoint=0")
+    call(monkeypatch, report, workdir)
+    assert kept(workdir) == ["document-0"]
+    mined = workdir / "mined"
+    options = ("--absolute_margin=-2", "--checkpoint=0")
+    call(monkeypatch, mine, workdir, f"--out={mined}", *options)
+    assert json.loads((mined / "in_domain" / "negatives.json").read_text())["step"] == 0
+    capsys.readouterr()
+    call(monkeypatch, search, workdir, "cat", "--json", "--checkpoint=0")
+    assert capsys.readouterr().out == expected
+    call(monkeypatch, search, workdir, "cat", "--json")
+    assert capsys.readouterr().out != expected
+    assert kept(workdir) == ["document-0", "document-5"]
 
 
 @pytest.mark.usefixtures("no_towers")
@@ -338,17 +359,39 @@ def test_a_run_that_cannot_be_written(workdir, monkeypatch, capsys):
     assert capsys.readouterr().out == printed.out
 
 
+def cut_short(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.truncate(1000)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.usefixtures("no_towers")
-def test_damaged_embeddings_are_made_again(workdir, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("damage", "name"),
+    [
+        (cut_short, "embeddings.npy"),
+        (flip_a_bit, "embeddings.npy"),
+        (flip_a_bit, "fields/title.npy"),
+        (Path.unlink, "fields/title.npy"),
+    ],
+)
+def test_damaged_embeddings_are_made_again(workdir, monkeypatch, capsys, damage, name):
     call(monkeypatch, search, workdir, "cat", "--json")
     expected = capsys.readouterr().out
     (folder,) = (workdir / "embeddings").iterdir()
-    with (folder / "embeddings.npy").open("r+b") as file:
-        file.truncate(1000)
+    damage(folder / name)
     with pytest.raises(DataError, match="damaged"):
-        vectors.opened(folder)
+        vectors.verify(folder)
     call(monkeypatch, search, workdir, "cat", "--json")
-    assert capsys.readouterr().out == expected
+    printed = capsys.readouterr()
+    assert printed.out == expected
+    assert f"warning: {folder} is damaged" in printed.err
+    vectors.verify(folder)
 
 
 @pytest.mark.usefixtures("no_towers")

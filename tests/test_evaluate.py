@@ -5,13 +5,14 @@ import pytest
 import pytrec_eval
 from conftest import TinySource
 
-from gcl_jax import evaluate, metrics
+from gcl_jax import metrics
 from gcl_jax.data.pipeline import corpus_batches
 from gcl_jax.data.store import Pairs
 from gcl_jax.datasets.builder import write_store
 from gcl_jax.embeddings.embedder import Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
 from gcl_jax.evaluation.judgements import judged_metrics, sample_judgements
+from gcl_jax.evaluation.ranked import evaluate_splits
 from gcl_jax.retrieval.index import exact_top_k
 from gcl_jax.text import load_tokenizer
 
@@ -88,7 +89,7 @@ def test_queries_and_documents_are_embedded_with_their_prefixes(
     monkeypatch.setattr(Embedder, "embed", embed)
     monkeypatch.setattr(Embedder, "__init__", lambda *_: None)
     embedder = Embedder()
-    evaluate.evaluate_splits(tiny_config, tiny_store, embedder, 100, quiet=True)
+    evaluate_splits(tiny_config, tiny_store, embedder, 100, quiet=True)
     documents, queries = seen
     tokenizer = load_tokenizer("clip", 8)
     np.testing.assert_array_equal(documents["title"][7], tokenizer(["passage: thing 7"])[0])
@@ -132,7 +133,7 @@ def test_every_query_field_alone_and_the_rank_variance(tiny_config, tmp_path):
     tiny_config.eval.splits = ("in_domain",)
     cfg = store.resolve(tiny_config)
     assert cfg.eval.query_fields == ("en", "de", "fr")
-    result = evaluate.evaluate_splits(cfg, store, FakeEmbedder(), 100)["in_domain"]
+    result = evaluate_splits(cfg, store, FakeEmbedder(), 100)["in_domain"]
 
     pairs: Pairs = store.pairs("in_domain")
     first: dict[int, list[int]] = {}
@@ -160,7 +161,7 @@ def test_every_query_field_alone_and_the_rank_variance(tiny_config, tmp_path):
 
 def test_one_query_field_is_not_evaluated_twice(tiny_config, tiny_store):
     cfg = tiny_store.resolve(tiny_config)
-    results = evaluate.evaluate_splits(cfg, tiny_store, FakeEmbedder(), 100)
+    results = evaluate_splits(cfg, tiny_store, FakeEmbedder(), 100)
     for result in results.values():
         assert set(result.documents) == {"merged", "image", "title"}
         assert (result.query_fields, result.rank_variance) == ({}, {})
@@ -173,7 +174,7 @@ def test_a_query_field_that_no_query_of_the_split_has_is_left_out(tiny_config, t
     store = write_store(source, tmp_path / "store")
     tiny_config.data.query_fields = {}
     cfg = store.resolve(tiny_config)
-    results = evaluate.evaluate_splits(cfg, store, FakeEmbedder(), 100)
+    results = evaluate_splits(cfg, store, FakeEmbedder(), 100)
     assert set(results["in_domain"].query_fields) == {"en", "de"}
     assert set(results["zero_shot"].query_fields) == {"en", "de", "fr"}
 

@@ -2,15 +2,17 @@
 
 import copy
 import json
+import types
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 
 from gcl_jax import metrics
 from gcl_jax.config import EvalConfig, TrainConfig
 from gcl_jax.data import overview
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.errors import DataError
 from gcl_jax.evaluation.judgements import (
     ground_truth_of,
@@ -109,6 +111,26 @@ def test_which_ground_truth_is_used(store, tiny_store):
         wanted = sampled if opened is store else sample_judgements(opened, "in_domain", 3)
         np.testing.assert_array_equal(own.queries, wanted.queries)
         np.testing.assert_array_equal(own.grades, wanted.grades)
+
+
+@pytest.mark.parametrize(("source", "mark"), [("marqo_gs", SUFFIX), ("tables", "")])
+def test_the_sample_is_the_authors(source, mark):
+    """Drawn by pandas in the order of their keys, where some texts begin with another."""
+    texts = [f"{word}{end}" for word in ("shoe", "red", "blue") for end in ("", " 1", "s", "1")]
+    query, document = np.repeat(np.arange(len(texts)), 4), np.tile(np.arange(4), len(texts))
+    score = np.random.default_rng(0).integers(1, 101, len(query)).astype(float)
+    store = types.SimpleNamespace(
+        info={"provenance": {"source": source}},
+        queries=types.SimpleNamespace(ids=texts),
+        pairs=lambda _: Pairs(query, document, score),
+        corpus=lambda _: np.arange(4),
+    )
+    grade = metrics.rescale_scores(score)
+    frame = pandas.DataFrame({"key": [texts[q] + mark for q in query], "grade": grade})
+    sums = frame.groupby("key")["grade"].sum()
+    drawn = sums.sample(n=5, weights=sums, random_state=1).sort_values(ascending=False)
+    judgements = sample_judgements(store, "in_domain", 5)
+    assert [texts[q] + mark for q in judgements.queries] == drawn.index.to_list()
 
 
 def test_a_store_of_an_earlier_version_is_read(store, tmp_path):

@@ -15,6 +15,7 @@ from gcl_jax.data.store import Pairs
 from gcl_jax.datasets.builder import Split, write_store
 from gcl_jax.errors import UserError
 from gcl_jax.evaluation import compare, groups, results
+from gcl_jax.evaluation.ranked import evaluate_splits
 
 QUERIES = ("cat", "red cat", " a  red\tcat ", "a very red cat", "", "一 猫", "cat", "cat")
 
@@ -107,7 +108,7 @@ def test_intervals_are_those_of_each_metric_alone():
 
 
 def test_the_report_has_every_group_and_its_interval(cfg, store, tmp_path):
-    found = evaluate.evaluate_splits(cfg, store, FakeEmbedder(), 100, group_by=[])
+    found = evaluate_splits(cfg, store, FakeEmbedder(), 100, group_by=[])
     result = found["test"]
     report = json.loads(json.dumps(results.as_report("test", 1, result)))
     ndcg = result.merged["NDCG@10"]

@@ -16,6 +16,7 @@ LAYERS = (
         "loss_config",
         "open_clip_config",
         "presets",
+        "options",
         "validation",
         "flops",
         "metrics",

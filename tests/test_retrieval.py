@@ -17,6 +17,8 @@ from gcl_jax.retrieval import index as retrieval
 from gcl_jax.retrieval.cpu_search import RunningTopK
 from gcl_jax.retrieval.index import Index, exact_top_k
 
+ALL_MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2))
+
 
 def brute_force(queries, documents, k):
     """Best first, equal scores in document order."""
@@ -54,22 +56,26 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(retrieval, "TILE", 16)
 
 
+@pytest.mark.parametrize("mesh", ALL_MESHES, indirect=True, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize(("documents", "k"), [(1, 3), (7, 7), (1003, 40)])
 def test_equals_brute_force_on_all_meshes(mesh, small_blocks, documents, k):
-    """Duplicates and ties within and across blocks, devices and chunks."""
+    """Duplicates and ties within and across blocks, devices and chunks; more asked for than there
+    are; numbers of documents that the devices do not divide."""
     rng = np.random.default_rng(0)
     queries, corpus = integers(rng, 21, 5), integers(rng, documents, 5)
     assert_equals_brute_force(exact_top_k(queries, corpus, k, mesh), queries, corpus, k)
-    assert_equals_brute_force(Index(corpus, mesh).search(queries, k), queries, corpus, k)
+    for dtype in ("float32", "bfloat16"):
+        found = Index(corpus, mesh, dtype).search(queries, k)
+        assert_equals_brute_force(found, queries, corpus, k)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_bfloat16_gives_what_float32_gives(small_blocks, devices):
+@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)], indirect=True)
+def test_bfloat16_gives_what_float32_gives(small_blocks, mesh):
     """Near-ties far below the resolution of bfloat16, and many more of them than candidates."""
     rng = np.random.default_rng(0)
     queries = integers(rng, 9, 8)
     corpus = integers(rng, 700, 8) + rng.integers(0, 4, (700, 8)).astype(np.float32) / 2**12
-    index = Index(corpus, make_cpu_mesh(devices, 1), dtype="bfloat16")
+    index = Index(corpus, mesh, dtype="bfloat16")
     for k in (3, 700):
         assert_equals_brute_force(index.search(queries, k), queries, corpus, k)
 

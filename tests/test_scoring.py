@@ -3,14 +3,17 @@
 import json
 import sys
 
+import ir_measures
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import pytrec_eval
 from conftest import TinySource
+from ir_measures import AP, RR, P, R, nDCG
 
 from gcl_jax import evaluate, metrics, trec
 from gcl_jax.evaluation.judgements import KS
+from gcl_jax.evaluation.results import TABLES
 from gcl_jax.evaluation.scoring import score
 from tests.test_metrics import KS as CUTS
 from tests.test_metrics import random_case, trec_eval
@@ -87,6 +90,8 @@ def test_scores_of_files(tmp_path, command, form):
         mean = report["recall"][key] if "Recall" in key else report["summary"][key]
         assert mean == pytest.approx(np.mean(expected))
         assert f"{key:<12}{mean:>8.4f}" in text.splitlines()
+    hits = [0, theirs["q2"]["recall_5"] > 0, theirs["q3"]["recall_5"] > 0]
+    assert report["acc"]["Accuracy@5"] == pytest.approx(np.mean(hits))
     names, values = (line.split(",") for line in (out / "output.csv").read_text().splitlines())
     assert dict(zip(names, map(float, values), strict=True)) == report["summary"]
     assert "over 3 judged queries" in text
@@ -102,7 +107,7 @@ def test_wrong_calls_are_refused_in_one_line(tmp_path, command):
         (("--qrels", qrels), "--qrels needs --run"),
         (("--workdir", tmp_path, "--run", other), "--run is an option of --qrels"),
         (("--workdir", tmp_path, "--out", other), "--out is an option of --qrels"),
-        (("--qrels", qrels, "--run", other, "--embed_dim", "0"), "--embed_dim is an option of --w"),
+        (("--qrels", qrels, "--run", other, "--embed_dim", "1"), "--embed_dim is an option of --w"),
         (("--compare", qrels, other, "--write_runs"), "--write_runs is an option of --workdir"),
         (("--qrels", qrels, "--run", other), f"none of its queries is judged in {qrels}"),
         (("--qrels", other, "--run", other), f"{other}, line 1: 6 columns"),
@@ -150,6 +155,22 @@ def test_a_run_writes_what_others_score_alike(tmp_path, command):
             workdir / "eval" / f"{split}.gt_results.json",
             workdir / "eval" / f"{split}.retrieval.json",
         )
+        report = json.loads((workdir / "eval" / f"{split}.json").read_text())
+        means = {key: mean for table in TABLES for key, mean in report[table].items()}
+        measures = {nDCG @ 10: "NDCG@10", AP @ 1000: "MAP@1000", RR @ 10: "MRR@10"}
+        measures |= {R @ 5: "Recall@5", P @ 5: "P@5"}
+        aggregated = ir_measures.calc_aggregate(
+            measures,
+            ir_measures.read_trec_qrels(str(qrels_path)),
+            ir_measures.read_trec_run(str(run_path)),
+        )
+        for measure, key in measures.items():
+            assert aggregated[measure] == pytest.approx(means[key], abs=1e-12), key
+        # The authors' program gives both to pytrec_eval as they are.
+        judged, found = (json.loads(path.read_text()) for path in theirs)
+        again = pytrec_eval.RelevanceEvaluator(judged, {"ndcg_cut.10"}).evaluate(found)
+        given = [again[query]["ndcg_cut_10"] for query in ours[0].to_pylist()]
+        np.testing.assert_allclose(ours["NDCG@10"].to_numpy(), given, atol=1e-12)
         for number, pair in enumerate([(qrels_path, run_path), theirs]):
             out = tmp_path / f"{split}{number}"
             command("--qrels", pair[0], "--run", pair[1], "--out", out)

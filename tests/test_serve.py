@@ -27,6 +27,7 @@ from werkzeug.serving import make_server
 from werkzeug.test import Client
 
 from gcl_jax import config, search, serve
+from gcl_jax.datasets import one_store
 from gcl_jax.errors import UserError
 from gcl_jax.runs import load_run
 from gcl_jax.search import SearchIndex
@@ -317,7 +318,7 @@ def test_command(workdirs, compile_cache):
     """It says where it is, listens on 127.0.0.1 alone, and Ctrl-C ends it without a complaint."""
     command = [sys.executable, "-m", "gcl_jax.search", "--serve", "--port=0"]
     with subprocess.Popen(
-        [*command, f"--workdir={workdirs[0]}"],
+        [*command, *[f"--workdir={workdirs[0]}"] * 2, "--checkpoint=0", "--checkpoint=newest"],
         env=processes.ENVIRONMENT,
         text=True,
         stdout=subprocess.PIPE,
@@ -325,12 +326,13 @@ def test_command(workdirs, compile_cache):
     ) as server:
         port = int(re.search(r"http://localhost:(\d+)/", server.stdout.readline())[1])
         with urllib.request.urlopen(f"http://localhost:{port}/api/info") as answer:
-            assert json.load(answer)["documents"] == 24
+            info = json.load(answer)
+        assert (info["documents"], [run["step"] for run in info["runs"]]) == (24, [0, 0])
         # Whoever listens on 0.0.0.0 is reached by all of 127.0.0.0/8.
         with pytest.raises(ConnectionRefusedError):
             socket.create_connection(("127.0.0.2", port), timeout=10)
         with pytest.raises(UserError, match=f"--port={port}: Address already in use; choose"):
-            serve.serve(workdirs, None, None, port)
+            serve.serve(workdirs, ["newest", "newest"], None, None, port)
         server.send_signal(signal.SIGINT)
         out, errors = server.communicate(timeout=60)
     assert (server.returncode, out) == (0, "")
@@ -347,6 +349,8 @@ def test_command(workdirs, compile_cache):
         (["cat", "--port=8001"], "--port does not go without --serve"),
         (["cat", "--workdir=elsewhere"], "several --workdir go with --serve only"),
         (["--serve", "--workdir=/no/such/run"], "/no/such/run"),
+        (["cat", "--checkpoint=0", "--checkpoint=1"], "several --checkpoint go with --serve only"),
+        (["--serve", "--checkpoint=0", "--checkpoint=1"], "2 --checkpoint for 1 --workdir"),
     ],
 )
 def test_bad_arguments(workdirs, args, message, monkeypatch, capsys):
@@ -360,7 +364,7 @@ def test_bad_arguments(workdirs, args, message, monkeypatch, capsys):
 def test_runs_of_two_stores_are_not_compared(workdirs, tmp_path):
     other = untrained_run(HostileSource(), tmp_path)
     with pytest.raises(UserError, match="side by side all need the same store"):
-        serve.serve([workdirs[0], other], None, None, 0)
+        one_store([workdirs[0], other])
 
 
 @pytest.fixture(scope="module")

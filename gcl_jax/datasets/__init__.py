@@ -2,9 +2,12 @@
 
 import os
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
+from gcl_jax import config
 from gcl_jax.data.store import VERSION, RankedStore
+from gcl_jax.errors import UserError
 
 BUNDLED = ("emoji", "emoji_languages")
 EMOJI_TABLES = Path(__file__).with_name("emoji")
@@ -28,6 +31,24 @@ def open_store(name: str) -> RankedStore:
 
         return write_store(SOURCES[name](), directory, plan=plan)
     return RankedStore(directory)
+
+
+def one_store(workdirs: Sequence[Path]) -> RankedStore:
+    """The store that all of these runs were trained on.
+
+    Raises:
+        ConfigError, DataError: a directory is no run, or its store is gone.
+        UserError: there is more than one store.
+    """
+    configs = [config.load(workdir / "config.json") for workdir in workdirs]
+    stores = [open_store(cfg.data.store) for cfg in configs]
+    for workdir, store in zip(workdirs, stores, strict=True):
+        if store.directory.resolve() != stores[0].directory.resolve():
+            raise UserError(
+                f"{workdir} searches {store.directory}, {workdirs[0]} {stores[0].directory}: side "
+                "by side all need the same store"
+            )
+    return stores[0]
 
 
 def _fingerprint(tables: Path) -> int:

@@ -1,6 +1,6 @@
 """Embeddings that a run keeps, WORKDIR/embeddings/KEY: a corpus is embedded once per checkpoint.
 
-KEY stands for all that the embeddings depend on (see `gcl_jax.embeddings.vectors.Task.manifest`):
+KEY stands for all that the embeddings depend on (see `gcl_jax.embeddings.task.Task.manifest`):
 checkpoint and parameters, the records of the store, fields and weights, dimensions, preprocessing.
 """
 
@@ -19,6 +19,7 @@ from gcl_jax.data.locks import is_locked
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embeddings import vectors
 from gcl_jax.embeddings.embedder import Corpus, Embedder
+from gcl_jax.embeddings.task import Task, key
 from gcl_jax.errors import DataError
 from gcl_jax.runs import parameters_digest
 
@@ -40,7 +41,7 @@ class EmbeddingCache:
         call it together."""
         digest = parameters_digest(embedder.params)
         tasks = [
-            vectors.Task(cfg, store, "document", x, self.step, digest, per_field=True)
+            Task(cfg, store, "document", x, self.step, digest, per_field=True)
             for x in (rows, np.arange(len(store.documents)))
         ]
         folders = [self.folder(task) for task in tasks]
@@ -63,12 +64,12 @@ class EmbeddingCache:
         )
         return Corpus(rows, embedded.searched(fields))
 
-    def folder(self, task: vectors.Task) -> Path:
+    def folder(self, task: Task) -> Path:
         """Where the embeddings of `task` are, or will be."""
-        name = f"{task.side}-{task.step}-{vectors.key(task.manifest())}"
+        name = f"{task.side}-{task.step}-{key(task.manifest())}"
         return self.workdir / FOLDER / name
 
-    def remove_stale(self, task: vectors.Task) -> None:
+    def remove_stale(self, task: Task) -> None:
         """Removes what no call will ask for again: embeddings of checkpoints that are gone or were
         trained anew, of records that the store of `task` no longer holds, and leftovers."""
         steps = {path.name for path in (self.workdir / "checkpoints").iterdir()}
@@ -93,11 +94,14 @@ class EmbeddingCache:
 
 
 def _is_usable(folder: Path) -> bool:
-    """Whether it holds embeddings; damaged ones are removed."""
+    """Whether it holds embeddings; damaged ones are removed, with a warning."""
+    if not folder.exists():
+        return False
     try:
-        vectors.opened(folder)
+        vectors.verify(folder)
         return True
-    except DataError:
+    except DataError as error:
+        distributed.announce(f"warning: {error}: that is done now")
         _remove(folder)
         return False
 

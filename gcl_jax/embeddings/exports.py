@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gcl_jax import logs
-from gcl_jax.embeddings.vectors import EMBEDDINGS, IDS
+from gcl_jax.embeddings import EMBEDDINGS, IDS
 from gcl_jax.errors import UserError
 
 ROWS_AT_A_TIME = 65_536

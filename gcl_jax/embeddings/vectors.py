@@ -5,15 +5,14 @@
       fields/FIELD.npy, present/FIELD.npy   each field alone (zeros where it is missing) and bool
                                             (n,), where they were asked for
       ids.parquet                           `row`, the number in the store, and `id` of each row
-      manifest.json                         what the embeddings depend on
+      manifest.json                         what the embeddings depend on, and the arrays' checksums
 
 A folder is complete or absent: it grows in FOLDER.incomplete, which says how far it is.
 """
 
 import collections
+import concurrent.futures
 import contextlib
-import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -27,96 +26,17 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gcl_jax import distributed
-from gcl_jax.config import TrainConfig
 from gcl_jax.data import checksums
 from gcl_jax.data.locks import locked
-from gcl_jax.data.pipeline import Side
-from gcl_jax.data.store import RankedStore
+from gcl_jax.embeddings import EMBEDDINGS, IDS
 from gcl_jax.embeddings.embedder import Corpus, Embedder, FieldEmbeddings
+from gcl_jax.embeddings.task import FORMAT, Task, key
 from gcl_jax.errors import DataError
 
-FORMAT = 1
 MANIFEST = "manifest.json"
-EMBEDDINGS, IDS = "embeddings.npy", "ids.parquet"
 # Work that a kill may cost.
 SECONDS_PER_NOTE = 5.0
 IDS_AT_A_TIME = 1 << 20
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Task:
-    """Which records to embed, by which model: the records `rows` (ascending) of one side of
-    `store`, the fields and weights of `cfg`, and the parameters of training step `step` with the
-    digest `parameters`. `per_field` keeps each field alone as well, if there are several."""
-
-    cfg: TrainConfig
-    store: RankedStore
-    side: Side
-    rows: np.ndarray
-    step: int
-    parameters: str
-    per_field: bool = False
-
-    @property
-    def records(self):
-        return self.store.documents if self.side == "document" else self.store.queries
-
-    @property
-    def dim(self) -> int:
-        return self.cfg.eval.embed_dim or self.cfg.model.embed_dim
-
-    @property
-    def weights(self) -> dict[str, float]:
-        data = self.cfg.data
-        return data.document_fields if self.side == "document" else data.query_fields
-
-    @property
-    def bytes(self) -> int:
-        """About what the arrays take on disk."""
-        arrays = 1 + (len(self.weights) if self.per_field and len(self.weights) > 1 else 0)
-        return 4 * arrays * len(self.rows) * self.dim
-
-    def manifest(self) -> dict:
-        """All that the embeddings depend on, and where the store was."""
-        selection = "all"
-        if len(self.rows) != len(self.records):
-            selection = hashlib.sha256(np.asarray(self.rows, "<i8").tobytes()).hexdigest()
-        return {
-            "format": FORMAT,
-            "side": self.side,
-            "records": len(self.rows),
-            "selection": selection,
-            "dim": self.dim,
-            "fields": {
-                name: {"kind": self.records.fields[name], "weight": weight}
-                for name, weight in self.weights.items()
-            },
-            "per_field": self.per_field and len(self.weights) > 1,
-            "checkpoint": {"step": self.step, "parameters": self.parameters},
-            "store": {
-                "path": str(self.store.directory.resolve()),
-                "fingerprint": fingerprint(self.store, self.side),
-            },
-            # As JSON, where a list and a tuple are the same.
-            "model": json.loads(json.dumps(dataclasses.asdict(self.cfg.model))),
-        }
-
-
-def fingerprint(store: RankedStore, side: Side) -> str:
-    """Changes with the records of that side of the store, not with its pairs."""
-    folder = store.directory / ("documents" if side == "document" else "queries")
-    try:
-        known = checksums.read_manifest(store.directory)
-    except DataError:  # removed by hand: what tells a changed file then
-        stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
-        known = {
-            str(path.relative_to(store.directory)): f"{stat.st_size} {stat.st_mtime_ns}"
-            for path, stat in stats.items()
-        }
-    files = sorted(
-        f"{n} {digest}" for n, digest in known.items() if n.startswith(f"{folder.name}/")
-    )
-    return hashlib.sha256("\n".join(files).encode()).hexdigest()
 
 
 def make(folder: Path, task: Task, embedder: Embedder, quiet: bool = False) -> Corpus:
@@ -129,6 +49,8 @@ def make(folder: Path, task: Task, embedder: Embedder, quiet: bool = False) -> C
     folder = Path(os.path.abspath(folder))  # it may be "."
     manifest, first = task.manifest(), distributed.is_first()
     if multihost_utils.broadcast_one_to_all(np.bool_(first and _is_same(folder, manifest))):
+        if first:
+            verify(folder)
         return opened(folder)
     building = folder.with_name(f"{folder.name}.incomplete")
     if first:
@@ -153,17 +75,13 @@ def make(folder: Path, task: Task, embedder: Embedder, quiet: bool = False) -> C
                 collections.deque(batches, maxlen=0)
         if first:
             if not folder.exists():
-                _write_ids(task, building / "made" / IDS)
-                (building / "made").rename(folder)
+                made = building / "made"
+                _write_ids(task, made / IDS)
+                _write_manifest(made, manifest | {"checksums": _checksums(made)})
+                made.rename(folder)
             shutil.rmtree(building)
     multihost_utils.sync_global_devices("embedded")
     return opened(folder)
-
-
-def key(manifest: dict) -> str:
-    """Names what the embeddings depend on, wherever the store is."""
-    same = manifest | {"store": manifest["store"]["fingerprint"]}
-    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read_manifest(folder: Path) -> dict | None:
@@ -197,7 +115,31 @@ def opened(folder: Path) -> Corpus:
             raise ValueError("the arrays do not fit the manifest")
         return Corpus(rows, arrays)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise DataError(f"{folder} is damaged ({error}); remove it and embed again") from None
+        raise _damaged(folder, error) from None
+
+
+def verify(folder: Path) -> None:
+    """Reads all arrays in `folder`, a gigabyte a second or so.
+
+    Raises:
+        DataError: it holds no embeddings, or not those that were written.
+    """
+    opened(folder)
+    written = (read_manifest(folder) or {}).get("checksums", {})
+    if changed := sorted(dict(written.items() ^ _checksums(folder).items())):
+        raise _damaged(folder, f"{changed[0]} is not as it was written")
+
+
+def _damaged(folder: Path, reason: object) -> DataError:
+    return DataError(f"{folder} is damaged ({reason}); remove it and embed again")
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    """{array's file: its SHA-256}."""
+    paths = sorted(folder.rglob("*.npy"))
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        found = list(threads.map(checksums.sha256, paths))
+    return {path.relative_to(folder).as_posix(): x for path, x in zip(paths, found, strict=True)}
 
 
 def _is_same(folder: Path, manifest: dict) -> bool:
@@ -220,8 +162,14 @@ def _done(folder: Path, building: Path, manifest: dict) -> int:
     shutil.rmtree(made, ignore_errors=True)
     (building / "done").unlink(missing_ok=True)
     made.mkdir()
-    (made / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    _write_manifest(made, manifest)
     return 0
+
+
+def _write_manifest(folder: Path, manifest: dict) -> None:
+    unfinished = folder / f"{MANIFEST}.incomplete"
+    unfinished.write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+    unfinished.replace(folder / MANIFEST)
 
 
 def _write(

@@ -111,7 +111,8 @@ def _compare_tables(split: str, a: Path, b: Path) -> dict[str, Difference]:
     if ids[0] != ids[1]:
         raise DataError(
             f"split {split}: the queries differ, {len(ids[0] - ids[1])} are only in {a}, "
-            f"{len(ids[1] - ids[0])} only in {b}"
+            f"{len(ids[1] - ids[0])} only in {b}; evaluate both with the same ground truth and "
+            "--max_queries"
         )
     return {
         name: difference(*(table[name].to_numpy() for table in tables))

@@ -10,7 +10,7 @@ from gcl_jax import metrics
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.errors import DataError
-from gcl_jax.trec import Table
+from gcl_jax.trec import SEPARATOR, Table
 
 KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
 
@@ -75,8 +75,10 @@ def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judge
     pairs, corpus = store.pairs(split), store.corpus(split)
     grade = metrics.rescale_scores(pairs.score)
     rows, group = np.unique(pairs.query, return_inverse=True)
-    # The authors' sample depends on the order of the queries: sorted by their id.
-    ids = np.array([store.queries.ids[row] for row in rows])
+    # The authors' sample depends on the order of the queries: by their key, which in Marqo-GS
+    # is the text and a mark. It decides where one text begins with another.
+    mark = SEPARATOR if store.info["provenance"]["source"] == "marqo_gs" else ""
+    ids = np.array([store.queries.ids[row] + mark for row in rows])
     by_id = np.argsort(ids)
     sums = np.bincount(group, weights=grade)
     chosen = by_id[metrics.sample_queries(sums[by_id], max_queries)]
@@ -155,6 +157,6 @@ def as_ranking(
     for row, query in enumerate(query_ids):
         judged = judgements.documents[row] >= 0
         documents, grades = judgements.documents[row, judged], judgements.grades[row, judged]
-        qrels[query] = dict(zip(ids[documents], grades.tolist(), strict=True))
+        qrels[query] = dict(zip(ids[documents], grades.astype(int).tolist(), strict=True))
         run[query] = dict(zip(ids[found[row]], scores[row].tolist(), strict=True))
     return Ranking(qrels, run)

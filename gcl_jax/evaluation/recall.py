@@ -18,8 +18,9 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.embeddings.cache import EmbeddingCache
 from gcl_jax.embeddings.embedder import Embedder
 from gcl_jax.evaluation.results import write_json
+from gcl_jax.options import NEWEST
 from gcl_jax.retrieval.index import exact_top_k
-from gcl_jax.runs import NEWEST, load_run
+from gcl_jax.runs import load_run
 
 KS = (1, 5, 10)
 

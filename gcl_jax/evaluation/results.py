@@ -85,10 +85,12 @@ def group_summaries(result: SplitResult) -> dict[str, dict[str, dict]]:
 def means(values: PerQuery) -> dict[str, dict[str, float]]:
     """Means over the queries in the authors' tables."""
     by_name = metrics.summarize(values)
-    return {"summary": summary(values)} | {
+    tables = {
         table: {key: mean for key, mean in by_name.items() if key.startswith(f"{prefix}@")}
         for table, prefix in TABLES.items()
     }
+    found = {key.replace("MRR", "Accuracy"): values[key] > 0 for key in tables["mrr"]}
+    return {"summary": summary(values)} | tables | {"acc": metrics.summarize(found)}
 
 
 def as_report(split: str, step: int, result: SplitResult) -> dict:

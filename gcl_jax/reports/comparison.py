@@ -5,12 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from gcl_jax.datasets import one_store
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.evaluation.compare import compare
 from gcl_jax.reports.charts import compared_charts, interval_chart
 from gcl_jax.reports.evaluated import SPLIT_NOTES, EvaluatedRun, essentials, open_index, read_run
 from gcl_jax.reports.examples import EXTREME_PER_SPLIT, Chosen, answer_all, highest, make_section
-from gcl_jax.search import one_store
 
 
 def settings_that_differ(runs: Sequence[EvaluatedRun]) -> dict[str, list[str]]:

@@ -83,13 +83,15 @@ def read_evaluation(workdir: Path, split: str) -> dict[str, Any]:
 
 
 def open_index(run: EvaluatedRun) -> tuple[SearchIndex, int]:
-    """An index of all documents that the splits search, and how many parameters the model has."""
+    """An index of all documents that the splits search, by the checkpoint that was evaluated, and
+    how many parameters the model has."""
     import jax
 
     from gcl_jax.embeddings.cache import EmbeddingCache
     from gcl_jax.runs import load_run
 
-    cfg, store, params, mesh, step = load_run(run.workdir)
+    evaluated = next(iter(run.evaluations.values()))["step"]
+    cfg, store, params, mesh, step = load_run(run.workdir, checkpoint=str(evaluated))
     searched = np.unique(np.concatenate([store.corpus(split) for split in run.samples]))
     parameters = sum(x.size for x in jax.tree.leaves(params))
     cache = EmbeddingCache(run.workdir, step)
