@@ -1,6 +1,7 @@
 """The search page's API: what it answers, and what it refuses."""
 
 import base64
+import functools
 import io
 import json
 import re
@@ -323,18 +324,23 @@ def test_command(workdirs, compile_cache):
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        # A shell's background jobs, and what they start, would not hear of it.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     ) as server:
-        port = int(re.search(r"http://localhost:(\d+)/", server.stdout.readline())[1])
-        with urllib.request.urlopen(f"http://localhost:{port}/api/info") as answer:
-            info = json.load(answer)
-        assert (info["documents"], [run["step"] for run in info["runs"]]) == (24, [0, 0])
-        # Whoever listens on 0.0.0.0 is reached by all of 127.0.0.0/8.
-        with pytest.raises(ConnectionRefusedError):
-            socket.create_connection(("127.0.0.2", port), timeout=10)
-        with pytest.raises(UserError, match=f"--port={port}: Address already in use; choose"):
-            serve.serve(workdirs, ["newest", "newest"], None, None, port)
-        server.send_signal(signal.SIGINT)
-        out, errors = server.communicate(timeout=60)
+        try:
+            port = int(re.search(r"http://localhost:(\d+)/", server.stdout.readline())[1])
+            with urllib.request.urlopen(f"http://localhost:{port}/api/info") as answer:
+                info = json.load(answer)
+            assert (info["documents"], [run["step"] for run in info["runs"]]) == (24, [0, 0])
+            # Whoever listens on 0.0.0.0 is reached by all of 127.0.0.0/8.
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(("127.0.0.2", port), timeout=10)
+            with pytest.raises(UserError, match=f"--port={port}: Address already in use; choose"):
+                serve.serve(workdirs, ["newest", "newest"], None, None, port)
+            server.send_signal(signal.SIGINT)
+            out, errors = server.communicate(timeout=60)
+        finally:
+            server.kill()
     assert (server.returncode, out) == (0, "")
     assert "Traceback" not in errors
 

@@ -252,9 +252,13 @@ class Transformer(nnx.Module):
                 return jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat])
             return layer
 
-        whole = saving(layer)
-        if read is None:
+        def through(x, stacked):
+            whole = saving(layer)
             return jax.lax.scan(lambda x, params: (whole(x, params), None), x, stacked)[0]
+
+        if read is None:
+            return through(x, stacked)
         before, last = (jax.tree.map(lambda x, i=i: x[i], stacked) for i in (slice(-1), -1))
-        x = jax.lax.scan(lambda x, params: (whole(x, params), None), x, before)[0]
+        if len(jax.tree.leaves(before)[0]):
+            x = through(x, before)
         return saving(functools.partial(layer, read=read))(x, last)
