@@ -6,7 +6,6 @@ from jaxtyping import Array, Float, Int
 
 from gcl_jax.config import TextConfig
 from gcl_jax.models.layers import ACTIVATIONS, Numerics, Transformer
-from gcl_jax.sharding import gathered, rows_split
 
 
 class TextTower(nnx.Module):
@@ -27,8 +26,7 @@ class TextTower(nnx.Module):
         CLIP's end token has the highest id, so argmax finds it, and what follows is out of a causal
         model's sight; SigLIP's tower attends to its padding and reads the last token.
         """
-        x = _rows_of(self.token_embedding[...], tokens)
-        x = x + self.positional_embedding[...][: tokens.shape[1]]
+        x = self.token_embedding[...][tokens] + self.positional_embedding[...][: tokens.shape[1]]
         read = tokens.shape[1] - 1 if self.pool == "last" else jnp.argmax(tokens, axis=-1)
         x = self.transformer(x.astype(self.dtype), is_causal=self.causal, read=read)
         return self.projection(self.ln_final(x[:, 0]))
@@ -55,8 +53,7 @@ class BertTower(nnx.Module):
         t = tokens.shape[1]
         lengths = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(1, t + 1), 1), axis=1)
         positions = self.positional_embedding[...][self.first_position : self.first_position + t]
-        x = _rows_of(self.token_embedding[...], tokens) + positions
-        x = x + self.token_type_embedding[...][0]
+        x = self.token_embedding[...][tokens] + positions + self.token_type_embedding[...][0]
         x = self.ln_embedding(x.astype(self.dtype))
         read = 0 if self.pool == "first" else None
         x = self.transformer(x, is_causal=False, lengths=lengths, read=read)
@@ -65,11 +62,6 @@ class BertTower(nnx.Module):
         real = jnp.arange(t) < lengths[:, None]
         total = jnp.sum(jnp.where(real[:, :, None], x, 0), axis=1, dtype=jnp.float32)
         return self.projection((total / lengths[:, None]).astype(self.dtype))
-
-
-def _rows_of(table: Float[Array, "v d"], tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
-    # As it is: gradients of the tokens of a whole batch would lose too much in bfloat16.
-    return rows_split(gathered(table, table.dtype)[tokens])
 
 
 class Projection(nnx.Module):
