@@ -32,7 +32,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m gcl_jax.search --workdir=$(DEMO) "sad cat" --top_k=5
 
 test: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=30 -m "not slow"
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder

@@ -102,6 +102,7 @@ def mean_of_embeddings(params, embeddings, target):
     return jnp.mean(embeddings["square"]), {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
 def test_a_step_in_chunks_equals_the_whole_step(mesh, tiny_config, tiny_batch):
     """Gradients are seen through Adam's first moment after one step."""
