@@ -134,14 +134,14 @@ def startup_rows(figures: dict) -> Iterable[Row]:
 
 
 BENCHMARKS = {
-    "step": Benchmark(("--models", "demo", "ViT-B-32", "--batch=16"), step_rows),
-    "loss": Benchmark(("--batches=1024,4096,8192,16384",), loss_rows),
+    "step": Benchmark(("--models", "demo", "ViT-B-32", "--batch=16", "--warmup=3"), step_rows),
+    "loss": Benchmark((), loss_rows),
     "gradient_cache": Benchmark(("--batch_size=128", "--chunks=1,4,16"), gradient_cache_rows),
-    "loop": Benchmark((), loop_rows),
+    "loop": Benchmark(("--steps=75", "--repeats=2"), loop_rows),
     "data": Benchmark(("--images", "--pipeline"), data_rows),
     "metrics": Benchmark((), metrics_rows),
-    "search": Benchmark((), search_rows),
-    "startup": Benchmark((), startup_rows),
+    "search": Benchmark(("--repeats=3",), search_rows),
+    "startup": Benchmark(("--repeats=3",), startup_rows),
 }
 
 
