@@ -2,16 +2,15 @@
 
 import os
 
-# Read once, when jax is first imported. Eight devices share a few cores: one thread each is plenty,
-# and tiny programs are dearer to optimise than to run.
+import processes
+
+# Read once, when jax first looks for devices.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = " ".join(
     [
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
-        "--xla_cpu_multi_thread_eigen=false",
-        "--xla_backend_optimization_level=0",
-        "--xla_cpu_parallel_codegen_split_count=1",
+        *processes.XLA_FLAGS,
     ]
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -21,7 +20,6 @@ import io
 import jax
 import numpy as np
 import parity
-import processes
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
