@@ -162,15 +162,22 @@ class Gather:
         del nothing
         columns, of_columns = residual
         carry, gradients = sweep(columns, _paired(of_columns, _gathered(cotangents)), carry)
-        for axis in BATCH_AXES:
-            gradients = jax.lax.psum_scatter(gradients, axis, tiled=True)
-        return carry, gradients
+        return carry, jax.tree.map(_scattered, gradients)
 
 
 def _gathered(rows):
     """Those of all devices, in their order."""
     for axis in reversed(BATCH_AXES):
         rows = jax.lax.all_gather(rows, axis, tiled=True)
+    return rows
+
+
+def _scattered(rows: Float[Array, "n d"]) -> Float[Array, "m d"]:
+    """Of the sums over all devices, a device's share of rows. The shares are a dimension of their
+    own: rows cut in place are padded by the TPU compiler, which then corrects its cuts."""
+    for axis in BATCH_AXES:
+        shares = rows.reshape(jax.lax.axis_size(axis), -1, rows.shape[-1])
+        rows = jax.lax.psum_scatter(shares, axis)
     return rows
 
 
