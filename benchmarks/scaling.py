@@ -101,7 +101,7 @@ def formulas(cfg, chips: int) -> dict[str, float]:
     float32; the gather sends documents once, all but a chip's own, the ring twice, all of them. In
     bfloat16 that is 6 B D and 8 B D. Of parameters that are split: a layer's once for the forward
     and once for the backward pass, others once; matrices in the model's type. The table of tokens
-    is apart, in float32: compilers send it whole, or as activations the rows that are taken of it.
+    stays where it is: what is looked up in it moves.
     """
     import jax
 
@@ -114,16 +114,14 @@ def formulas(cfg, chips: int) -> dict[str, float]:
     of_document = item[cfg.loss.dtype]
     loss = {"gather": (of_document + 4) * others, "ring": 2 * of_document + 4}[cfg.loss.form]
     fsdp = cfg.mesh.fsdp
-    sums = {"parameters": 0.0, "table": 0.0}
+    parameters = 0.0
     leaves, _ = jax.tree_util.tree_flatten_with_path(abstract_model(cfg.model)[1])
     for path, x in leaves:
         name = jax.tree_util.keystr(path)
-        if any(param_spec(path, x.shape, fsdp)):
-            is_table = "token_embedding" in name
-            size = 4 if is_table else item[cfg.model.dtype] * (2 if "blocks" in name else 1)
-            part = "table" if is_table else "parameters"
-            sums[part] += size * math.prod(x.shape) * (fsdp - 1) / fsdp
-    return {"loss": documents * loss} | sums
+        if "token_embedding" not in name and any(param_spec(path, x.shape, fsdp)):
+            uses = 2 if "blocks" in name else 1
+            parameters += uses * item[cfg.model.dtype] * math.prod(x.shape) * (fsdp - 1) / fsdp
+    return {"loss": documents * loss, "parameters": parameters}
 
 
 def compiled(case: Case) -> dict:
@@ -171,14 +169,9 @@ def sent(found: dict, part: str) -> float:
 
 
 def off(found: dict, part: str) -> float | None:
-    """By which share more was sent than the formula says, of parameters that which is nearer: with
-    the table of tokens or without. None if there is nothing to send."""
+    """By which share more was sent than the formula says; None if there is nothing to send."""
     expected = found["formulas"][part]
-    if not expected or found["chips"] == 1:
-        return None
-    tables = (0, found["formulas"]["table"]) if part == "parameters" else (0,)
-    shares = (sent(found, part) / (expected + table) - 1 for table in tables)
-    return min(shares, key=abs)
+    return sent(found, part) / expected - 1 if expected and found["chips"] > 1 else None
 
 
 def missed(rows: dict[Case, dict]) -> list[str]:

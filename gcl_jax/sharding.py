@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.tree_util import DictKey
 
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import ConfigError
@@ -52,10 +54,13 @@ def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None)
 
 
 def param_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """The largest dimension that `fsdp` divides is split over "fsdp"; small parameters, and the
-    stacked axis of the scanned blocks, never are."""
-    stacked = any(getattr(key, "key", None) == "blocks" for key in path)
-    candidates = [i for i in range(stacked, len(shape)) if shape[i] % fsdp == 0]
+    """The largest dimension that `fsdp` divides is split over "fsdp", of the table of tokens its
+    columns if they can be (see `looked_up`); small parameters, and the stacked axis of the scanned
+    blocks, never are."""
+    names = {getattr(key, "key", None) for key in path}
+    candidates = [i for i in range("blocks" in names, len(shape)) if shape[i] % fsdp == 0]
+    if "token_embedding" in names and candidates:
+        candidates = candidates[-1:]
     if fsdp == 1 or not candidates or np.prod(shape) < MIN_SHARDED_SIZE:
         return PartitionSpec()
     largest = max(candidates, key=lambda i: shape[i])
@@ -75,13 +80,35 @@ def is_split(mesh) -> bool:
 
 
 def gathered(params, dtype):
-    """The parameters of one layer, matrices in `dtype`, whole on every device; their gradients are
-    split again. In a program that is traced within `on_mesh`, else as they are: left to itself,
-    the compiler may leave parameters in their places and move activations, which are larger."""
+    """Parameters, matrices in `dtype`, whole on every device; their gradients are split again. In a
+    program that is traced within `on_mesh`, else as they are: left to itself, the compiler may
+    leave parameters in their places and move activations, which are larger."""
     if not is_split(jax.sharding.get_abstract_mesh()):
         return params
     cast = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
     return checkpoint_name(_gathered(cast), GATHERED)
+
+
+def gathered_outside_layers(params, dtype):
+    """`gathered`, of all parameters of a model but those of its stacked layers, which follow layer
+    by layer, and the table of tokens, which stays split (see `looked_up`)."""
+    flat = traverse_util.flatten_dict(params)
+    outside = {name: x for name, x in flat.items() if not {"blocks", "token_embedding"} & {*name}}
+    return traverse_util.unflatten_dict(flat | gathered(outside, dtype))
+
+
+def looked_up(table, tokens, dtype):
+    """`table[tokens]`, (b, t, width) in `dtype`. Where columns of the table are split, a device
+    looks up the tokens of all devices that share it, in its own columns, and they exchange columns
+    for rows: so the table, larger than what is looked up, stays where it is, and its gradient is
+    summed over "data" alone."""
+    fsdp = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
+    spec = param_spec((DictKey("token_embedding"),), table.shape, fsdp)
+    if spec != PartitionSpec(None, "fsdp"):
+        return table[tokens].astype(dtype)
+    constrain = jax.lax.with_sharding_constraint
+    columns = constrain(table, spec)[constrain(tokens, PartitionSpec("data"))].astype(dtype)
+    return rows_split(constrain(columns, PartitionSpec("data", None, "fsdp")))
 
 
 def rows_split(x):

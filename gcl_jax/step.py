@@ -19,7 +19,7 @@ from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.models.clip import CLIP, Fields
 from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
-from gcl_jax.sharding import on_mesh, replicated
+from gcl_jax.sharding import gathered_outside_layers, on_mesh, replicated
 from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 
 SIDES = ("query", "document")
@@ -76,8 +76,9 @@ def make_train_step(
 
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
         def encode(trained, inputs, key):
-            model = merge(graphdef, with_part(state.params, trained))
             with on_mesh(mesh):
+                params = with_part(state.params, trained)
+                model = merge(graphdef, gathered_outside_layers(params, cfg.model.dtype))
                 return encode_batch(model, inputs, key if drops_patches else None)
 
         def loss_fn(trained, embeddings, batch):

@@ -31,6 +31,8 @@ from gcl_jax.step import make_train_step
         ("blocks kernel", (12, 768, 2304), 4, P(None, None, "fsdp")),
         ("blocks kernel", (4096, 8, 3), 4, P(None, "fsdp")),
         ("blocks kernel", (4096, 7, 3), 4, P()),
+        ("text token_embedding", (49408, 512), 8, P(None, "fsdp")),
+        ("text token_embedding", (49408, 513), 8, P("fsdp")),
         ("logit_scale", (), 2, P()),
     ],
 )

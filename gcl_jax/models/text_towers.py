@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from gcl_jax.config import TextConfig
 from gcl_jax.models.layers import ACTIVATIONS, Numerics, Transformer
+from gcl_jax.sharding import looked_up
 
 
 class TextTower(nnx.Module):
@@ -26,9 +27,10 @@ class TextTower(nnx.Module):
         CLIP's end token has the highest id, so argmax finds it, and what follows is out of a causal
         model's sight; SigLIP's tower attends to its padding and reads the last token.
         """
-        x = self.token_embedding[...][tokens] + self.positional_embedding[...][: tokens.shape[1]]
+        x = looked_up(self.token_embedding[...], tokens, self.dtype)
+        x += self.positional_embedding[...][: tokens.shape[1]].astype(self.dtype)
         read = tokens.shape[1] - 1 if self.pool == "last" else jnp.argmax(tokens, axis=-1)
-        x = self.transformer(x.astype(self.dtype), is_causal=self.causal, read=read)
+        x = self.transformer(x, is_causal=self.causal, read=read)
         return self.projection(self.ln_final(x[:, 0]))
 
 
@@ -53,8 +55,9 @@ class BertTower(nnx.Module):
         t = tokens.shape[1]
         lengths = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(1, t + 1), 1), axis=1)
         positions = self.positional_embedding[...][self.first_position : self.first_position + t]
-        x = self.token_embedding[...][tokens] + positions + self.token_type_embedding[...][0]
-        x = self.ln_embedding(x.astype(self.dtype))
+        x = looked_up(self.token_embedding[...], tokens, self.dtype)
+        x += (positions + self.token_type_embedding[...][0]).astype(self.dtype)
+        x = self.ln_embedding(x)
         read = 0 if self.pool == "first" else None
         x = self.transformer(x, is_causal=False, lengths=lengths, read=read)
         if self.pool == "first":
