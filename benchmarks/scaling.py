@@ -177,7 +177,7 @@ def off(found: dict, part: str) -> float | None:
 def missed(rows: dict[Case, dict]) -> list[str]:
     """The checks that failed, in words."""
     said = []
-    ladders: dict[tuple, dict[str, float]] = {}
+    ladders: dict[tuple, list[tuple[int, float]]] = {}
     for case, found in rows.items():
         if "failed" in found:
             continue
@@ -186,19 +186,24 @@ def missed(rows: dict[Case, dict]) -> list[str]:
             if share is not None and abs(share) > TOLERANCE:
                 said.append(f"{case.name}: {part} sends {share:+.1%} of the formula")
         held = found["peak"] - found["copies"]
-        ladders.setdefault((*case.ladder, found["thorough"]), {})[case.topology] = held
-    for ladder, held in ladders.items():
-        least, most = min(held.values()), max(held.values())
-        if most > (1 + TOLERANCE) * least:
-            name = " ".join(str(value) for value in ladder)
-            said.append(f"{name}: a chip holds {least / MIB:.1f} to {most / MIB:.1f} MiB")
+        ladders.setdefault((*case.ladder, found["thorough"]), []).append((found["chips"], held))
+    for ladder, slices in ladders.items():
+        name = " ".join(str(value) for value in ladder)
+        least = math.inf
+        for chips, held in sorted(slices):
+            if held > (1 + TOLERANCE) * least:
+                said.append(
+                    f"{name}: a chip holds {held / MIB:.1f} MiB in a slice of {chips}, "
+                    f"{least / MIB:.1f} in a smaller one"
+                )
+            least = min(least, held)
     return said
 
 
 def efficiencies(found: dict) -> tuple[float, float] | None:
     """Share of a step that is left for computing, if no communication hides behind it, and if only
-    that is exposed which the compiler left so."""
-    if found["chip"] is None:
+    that is exposed which the compiler left so; None of a single chip and of CPUs."""
+    if "projection" not in found:
         return None
     times = found["projection"]
     computing = times["towers"] + times["loss"]
@@ -261,13 +266,13 @@ def badly_done(case: Case, found: dict) -> str:
     if (chip := found["chip"]) is not None:
         products, memory = work["flops"] / chip["flops"], work["memory"] / chip["hbm"]
         bound = found["tower_flops"] / chip["flops"] / max(products, memory)
-        share = efficiencies(found)
-        assert share is not None, "there is a chip"
-        lines.append(
+        line = (
             f"  at best: {products * 1e3:.3g} ms of products at the peak, {memory * 1e3:.3g} ms of "
-            f"memory at its full speed, so {bound:.0%} of the peak in the model's own FLOPs; "
-            f"{share[1]:.1%} of a step computes if what is exposed costs time"
+            f"memory at its full speed, so {bound:.0%} of the peak in the model's own FLOPs"
         )
+        if share := efficiencies(found):
+            line += f"; {share[1]:.1%} of a step computes if what is exposed costs time"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -185,6 +185,7 @@ def test_parts_by_shape_where_names_were_merged():
     assert part("bf16[12,512,2048]") == "parameters"
     assert part("bf16[1024,77,512]") == "activations"
     assert part("s32[512,2048]") == "activations"  # tokens
+    assert part("s32[4096,77]", name="jit(f)/shard_map/all_gather") == "activations"
     assert part("f32[4096,512]") == "loss"
     assert part("f32[512,2048]", "all-reduce", batch=512) == "gradients"
     assert part("f32[16,1,256]", name="jit(f)/shard_map/all_gather") == "loss"

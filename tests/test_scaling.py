@@ -119,6 +119,13 @@ def test_a_row_and_what_was_done_badly():
     assert "86.7% of a step computes" in badly
 
 
+def test_a_single_chip_has_no_efficiency():
+    alone = found(chips=1, collectives=[])
+    del alone["projection"]
+    assert scaling.row(CASE, alone).endswith("| - |")
+    assert scaling.badly_done(CASE, alone).endswith("of the peak in the model's own FLOPs")
+
+
 def test_every_row_is_a_configuration():
     cases = scaling.cases()
     assert len({case.name for case in cases}) == len(cases)

@@ -166,13 +166,15 @@ def _squeezed(dims: tuple[int, ...]) -> tuple[int, ...]:
 
 def _part(kind: str, origin: str, merged: bool, array: Array, batch: int, shapes: set) -> str:
     squeezed = _squeezed(array.dims)
+    is_float = array.dtype.startswith(("f", "bf"))
+    if not is_float and batch in array.dims and len(squeezed) == 2:
+        return "activations"  # token ids; what the loss tells of pairs has one dimension
     # Compilers merge collectives under the name of one of them, that for TPUs all-reduces only.
     is_named = "shard_map" in origin and kind != "all-reduce"
     if is_named and not (merged and squeezed in shapes):
         return "loss"
     if batch in array.dims and len(squeezed) < 3 and squeezed not in shapes:
         return "loss"
-    is_float = array.dtype.startswith(("f", "bf"))
     if not is_float or (squeezed not in shapes and len(squeezed) > 2):
         return "activations"
     return "parameters" if kind == "all-gather" else "gradients"
