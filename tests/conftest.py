@@ -150,32 +150,20 @@ def tiny_store(tmp_path_factory) -> RankedStore:
     return write_store(TinySource(), tmp_path_factory.mktemp("stores") / "tiny")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory) -> None:
-    """What one of the processes that tests start has compiled, the others need not."""
-    folder = tmp_path_factory.mktemp("compiled")
-    processes.ENVIRONMENT["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-
-
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """What a run of a module's tests has compiled, its other runs of the same model need not."""
-    settings = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    settings["jax_persistent_cache_min_compile_time_secs"] = 0
-    before = {name: getattr(jax.config, name) for name in settings}
-
-    def use(settings: dict) -> None:
-        for name, value in settings.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()  # jax looks at its settings once
-
-    use(settings)
-    yield
-    use(before)
+    """What takes a while to compile is compiled once, by whichever test or process comes first."""
+    folder = str(tmp_path_factory.mktemp("compiled"))
+    for environment in (os.environ, processes.ENVIRONMENT):
+        environment["JAX_COMPILATION_CACHE_DIR"] = folder
+        environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    compilation_cache.reset_cache()  # jax looks at its settings once
 
 
 @pytest.fixture
-def config_file(tiny_config, tiny_store, tmp_path, compile_cache):
+def config_file(tiny_config, tiny_store, tmp_path):
     """A config file of three training steps, with augmentation and an evaluation."""
     cfg = tiny_config
     cfg.data.store, cfg.data.augmentation = str(tiny_store.directory), "crop_flip"

@@ -21,7 +21,7 @@ XLA_FLAGS = [
 if metadata.version("jaxlib").startswith("0.10."):  # later ones have no other emitters
     XLA_FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
-# conftest.py adds a compile cache: every process would compile the same tiny programs.
+# conftest.py adds the compile cache.
 ENVIRONMENT = {
     name: value
     for name, value in os.environ.items()
@@ -30,7 +30,6 @@ ENVIRONMENT = {
     "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
     "XLA_FLAGS": " ".join(XLA_FLAGS),
     "JAX_PLATFORMS": "cpu",
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
 }
 
 # For a machine that does much else besides.

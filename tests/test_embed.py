@@ -511,7 +511,7 @@ def test_a_missing_package_is_named_before_the_work(workdir, monkeypatch, capsys
 
 
 @pytest.mark.slow
-def test_two_processes_write_what_one_does(workdir, tmp_path, compile_cache):
+def test_two_processes_write_what_one_does(workdir, tmp_path):
     out = tmp_path / "vectors"
     command = [sys.executable, "-m", "gcl_jax.embed", f"--workdir={workdir}", f"--out={out}"]
     pair = processes.start_local(2, 4, *command)

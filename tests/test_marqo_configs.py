@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 from conftest import make_cpu_mesh
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import save_file
 
 from benchmarks import marqo_gs as plan
@@ -164,30 +163,11 @@ def test_both_layouts_give_one_store(stores, kind):
         assert one[key] == two[key]
 
 
-@pytest.fixture(scope="module")
-def compiled_once(tmp_path_factory):
-    """The runs below differ in data and weights more than in programs: none is compiled twice."""
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {option: getattr(jax.config, option) for option in options}
-    for option, value in options.items():
-        jax.config.update(option, value)
-    compilation_cache.reset_cache()
-    yield
-    for option, value in before.items():
-        jax.config.update(option, value)
-    compilation_cache.reset_cache()
-
-
 # The stores are the same byte for byte; one model of each kind is run on the second as well.
 RUNS = [("vit_b32", 1), ("e5_large_v2", 2)]
 SLOW = [(name, 1) for name in plan.NAMES if name != "vit_b32"] + [("vit_b32", 2)]
 
 
-@pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize(
     ("name", "layout"), RUNS + [pytest.param(*run, marks=pytest.mark.slow) for run in SLOW]
 )

@@ -41,7 +41,7 @@ class TextSource(TinySource):
 
 
 @pytest.fixture(scope="module")
-def workdir(tmp_path_factory, compiled_once):
+def workdir(tmp_path_factory):
     """A run with the results of `python -m gcl_jax.evaluate` and some metrics."""
     workdir = untrained_run(HostileSource(), tmp_path_factory.mktemp("report"))
     with pytest.MonkeyPatch.context() as patch:

@@ -315,7 +315,7 @@ def test_queries_at_once(ask):
         assert first == second
 
 
-def test_command(workdirs, compile_cache):
+def test_command(workdirs):
     """It says where it is, listens on 127.0.0.1 alone, and Ctrl-C ends it without a complaint."""
     command = [sys.executable, "-m", "gcl_jax.search", "--serve", "--port=0"]
     with subprocess.Popen(
