@@ -11,6 +11,7 @@ and leaves its rows as they were.
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable
@@ -41,15 +42,15 @@ class Benchmark(NamedTuple):
 
 def step_rows(figures: dict) -> Iterable[Row]:
     for row in figures["rows"]:
-        kinds = row["kinds"]
-        best = max((k for k in kinds if k != "ours"), key=lambda k: kinds[k]["pairs_per_second"])
-        mfu = f", MFU {kinds['ours']['mfu']:.0%}" if kinds["ours"]["mfu"] else ""
-        yield Row(
-            f"training step, {row['model']}, {row['batch']} pairs, {row['dtype']}",
-            f"{kinds['ours']['pairs_per_second']:.3g} pairs/s{mfu}",
-            f"open_clip, {best}: {kinds[best]['pairs_per_second']:.3g} pairs/s",
-            row["ratio"],
-        )
+        ours = row["kinds"]["ours"]
+        mfu = f", MFU {ours['mfu']:.0%}" if ours["mfu"] else ""
+        for kind, ratios in row["ratios"].items():
+            yield Row(
+                f"training step, {row['model']}, {row['batch']} pairs, {row['dtype']}",
+                f"{ours['pairs_per_second']:.3g} pairs/s{mfu}",
+                f"open_clip, {kind}: {row['kinds'][kind]['pairs_per_second']:.3g} pairs/s",
+                statistics.median(ratios),
+            )
 
 
 def loss_rows(figures: dict) -> Iterable[Row]:
