@@ -139,7 +139,7 @@ BENCHMARKS = {
     "loss": Benchmark((), loss_rows),
     "gradient_cache": Benchmark(("--batch_size=128", "--chunks=1,4,16"), gradient_cache_rows),
     "loop": Benchmark(("--steps=75", "--repeats=2"), loop_rows),
-    "data": Benchmark(("--images", "--pipeline"), data_rows),
+    "data": Benchmark(("--pairs=20000", "--documents=2000", "--images", "--pipeline"), data_rows),
     "metrics": Benchmark((), metrics_rows),
     "search": Benchmark(("--repeats=3",), search_rows),
     "startup": Benchmark(("--repeats=3",), startup_rows),
