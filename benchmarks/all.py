@@ -172,7 +172,7 @@ def table() -> str:
             for row in benchmark.rows(json.loads(out.read_text())):
                 ratio = f"{row.ratio:.2f}" if row.ratio else ""
                 line = f"| {row.what} | {row.ours} | {row.other} | {ratio} | `{made_by}` |"
-                lines.append(line.replace("|  |", "| |"))
+                lines.append(line.replace("  |", " |"))
     return "\n".join(lines)
 
 
