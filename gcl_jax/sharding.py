@@ -10,6 +10,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import DictKey
+from jaxtyping import Array, Float, Int
 
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import ConfigError
@@ -97,8 +98,10 @@ def gathered_outside_layers(params, dtype):
     return traverse_util.unflatten_dict(flat | gathered(outside, dtype))
 
 
-def looked_up(table, tokens, dtype):
-    """`table[tokens]`, (b, t, width) in `dtype`. Where columns of the table are split, a device
+def looked_up(
+    table: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype
+) -> Float[Array, "b t d"]:
+    """`table[tokens]` in `dtype`. Where columns of the table are split, a device
     looks up the tokens of all devices that share it, in its own columns, and they exchange columns
     for rows: so the table, larger than what is looked up, stays where it is, and its gradient is
     summed over "data" alone."""

@@ -102,8 +102,7 @@ def mean_of_embeddings(params, embeddings, target):
     return jnp.mean(embeddings["square"]), {}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
+@pytest.mark.parametrize("mesh", [(4, 2), (8, 1)], indirect=True)
 def test_a_step_in_chunks_equals_the_whole_step(mesh, tiny_config, tiny_batch):
     """Gradients are seen through Adam's first moment after one step."""
     tiny_config.optim.batch_size, tiny_config.optim.clip_norm = 32, 0.0

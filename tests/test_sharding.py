@@ -133,7 +133,6 @@ def test_training_is_the_same_on_every_mesh(tiny_config, tiny_batch):
         )
 
 
-@pytest.mark.slow
 def test_memory_saving_moments_are_the_same_on_every_mesh(tiny_config, tiny_batch):
     """Matrices of 128 x 128 and more are factored; their row and column means are on all devices,
     the momentum where its parameter is."""
