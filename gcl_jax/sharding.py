@@ -101,10 +101,10 @@ def gathered_outside_layers(params, dtype):
 def looked_up(
     table: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype
 ) -> Float[Array, "b t d"]:
-    """`table[tokens]` in `dtype`. Where columns of the table are split, a device
-    looks up the tokens of all devices that share it, in its own columns, and they exchange columns
-    for rows: so the table, larger than what is looked up, stays where it is, and its gradient is
-    summed over "data" alone."""
+    """`table[tokens]` in `dtype`. Where columns of the table are split, a device looks up the
+    tokens of all devices that share it, in its own columns, and they exchange columns for rows: so
+    the table, larger than what is looked up, stays where it is, and its gradient is summed over
+    "data" alone."""
     fsdp = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
     spec = param_spec((DictKey("token_embedding"),), table.shape, fsdp)
     if spec != PartitionSpec(None, "fsdp"):
