@@ -24,9 +24,9 @@ import bm25s
 import numpy as np
 
 from gcl_jax.data.store import RankedStore
-from gcl_jax.datasets import open_store
-from gcl_jax.evaluation.judgements import judged_metrics, sample_judgements
-from gcl_jax.evaluation.results import summary
+from gcl_jax.evaluate.judgements import judged_metrics, sample_judgements
+from gcl_jax.evaluate.results import summary
+from gcl_jax.stores import open_store
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 

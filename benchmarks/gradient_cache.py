@@ -25,7 +25,7 @@ from gcl_jax.config import (
 )
 from gcl_jax.optim import make_optimizer
 from gcl_jax.state import abstract_model, init_state
-from gcl_jax.step import make_train_step
+from gcl_jax.train.step import make_train_step
 
 OUTPUT = Path(__file__).with_suffix(".json")
 

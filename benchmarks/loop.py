@@ -19,9 +19,10 @@ from pathlib import Path
 
 import jax
 
-from gcl_jax import logs, setup, state
+from gcl_jax import logs, state
 from gcl_jax.config import TrainConfig
-from gcl_jax.train import train
+from gcl_jax.train import setup
+from gcl_jax.train.__main__ import train
 
 ROOT = Path(__file__).parents[1]
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax.evaluation.judgements import KS
-from gcl_jax.metrics import (
+from gcl_jax.evaluate.judgements import KS
+from gcl_jax.evaluate.metrics import (
     PERSISTENCE,
     evaluate_rankings,
     evaluate_run,

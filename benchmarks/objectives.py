@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from gcl_jax.metrics import paired_bootstrap
+from gcl_jax.evaluate.metrics import paired_bootstrap
 
 CONFIG = Path(__file__).parents[1] / "configs" / "emoji_tiny.py"
 SPLITS = ("in_domain", "novel_query", "novel_document", "zero_shot")

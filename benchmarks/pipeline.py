@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from gcl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, VisionConfig
 from gcl_jax.data.pipeline import train_batches
 from gcl_jax.data.store import RankedStore
-from gcl_jax.text import load_tokenizer
+from gcl_jax.data.tokenizer import load_tokenizer
 
 MIN_AREA = 0.9
 

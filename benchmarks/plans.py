@@ -44,7 +44,7 @@ class Case:
 def config(case: Case):
     """A text as the query, an image as the document; bfloat16 over float32."""
     from gcl_jax.config import DataConfig, LossConfig, MeshConfig, OptimConfig, TrainConfig
-    from gcl_jax.presets import preset
+    from gcl_jax.models.presets import preset
 
     model = preset(case.model)
     model.dtype, model.remat = "bfloat16", case.remat
@@ -59,7 +59,7 @@ def config(case: Case):
 
 
 def opened(name: str, quick: bool):
-    from gcl_jax.planning.topology import QUICK, open_topology
+    from gcl_jax.plan.topology import QUICK, open_topology
 
     topology = open_topology(name)
     return topology._replace(compiler_options=topology.compiler_options | (QUICK if quick else {}))
@@ -67,8 +67,8 @@ def opened(name: str, quick: bool):
 
 def compiled(case: Case, topology) -> dict:
     """All figures of one case."""
-    from gcl_jax.plan import figures
-    from gcl_jax.planning import abstract, planner
+    from gcl_jax.plan import abstract, planner
+    from gcl_jax.plan.__main__ import figures
 
     cfg, data = abstract.resolve(config(case))
     return figures(cfg, planner.compile_plan(cfg, data, topology), topology, UTILISATION)

@@ -75,7 +75,7 @@ def config(case: Case, chips: int, dtype: str):
     """A text as the query, an image as the document. The demo's towers embed into 512 dimensions,
     so that what the loss sends besides embeddings is little."""
     from gcl_jax.config import DataConfig, LossConfig, MeshConfig, OptimConfig, TrainConfig
-    from gcl_jax.presets import preset
+    from gcl_jax.models.presets import preset
 
     if case.model == "demo":
         path = HERE.parent / "configs" / "emoji_tiny.py"
@@ -126,9 +126,9 @@ def formulas(cfg, chips: int) -> dict[str, float]:
 
 def compiled(case: Case) -> dict:
     """All figures of one case."""
-    from gcl_jax.plan import figures
-    from gcl_jax.planning import abstract, planner
-    from gcl_jax.planning.topology import QUICK, open_topology
+    from gcl_jax.plan import abstract, planner
+    from gcl_jax.plan.__main__ import figures
+    from gcl_jax.plan.topology import QUICK, open_topology
 
     topology = open_topology(case.topology)
     if topology.platform == "tpu" and not case.thorough:

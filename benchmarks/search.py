@@ -26,8 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gcl_jax.retrieval import index as retrieval
-from gcl_jax.retrieval.index import Index
+from gcl_jax.search import index as retrieval
+from gcl_jax.search.index import Index
 
 Found = tuple[np.ndarray, np.ndarray]
 

@@ -19,8 +19,8 @@ from pathlib import Path
 
 from werkzeug.serving import make_server
 
-from gcl_jax.searcher import Searcher
-from gcl_jax.serve import ADDRESS, QuietHandler, SearchApp
+from gcl_jax.search.searcher import Searcher
+from gcl_jax.search.serve import ADDRESS, QuietHandler, SearchApp
 
 # The page empties its status when it asks, and says how long it took when it is done.
 DONE = """

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from parity import import_open_clip
 
-from gcl_jax import flops, optim, sharding, state
+from gcl_jax import optim, sharding, state
 from gcl_jax.config import (
     DataConfig,
     ModelConfig,
@@ -42,10 +42,11 @@ from gcl_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from gcl_jax.models.port import from_state_dict
-from gcl_jax.models.port.foreign import to_open_clip_config
-from gcl_jax.presets import preset
-from gcl_jax.step import make_train_step
+from gcl_jax.models import flops
+from gcl_jax.models.presets import preset
+from gcl_jax.port.convert import from_state_dict
+from gcl_jax.port.foreign import to_open_clip_config
+from gcl_jax.train.step import make_train_step
 
 open_clip = import_open_clip()
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,7 +15,7 @@ from gcl_jax.config import (
     OptimConfig,
     TrainConfig,
 )
-from gcl_jax.presets import preset
+from gcl_jax.models.presets import preset
 
 
 def pretrained() -> str:

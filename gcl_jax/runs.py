@@ -14,9 +14,9 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.integrity import digests
 from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
-from gcl_jax.datasets import open_store
 from gcl_jax.errors import UserError
 from gcl_jax.options import NEWEST
+from gcl_jax.stores import open_store
 
 
 class Run(NamedTuple):

@@ -6,8 +6,8 @@ import math
 import re
 
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.score_weights import score_to_weight
 from gcl_jax.errors import ConfigError
-from gcl_jax.score_weights import score_to_weight
 
 CHOICES = {
     "model.dtype": ("float32", "bfloat16"),

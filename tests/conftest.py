@@ -34,7 +34,7 @@ from gcl_jax.config import (
     VisionConfig,
 )
 from gcl_jax.data.store import Pairs, RankedStore
-from gcl_jax.datasets.builder import Split, write_store
+from gcl_jax.prepare.builder import Split, write_store
 from gcl_jax.sharding import BATCH_AXES
 
 MESHES = ((1, 1), (8, 1), (4, 2), (2, 4))

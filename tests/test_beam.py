@@ -5,10 +5,10 @@ import sys
 
 import pytest
 
-from gcl_jax import prepare
-from gcl_jax.datasets import parts
-from gcl_jax.datasets.builder import write_store
 from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.prepare import __main__ as prepare
+from gcl_jax.prepare import parts
+from gcl_jax.prepare.builder import write_store
 from tests.test_prepare import png, tree, write_table
 from tests.test_sources import marqo, write_layout_1, write_layout_2
 

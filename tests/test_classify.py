@@ -14,14 +14,14 @@ from PIL import Image
 from test_search import HostileSource, untrained_run
 from towers import SMALL, random_params
 
-from gcl_jax import evaluate
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import Pairs
-from gcl_jax.datasets.builder import Split
-from gcl_jax.embeddings import embedder as embedding
+from gcl_jax.embed import embedder as embedding
 from gcl_jax.errors import DataError
-from gcl_jax.evaluation import classify, recall
-from gcl_jax.models.port import export_pretrained
+from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.evaluate import classify, recall
+from gcl_jax.port.export import export_pretrained
+from gcl_jax.prepare.builder import Split
 
 CLASSES = ("ant lion", "bee", "cat")
 

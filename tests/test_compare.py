@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from gcl_jax import evaluate
 from gcl_jax.errors import DataError
-from gcl_jax.evaluation.compare import compare, difference
-from gcl_jax.metrics import paired_bootstrap
+from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.evaluate.compare import compare, difference
+from gcl_jax.evaluate.metrics import paired_bootstrap
 
 
 def write(directory, split, queries, **columns):

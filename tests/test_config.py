@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gcl_jax import config, presets
+from gcl_jax import config
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import ConfigError
 from gcl_jax.loss_config import LossConfig, ObjectivesConfig
+from gcl_jax.models import presets
 from gcl_jax.validation import validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

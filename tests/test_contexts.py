@@ -14,17 +14,17 @@ import pytest
 from conftest import TinySource
 from towers import SMALL, random_fields, random_params
 
-from gcl_jax import setup
 from gcl_jax.data import contexts
 from gcl_jax.data.contexts import longest_texts, padded_length
 from gcl_jax.data.pipeline import train_batches
-from gcl_jax.datasets.builder import write_store
+from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import DataError
-from gcl_jax.flops import tower_flops, train_flops
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
+from gcl_jax.models.flops import tower_flops, train_flops
+from gcl_jax.prepare.builder import write_store
 from gcl_jax.state import abstract_model, merge
-from gcl_jax.text import load_tokenizer
+from gcl_jax.train import setup
 
 
 class TextSource(TinySource):

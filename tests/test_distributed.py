@@ -26,8 +26,8 @@ from gcl_jax import config, distributed, sharding, state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
-from gcl_jax.evaluate import evaluate_workdir
-from gcl_jax.train import train
+from gcl_jax.evaluate.__main__ import evaluate_workdir
+from gcl_jax.train.__main__ import train
 
 
 @pytest.fixture(autouse=True)

@@ -15,16 +15,21 @@ import pytest
 from conftest import TinySource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import config, embed, evaluate, mine, report, search, state
+from gcl_jax import config, state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.locks import locked
 from gcl_jax.data.store import RankedStore
-from gcl_jax.datasets.builder import write_store
-from gcl_jax.embeddings import vectors
-from gcl_jax.embeddings.cache import EmbeddingCache
-from gcl_jax.embeddings.embedder import Corpus, Embedder, FieldEmbeddings
+from gcl_jax.embed import __main__ as embed
+from gcl_jax.embed import vectors
+from gcl_jax.embed.cache import EmbeddingCache
+from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
+from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.mine import __main__ as mine
+from gcl_jax.prepare.builder import write_store
+from gcl_jax.report import __main__ as report
 from gcl_jax.runs import load_run, parameters_digest
+from gcl_jax.search import __main__ as search
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +251,7 @@ def test_a_corpus_is_embedded_once_per_checkpoint(workdir, monkeypatch):
     assert counts == [24]
     assert results(workdir) == first
     with monkeypatch.context() as patch:
-        patch.setattr("gcl_jax.embeddings.cache._problem", lambda *_: "read-only")
+        patch.setattr("gcl_jax.embed.cache._problem", lambda *_: "read-only")
         shutil.rmtree(workdir / "embeddings")
         call(patch, evaluate, workdir)
     assert results(workdir) == first
@@ -479,7 +484,7 @@ def test_the_digest_tells_parameters_apart_but_not_meshes(workdir):
 def test_exports_read_back(workdir, monkeypatch, tmp_path):
     faiss = pytest.importorskip("faiss")
     usearch = pytest.importorskip("usearch.index")
-    monkeypatch.setattr("gcl_jax.embeddings.exports.ROWS_AT_A_TIME", 10)
+    monkeypatch.setattr("gcl_jax.embed.exports.ROWS_AT_A_TIME", 10)
     out = tmp_path / "vectors"
     exports = ("--export=parquet", "--export=faiss", "--export=usearch")
     call(monkeypatch, embed, workdir, f"--out={out}", *exports)

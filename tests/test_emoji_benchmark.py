@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-FOLDER = Path(__file__).parent.parent / "gcl_jax" / "datasets" / "emoji"
+FOLDER = Path(__file__).parent.parent / "gcl_jax" / "prepare" / "emoji_tables"
 SPLITS = {
     (0, 0): "in_domain",
     (1, 0): "novel_query",

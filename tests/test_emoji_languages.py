@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from absl import flags
 
-from gcl_jax import train
 from gcl_jax.data.store import RankedStore
-from gcl_jax.datasets import open_store
-from gcl_jax.datasets.emoji import EmojiLanguagesSource
-from gcl_jax.text import load_tokenizer
+from gcl_jax.data.tokenizer import load_tokenizer
+from gcl_jax.prepare.emoji import EmojiLanguagesSource
+from gcl_jax.stores import open_store
+from gcl_jax.train import __main__ as train
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 

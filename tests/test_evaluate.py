@@ -5,16 +5,16 @@ import pytest
 import pytrec_eval
 from conftest import TinySource
 
-from gcl_jax import metrics
 from gcl_jax.data.pipeline import corpus_batches
 from gcl_jax.data.store import Pairs
-from gcl_jax.datasets.builder import write_store
-from gcl_jax.embeddings.embedder import Embedder, FieldEmbeddings
+from gcl_jax.data.tokenizer import load_tokenizer
+from gcl_jax.embed.embedder import Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
-from gcl_jax.evaluation.judgements import judged_metrics, sample_judgements
-from gcl_jax.evaluation.ranked import evaluate_splits
-from gcl_jax.retrieval.index import exact_top_k
-from gcl_jax.text import load_tokenizer
+from gcl_jax.evaluate import metrics
+from gcl_jax.evaluate.judgements import judged_metrics, sample_judgements
+from gcl_jax.evaluate.ranked import evaluate_splits
+from gcl_jax.prepare.builder import write_store
+from gcl_jax.search.index import exact_top_k
 
 
 def test_judgements_are_the_rescaled_pairs(tiny_store):

@@ -13,7 +13,7 @@ from flax import traverse_util
 from gcl_jax.optim import apply_updates, make_optimizer
 from gcl_jax.sharding import replicated, to_global
 from gcl_jax.state import abstract_model, abstract_state, averaged_params, init_state, merge
-from gcl_jax.step import make_train_step
+from gcl_jax.train.step import make_train_step
 
 ONE_DEVICE = make_cpu_mesh(1, 1)
 

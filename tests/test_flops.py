@@ -15,10 +15,10 @@ from gcl_jax.config import (
     VisionConfig,
 )
 from gcl_jax.errors import ConfigError
-from gcl_jax.flops import CHIPS, find_chip, loss_flops, pair_flops, tower_flops, train_flops
 from gcl_jax.loss_config import ObjectivesConfig
 from gcl_jax.models.clip import CLIP
-from gcl_jax.presets import preset
+from gcl_jax.models.flops import CHIPS, find_chip, loss_flops, pair_flops, tower_flops, train_flops
+from gcl_jax.models.presets import preset
 from gcl_jax.state import abstract_model, merge
 
 

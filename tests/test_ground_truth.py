@@ -9,12 +9,12 @@ import numpy as np
 import pandas
 import pytest
 
-from gcl_jax import metrics
 from gcl_jax.config import EvalConfig, TrainConfig
 from gcl_jax.data import overview
 from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.errors import DataError
-from gcl_jax.evaluation.judgements import (
+from gcl_jax.evaluate import metrics
+from gcl_jax.evaluate.judgements import (
     ground_truth_of,
     judged_metrics,
     load_judgements,

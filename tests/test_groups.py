@@ -10,12 +10,12 @@ from conftest import TinySource
 from test_evaluate import FakeEmbedder
 from test_results import random_result
 
-from gcl_jax import evaluate, metrics
 from gcl_jax.data.store import Pairs
-from gcl_jax.datasets.builder import Split, write_store
 from gcl_jax.errors import UserError
-from gcl_jax.evaluation import compare, groups, results
-from gcl_jax.evaluation.ranked import evaluate_splits
+from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.evaluate import compare, groups, metrics, results
+from gcl_jax.evaluate.ranked import evaluate_splits
+from gcl_jax.prepare.builder import Split, write_store
 
 QUERIES = ("cat", "red cat", " a  red\tcat ", "a very red cat", "", "一 猫", "cat", "cat")
 

@@ -13,13 +13,15 @@ from conftest import make_cpu_mesh
 from safetensors.numpy import save_file
 
 from benchmarks import marqo_gs as plan
-from gcl_jax import evaluate, search, sharding
+from gcl_jax import sharding
 from gcl_jax.config import TrainConfig
-from gcl_jax.models.port import to_state_dict
-from gcl_jax.models.port.files import is_hub_id
-from gcl_jax.planning import abstract, planner
-from gcl_jax.planning.abstract import bytes_per_device
-from gcl_jax.train import parse_flags, train
+from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.plan import abstract, planner
+from gcl_jax.plan.abstract import bytes_per_device
+from gcl_jax.port.convert import to_state_dict
+from gcl_jax.port.files import is_hub_id
+from gcl_jax.search import __main__ as search
+from gcl_jax.train.__main__ import parse_flags, train
 from gcl_jax.validation import validate
 from tests.test_ground_truth import write_ground_truth
 from tests.test_prepare import tree
@@ -71,7 +73,7 @@ def test_a_variant_is_named_behind_a_colon(tmp_path):
     """On the command line, where the file is looked for first."""
     command = ["train", f"--config={plan.CONFIGS}/vit_b32.py:fashion_5m", f"--workdir={tmp_path}"]
     parse_flags(command)
-    from gcl_jax.train import _CONFIG
+    from gcl_jax.train.__main__ import _CONFIG
 
     assert _CONFIG.value.data.store == "stores/marqo_gs_fashion_5m"
 

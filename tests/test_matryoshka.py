@@ -7,7 +7,7 @@ import pytest
 from conftest import make_cpu_mesh
 from test_finetune import draw_params
 
-from gcl_jax.embeddings.embedder import Embedder
+from gcl_jax.embed.embedder import Embedder
 from gcl_jax.losses.matryoshka import over_dims, truncated
 from gcl_jax.losses.multi_field import multi_field_loss
 

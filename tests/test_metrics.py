@@ -9,7 +9,7 @@ import pytest
 import pytrec_eval
 
 from gcl_jax.errors import DataError
-from gcl_jax.metrics import (
+from gcl_jax.evaluate.metrics import (
     evaluate_rankings,
     evaluate_run,
     first_relevant_rank,

@@ -10,14 +10,16 @@ from conftest import TinySource
 from test_pipeline import taken
 from test_search import untrained_run
 
-from gcl_jax import config, mine, mining
+from gcl_jax import config
 from gcl_jax.data.negatives import pairs_fingerprint
 from gcl_jax.data.pipeline import train_batches
 from gcl_jax.data.store import RankedStore
-from gcl_jax.datasets.builder import write_store
-from gcl_jax.embeddings.embedder import Embedder
+from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.mining import Mining, mine_negatives
+from gcl_jax.mine import __main__ as mine
+from gcl_jax.mine import mining
+from gcl_jax.mine.mining import Mining, mine_negatives
+from gcl_jax.prepare.builder import write_store
 from gcl_jax.runs import load_run
 
 

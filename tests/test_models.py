@@ -18,8 +18,8 @@ from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import normalize
 from gcl_jax.models.layers import Numerics, Transformer, tokens_at
-from gcl_jax.models.port import from_state_dict, to_state_dict
-from gcl_jax.presets import preset
+from gcl_jax.models.presets import preset
+from gcl_jax.port.convert import from_state_dict, to_state_dict
 from gcl_jax.state import abstract_model, init_params, merge
 
 PAIRS = 5

@@ -13,18 +13,20 @@ from conftest import TinySource, make_tiny_config
 from test_pipeline import assert_equal, taken
 from test_prepare import png, write_table
 
-from gcl_jax import prepare, step, validation
+from gcl_jax import validation
 from gcl_jax.data import checksums, overview
 from gcl_jax.data.negatives import compacted, pairs_fingerprint
 from gcl_jax.data.pipeline import _PairExamples, train_batches
 from gcl_jax.data.store import RankedStore
 from gcl_jax.data.text_negatives import replacements, swaps
-from gcl_jax.datasets.builder import Split, write_store
+from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.gradient_cache import cached_value_and_grad
+from gcl_jax.prepare import __main__ as prepare
+from gcl_jax.prepare.builder import Split, write_store
 from gcl_jax.sharding import to_global
-from gcl_jax.text import load_tokenizer
-from gcl_jax.train import train
+from gcl_jax.train import step
+from gcl_jax.train.__main__ import train
+from gcl_jax.train.gradient_cache import cached_value_and_grad
 
 PAIRS = [
     {"query": "red thing", "id": "a", "score": 100, "title": "A", "no": ["c", "b", "c"]},

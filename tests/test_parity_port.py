@@ -12,12 +12,13 @@ import pytest
 from towers import SMALL, assert_same_params, random_fields, random_params, save_wordpiece
 
 from gcl_jax.config import ModelConfig
+from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import DataError
-from gcl_jax.models.port import export_pretrained, load_pretrained, model_config, to_state_dict
-from gcl_jax.models.port.convert import resize_positions
-from gcl_jax.presets import preset
+from gcl_jax.models.presets import preset
+from gcl_jax.port.configs import model_config
+from gcl_jax.port.convert import load_pretrained, resize_positions, to_state_dict
+from gcl_jax.port.export import export_pretrained
 from gcl_jax.state import abstract_model, merge
-from gcl_jax.text import load_tokenizer
 
 CLIP = SMALL["clip"]
 

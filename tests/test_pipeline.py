@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from gcl_jax.data.pipeline import _PairExamples, corpus_batches, train_batches
+from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.text import load_tokenizer
 from gcl_jax.validation import validate
 
 

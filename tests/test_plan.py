@@ -17,12 +17,12 @@ from benchmarks import plans
 from gcl_jax.config import MeshConfig
 from gcl_jax.data.pipeline import train_batches
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.flops import train_flops
-from gcl_jax.planning import abstract, planner, topology
-from gcl_jax.planning.hlo import PARTS
-from gcl_jax.presets import preset
+from gcl_jax.models.flops import train_flops
+from gcl_jax.models.presets import preset
+from gcl_jax.plan import abstract, planner, topology
+from gcl_jax.plan.hlo import PARTS
 from gcl_jax.state import abstract_model
-from gcl_jax.step import known_weights
+from gcl_jax.train.step import known_weights
 from tests.test_loss_memory import tpu_mesh
 
 EIGHT = topology.open_topology("cpu:8")

@@ -17,24 +17,24 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 from towers import SMALL, WRITTEN, assert_same_params, random_fields, random_params, save_wordpiece
 
-from gcl_jax import config, port
+from gcl_jax import config
+from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.models.port import (
-    export_pretrained,
+from gcl_jax.models.open_clip import from_open_clip
+from gcl_jax.models.presets import OPEN_CLIP, TEXT_ONLY, preset
+from gcl_jax.port import __main__ as port
+from gcl_jax.port.configs import from_hugging_face, model_config
+from gcl_jax.port.convert import (
+    expected_shapes,
     from_state_dict,
     load_pretrained,
     merge_lora,
-    model_config,
     to_state_dict,
 )
-from gcl_jax.models.port.configs import from_hugging_face
-from gcl_jax.models.port.convert import expected_shapes
-from gcl_jax.models.port.files import WEIGHT_FILES, is_hub_id, read_weights
-from gcl_jax.models.port.foreign import to_hugging_face_config, to_open_clip_config
-from gcl_jax.open_clip_config import from_open_clip
-from gcl_jax.presets import OPEN_CLIP, TEXT_ONLY, preset
+from gcl_jax.port.export import export_pretrained
+from gcl_jax.port.files import WEIGHT_FILES, is_hub_id, read_weights
+from gcl_jax.port.foreign import to_hugging_face_config, to_open_clip_config
 from gcl_jax.state import abstract_model, init_params, merge
-from gcl_jax.text import load_tokenizer
 
 CLIP = SMALL["clip"]
 EACH = [(name, family) for name, families in WRITTEN.items() for family in families]
@@ -724,7 +724,7 @@ def test_a_model_is_imported_and_exported_again(tmp_path, tiny_store, capsys, cl
 def test_an_import_is_exported_without_its_store_and_never_trained_in_place(
     tmp_path, tiny_store, tiny_config, clip_params
 ):
-    from gcl_jax.train import train
+    from gcl_jax.train.__main__ import train
 
     exported(tmp_path, "bert", "hugging_face")
     workdir, store = tmp_path / "run", tmp_path / "store"

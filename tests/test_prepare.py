@@ -15,10 +15,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from gcl_jax import prepare
 from gcl_jax.data.store import RankedStore
-from gcl_jax.datasets import parts, records
 from gcl_jax.errors import DataError, UserError
+from gcl_jax.prepare import __main__ as prepare
+from gcl_jax.prepare import parts, records
 
 FIELDS = "--query_fields=query --document_fields=image:image,title --id_column=id"
 PAIRS = [
@@ -480,7 +480,9 @@ def test_command(folder):
 
 
 def test_help_is_quick():
-    code = "import sys; sys.argv = ['x', '--help']\nfrom gcl_jax import prepare\n"
+    code = (
+        "import sys; sys.argv = ['x', '--help']\nfrom gcl_jax.prepare import __main__ as prepare\n"
+    )
     code += "try: prepare.main()\nexcept SystemExit: print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--on_error" in done.stdout

@@ -15,15 +15,18 @@ from conftest import TinySource
 from test_evaluate import LanguagesSource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import config, evaluate, report, search
-from gcl_jax.datasets import open_store
+from gcl_jax import config
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.evaluation import compare
-from gcl_jax.evaluation.judgements import sample_judgements
+from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.evaluate import compare
+from gcl_jax.evaluate.judgements import sample_judgements
 from gcl_jax.logs import MetricWriter
-from gcl_jax.reports import charts, comparison, evaluated, examples
+from gcl_jax.report import __main__ as report
+from gcl_jax.report import charts, comparison, evaluated, examples
 from gcl_jax.runs import load_run
-from gcl_jax.search import SearchIndex
+from gcl_jax.search import __main__ as search
+from gcl_jax.search.__main__ import SearchIndex
+from gcl_jax.stores import open_store
 
 SPLITS = ("in_domain", "novel_query", "novel_document", "zero_shot")
 

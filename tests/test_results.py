@@ -6,9 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gcl_jax import metrics
-from gcl_jax.evaluation import results
-from gcl_jax.evaluation.judgements import KS
+from gcl_jax.evaluate import metrics, results
+from gcl_jax.evaluate.judgements import KS
 
 
 def random_result(languages: bool) -> results.SplitResult:

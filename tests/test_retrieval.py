@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.retrieval import cpu_search, mesh_search
-from gcl_jax.retrieval import index as retrieval
-from gcl_jax.retrieval.cpu_search import RunningTopK
-from gcl_jax.retrieval.index import Index, exact_top_k
+from gcl_jax.search import cpu_search, mesh_search
+from gcl_jax.search import index as retrieval
+from gcl_jax.search.cpu_search import RunningTopK
+from gcl_jax.search.index import Index, exact_top_k
 
 ALL_MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2))
 

@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import scaling
-from gcl_jax.planning import abstract
+from gcl_jax.plan import abstract
 
 CASE = scaling.Case("ViT-B-32", "v5e:4x4", 256, 4)
 

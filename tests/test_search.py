@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import TinySource
 
-from gcl_jax import config, hits, search, state
+from gcl_jax import config, state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.config import (
     DataConfig,
@@ -21,9 +21,11 @@ from gcl_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from gcl_jax.datasets.builder import Source, write_store
 from gcl_jax.errors import UserError
+from gcl_jax.prepare.builder import Source, write_store
 from gcl_jax.runs import load_run
+from gcl_jax.search import __main__ as search
+from gcl_jax.search import hits
 
 HOSTILE = '<script>alert("x")</script>\x1b[31m\n'
 

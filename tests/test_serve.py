@@ -27,12 +27,14 @@ from test_search import HOSTILE, HostileSource, untrained_run
 from werkzeug.serving import make_server
 from werkzeug.test import Client
 
-from gcl_jax import config, search, serve
-from gcl_jax.datasets import one_store
+from gcl_jax import config
 from gcl_jax.errors import UserError
 from gcl_jax.runs import load_run
-from gcl_jax.search import SearchIndex
-from gcl_jax.searcher import Searcher
+from gcl_jax.search import __main__ as search
+from gcl_jax.search import serve
+from gcl_jax.search.__main__ import SearchIndex
+from gcl_jax.search.searcher import Searcher
+from gcl_jax.stores import one_store
 
 
 def png_header(width: int, height: int) -> bytes:

@@ -16,7 +16,7 @@ from gcl_jax.errors import ConfigError
 from gcl_jax.optim import make_optimizer, trained_part
 from gcl_jax.sharding import make_mesh, param_spec, to_global
 from gcl_jax.state import abstract_model, abstract_state, init_state
-from gcl_jax.step import make_train_step
+from gcl_jax.train.step import make_train_step
 
 
 @pytest.mark.parametrize(

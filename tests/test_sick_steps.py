@@ -11,12 +11,13 @@ from conftest import make_cpu_mesh, make_tiny_batch
 from injected import Injected
 from processes import PATIENCE_SECONDS, logged, start_local
 
-from gcl_jax import optim, setup, step
+from gcl_jax import optim
 from gcl_jax.config import SickConfig
-from gcl_jax.monitor import SpikeAlarm
 from gcl_jax.sharding import to_global
 from gcl_jax.state import abstract_model, init_state
-from gcl_jax.train import SickRun, train
+from gcl_jax.train import setup, step
+from gcl_jax.train.__main__ import SickRun, train
+from gcl_jax.train.monitor import SpikeAlarm
 
 POISON = 13.0
 
@@ -145,7 +146,8 @@ def test_nan_on_one_host_is_skipped_by_both(config_file, tmp_path):
     """The second step of three, in the rows of process 1 alone."""
     program = (
         "import sys, jax\n"
-        "from gcl_jax import distributed, setup, train\n"
+        "from gcl_jax import distributed\n"
+        "from gcl_jax.train import __main__ as train, setup\n"
         "from gcl_jax.config import load\n"
         "from pathlib import Path\n"
         "from injected import Injected\n"

@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gcl_jax import prepare
 from gcl_jax.data.store import RankedStore
-from gcl_jax.datasets import json_rows
 from gcl_jax.errors import DataError
+from gcl_jax.prepare import __main__ as prepare
+from gcl_jax.prepare import json_rows
 from tests.test_prepare import png, tree, write_table
 
 SPLITS = {  # name: queries, documents, file of layout 1

@@ -22,8 +22,8 @@ import transformers
 from huggingface_hub.utils import filter_repo_objects
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from gcl_jax.data.tokenizer import CLEANERS, load_tokenizer
 from gcl_jax.errors import ConfigError
-from gcl_jax.text import CLEANERS, load_tokenizer
 
 START, END = 49406, 49407
 RECORDED = json.loads(parity.CLIP_TOKENS.read_text("utf-8"))

@@ -18,12 +18,14 @@ from flax import traverse_util
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gcl_jax import config, evaluate, flops, sharding, state
+from gcl_jax import config, sharding, state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
-from gcl_jax.datasets.builder import write_store
 from gcl_jax.errors import ConfigError, UserError
+from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.models import flops
+from gcl_jax.prepare.builder import write_store
 from gcl_jax.runs import load_run
-from gcl_jax.train import Interrupted, train
+from gcl_jax.train.__main__ import Interrupted, train
 from gcl_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
@@ -48,7 +50,7 @@ def final_params(cfg, workdir):
 
 def interrupt_at(step, monkeypatch):
     """Sends this process a real SIGINT while training step `step` is under way."""
-    from gcl_jax import setup
+    from gcl_jax.train import setup
 
     make = setup.make_train_step
 

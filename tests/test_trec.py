@@ -9,8 +9,8 @@ import pytrec_eval
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gcl_jax import trec
 from gcl_jax.errors import DataError
+from gcl_jax.evaluate import trec
 
 QRELS = {"q2": {"d1": 3, "d3": 0}, "q1": {"d1": -1}}
 RUN = {"q1": {"d9": 0.5, "d1": 0.25}, "q3": {"d1": -2e3}}

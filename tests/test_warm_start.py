@@ -14,10 +14,10 @@ from gcl_jax import config, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import DataError
-from gcl_jax.models import port
 from gcl_jax.optim import make_optimizer, with_part
+from gcl_jax.port import convert
 from gcl_jax.state import TrainState, abstract_model, abstract_params, init_state
-from gcl_jax.warm_start import warm_start
+from gcl_jax.train.init_from import warm_start
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def give(monkeypatch, params):
     """Has `load_pretrained` return `params`; it notes what it was asked for."""
     asked = []
     read = lambda source, cfg: asked.append((source, cfg)) or params
-    monkeypatch.setattr(port, "load_pretrained", read, raising=False)
+    monkeypatch.setattr(convert, "load_pretrained", read)
     return asked
 
 

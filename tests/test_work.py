@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gcl_jax.planning.program import arrays, read_program
-from gcl_jax.planning.work import Moved, product_flops, read_work
+from gcl_jax.plan.program import arrays, read_program
+from gcl_jax.plan.work import Moved, product_flops, read_work
 
 
 def program(body: str, more: str = ""):

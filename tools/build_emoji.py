@@ -1,6 +1,6 @@
 """Build the bundled benchmark "emoji" from npm packages, byte for byte reproducibly.
 
-    python tools/build_emoji.py --sources SOURCES            # writes gcl_jax/datasets/emoji
+    python tools/build_emoji.py --sources SOURCES            # writes gcl_jax/prepare/emoji_tables
     python tools/build_emoji.py --sources SOURCES --check    # compares a fresh build with it
 
 SOURCES is a folder for the package tarballs; a missing one is fetched with `npm pack`.
@@ -21,7 +21,7 @@ from emoji_sources import plain, read_emoji, read_package
 from PIL import Image
 from tqdm import tqdm
 
-DATASET = Path(__file__).resolve().parent.parent / "gcl_jax" / "datasets" / "emoji"
+DATASET = Path(__file__).resolve().parent.parent / "gcl_jax" / "prepare" / "emoji_tables"
 LICENSES = "LICENSES.md"  # written by hand, copied when the build goes elsewhere
 PARQUET_FILES = ("documents.parquet", "emoji.parquet", "queries.parquet", "pairs.parquet")
 

@@ -5,7 +5,7 @@ import runpy
 from pathlib import Path
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.presets import preset
+from gcl_jax.models.presets import preset
 
 BASE = runpy.run_path(str(Path(__file__).with_name("vit_b32.py")))
 

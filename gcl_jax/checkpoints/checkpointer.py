@@ -27,13 +27,7 @@ from jax.experimental import multihost_utils
 from gcl_jax.checkpoints.integrity import Damaged, digests
 from gcl_jax.checkpoints.orbax_setup import first_cause, set_up
 from gcl_jax.checkpoints.retention import preservation_policy
-from gcl_jax.checkpoints.saved import (
-    Saved,
-    contents,
-    described,
-    named,
-    require_fit,
-)
+from gcl_jax.checkpoints.saved import Saved, contents, described, named, require_fit
 from gcl_jax.config import CheckpointConfig, TrainConfig
 from gcl_jax.distributed import announce, is_first
 from gcl_jax.errors import DataError, UserError

@@ -7,7 +7,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from gcl_jax.config import CheckpointConfig, TrainConfig
 from gcl_jax.errors import ConfigError
-from gcl_jax.evaluation.results import SUMMARY
+from gcl_jax.evaluate.results import SUMMARY
 
 Score = Callable[[int], float | None]
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from gcl_jax import logs
 from gcl_jax.data import checksums, overview
-from gcl_jax.datasets import open_store
 from gcl_jax.errors import reported_in_one_line
+from gcl_jax.stores import open_store
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -11,7 +11,7 @@ import numpy as np
 from gcl_jax import logs
 from gcl_jax.config import TextConfig, TrainConfig
 from gcl_jax.data.store import RankedStore, Records
-from gcl_jax.text import load_tokenizer
+from gcl_jax.data.tokenizer import load_tokenizer
 
 MULTIPLE = 8  # what the units of a matrix product on accelerators want
 BLOCK = 2**14  # records whose texts are read at once: less than a second

@@ -93,7 +93,7 @@ def write_html(
     """
     import jinja2
 
-    template = importlib.resources.files("gcl_jax").joinpath("assets/store.html")
+    template = importlib.resources.files("gcl_jax.data").joinpath("store.html")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     rng = np.random.default_rng(seed)
     drawn = {split.name: _samples(store, split.name, samples, rng) for split in splits}

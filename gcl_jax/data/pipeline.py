@@ -4,7 +4,7 @@ A training batch of b pairs:
 
     query, document    {field: uint8 (b, size, size, 3) | int32 (b, t)}, t as `contexts` say
     query_present, document_present   {field: bool (b,)}: False where the record lacks the field
-    weight             float32 (b,): the score's loss weight (`gcl_jax.score_weights`)
+    weight             float32 (b,): the score's loss weight (`gcl_jax.data.score_weights`)
     query_id, document_id   int32 (b,): row numbers in the store
 
 and, of the sides for which `data.negatives` or `data.text_negatives` give any, `data.num_negatives`
@@ -31,12 +31,12 @@ from absl import flags
 from gcl_jax.config import TextConfig, TrainConfig
 from gcl_jax.data.negatives import PairNegatives
 from gcl_jax.data.sampling import sampled
+from gcl_jax.data.score_weights import score_to_weight
 from gcl_jax.data.store import Pairs, RankedStore, Records
+from gcl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.flops import Contexts
-from gcl_jax.score_weights import score_to_weight
-from gcl_jax.text import Tokenizer, load_tokenizer
+from gcl_jax.models.flops import Contexts
 
 Batch = dict[str, dict[str, np.ndarray]]
 Side = Literal["query", "document"]

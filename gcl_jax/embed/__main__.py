@@ -1,0 +1,154 @@
+"""Embed the records of a store: `python -m gcl_jax.embed --workdir=runs/demo --out=vectors`.
+
+Makes a folder: `embeddings.npy` (memory-mappable, float32, rows of length 1), `ids.parquet` (the id
+of each row) and `manifest.json` (what they were made from). Without --out it is the one that
+evaluate, search and report read, in WORKDIR/embeddings. A call that was killed is continued by the
+same command.
+"""
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gcl_jax import config, distributed, options
+from gcl_jax.config import DataConfig
+from gcl_jax.data.store import RankedStore
+from gcl_jax.embed import exports
+from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.stores import open_store
+
+if TYPE_CHECKING:
+    from gcl_jax.data.pipeline import Side
+
+FOLDERS: "dict[Side, str]" = {"document": "documents", "query": "queries"}
+
+
+def rows_of(store: RankedStore, side: "Side", split: str | None) -> np.ndarray:
+    """int64 row numbers, ascending: all records of the side, or those of `split`: the corpus that
+    it searches, or the queries of its pairs."""
+    if split is None:
+        return np.arange(len(store.documents if side == "document" else store.queries))
+    chosen = store.corpus(split) if side == "document" else np.unique(store.pairs(split).query)
+    return np.asarray(chosen, np.int64)
+
+
+def other_data(args: argparse.Namespace, trained: DataConfig) -> DataConfig | None:
+    """What the arguments say of the data, if it is not what the run was trained on."""
+    if args.store is None and args.query_fields is None and args.document_fields is None:
+        return None
+    return DataConfig(
+        store=args.store or trained.store,
+        query_fields=args.query_fields or trained.query_fields,
+        document_fields=args.document_fields or trained.document_fields,
+    )
+
+
+def embed_run(args: argparse.Namespace) -> None:
+    """The command, with parsed arguments."""
+    # Whatever can be wrong with the arguments is told before jax and the model are loaded.
+    exports.check(args.export)
+    trained = config.load(args.workdir / "config.json").data
+    data = other_data(args, trained)
+    store = open_store((data or trained).store)
+    if args.split is not None:
+        store.pairs(args.split)
+
+    from gcl_jax.embed import vectors
+    from gcl_jax.embed.cache import EmbeddingCache
+    from gcl_jax.embed.embedder import Embedder
+    from gcl_jax.embed.task import Task
+    from gcl_jax.runs import load_run, parameters_digest
+
+    cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim, data, args.checkpoint)
+    if args.batch_size is not None:
+        cfg.eval.batch_size = args.batch_size
+    embedder = Embedder(cfg, params, mesh)
+    digest = parameters_digest(params)
+    cache = EmbeddingCache(args.workdir, step)
+    sides: list[Side] = list(FOLDERS) if args.side == "both" else [args.side]
+    for side in sides:
+        rows, kept = rows_of(store, side, args.split), args.out is None
+        task = Task(cfg, store, side, rows, step, digest, per_field=kept or args.per_field)
+        if kept:
+            folder = cache.folder(task)
+        else:
+            folder = args.out / FOLDERS[side] if args.side == "both" else args.out
+        vectors.make(folder, task, embedder)
+        if distributed.is_first():
+            if kept:
+                cache.remove_stale(task)
+            print(f"{folder}: {len(rows)} {FOLDERS[side]}, {task.dim} dimensions", flush=True)
+            for kind in args.export:
+                print(exports.export(folder, kind), flush=True)
+
+
+def _weights(text: str) -> dict[str, float]:
+    """NAME or NAME=WEIGHT, between commas."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=WEIGHT") from None
+    if not all(weights) or min(weights.values()) < 0 or not any(weights.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} names no field, or a negative weight")
+    return weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_jax.embed",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add: Any = parser.add_argument
+    add("--workdir", type=Path, required=True, metavar="RUN", help="directory of a training run")
+    add("--store", metavar="PATH", help="a store (default: the one that the run was trained on)")
+    add("--side", choices=(*FOLDERS, "both"), default="document", help="(default: document)")
+    add("--split", help="only its corpus, or its queries (default: all records of the store)")
+    add(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="the folder to make, or with --side=both the folder of two; must not exist",
+    )
+    add("--per_field", action="store_true", help="with --out: keep each field's embeddings too")
+    for side in FOLDERS:
+        add(
+            f"--{side}_fields",
+            type=_weights,
+            metavar="NAME=WEIGHT,...",
+            help=f"{side} fields to merge (default: those of the run)",
+        )
+    add(
+        "--embed_dim",
+        type=options.count,
+        help="leading dimensions of the embeddings (default: config)",
+    )
+    add(
+        "--batch_size",
+        type=options.count,
+        help="records per step, of all devices (default: config)",
+    )
+    add(
+        "--export",
+        action="append",
+        default=[],
+        choices=tuple(exports.EXPORTS),
+        help="write the embeddings in this form, too; may be given again",
+    )
+    options.add_checkpoint(parser)
+    distributed.add_arguments(parser)
+    args = parser.parse_args()
+    with reported_in_one_line():
+        if args.per_field and args.out is None:
+            raise UserError("--per_field is an option of --out: WORKDIR/embeddings has each field")
+        with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
+            embed_run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,185 @@
+"""Ranked evaluation of a run: `python -m gcl_jax.evaluate --workdir=runs/demo`.
+
+Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT.parquet, query by
+query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables. With --write_runs also
+the judgements and what was found, for trec_eval and its like; with --groups also the means of
+groups of queries. --recall and --classify evaluate images and texts as is usual for CLIP.
+
+Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files; see
+`evaluate/trec.py`),
+two evaluated runs are compared by `--compare RUN_A RUN_B`.
+
+Protocol (arXiv 2404.08535 and its evaluation code): test queries and grades are the ground truth
+that came with the data; else grades are the split's scores rescaled to 1..100, up to
+`eval.max_queries` queries are sampled in proportion to their summed grades. Every query searches
+the whole corpus of its split exactly, top 1000.
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from gcl_jax import config, distributed, options
+from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.evaluate import compare, scoring
+from gcl_jax.evaluate.results import as_report, format_groups, format_tables, write, write_ranking
+from gcl_jax.options import NEWEST
+from gcl_jax.stores import one_store
+
+# What each way of calling the command has of its own.
+RANKED = ("max_queries", "write_runs", "groups", "group_by")
+OPTIONS = {
+    "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify"),
+    "classify": ("classnames", "templates"),
+    "qrels": ("run", "out"),
+}
+
+
+def evaluate_workdir(
+    workdir: Path,
+    max_queries: int | None = None,
+    embed_dim: int | None = None,
+    write_runs: bool = False,
+    group_by: Sequence[str] | None = None,
+    checkpoint: str = NEWEST,
+) -> str:
+    """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` is that
+    of `evaluate_splits`."""
+    from gcl_jax.embed.cache import EmbeddingCache
+    from gcl_jax.embed.embedder import Embedder
+    from gcl_jax.evaluate.judgements import ground_truth_of
+    from gcl_jax.evaluate.ranked import evaluate_splits
+    from gcl_jax.runs import load_run
+
+    cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
+    max_queries = max_queries or cfg.eval.max_queries
+    results = evaluate_splits(
+        cfg,
+        store,
+        Embedder(cfg, params, mesh),
+        max_queries,
+        rankings=write_runs,
+        group_by=group_by,
+        cache=EmbeddingCache(workdir, step),
+    )
+    if not distributed.is_first():
+        return ""
+    reports = {split: as_report(split, step, result) for split, result in results.items()}
+    for split, result in results.items():
+        reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
+        path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
+        write(path, reports[split], result)
+        if result.ranking is not None:
+            write_ranking(path, result.ranking)
+    groups = "" if group_by is None else f"\n\n{format_groups(reports)}"
+    return format_tables(results) + groups
+
+
+def evaluate_run(args: argparse.Namespace) -> str:
+    """What is asked of a run, as a table."""
+    # What may be missing is told before jax and the model are loaded.
+    if args.classify is None:
+        one_store([args.workdir])
+    else:
+        config.load(args.workdir / "config.json")
+
+    from gcl_jax.evaluate import classify, recall
+
+    if args.classify is not None:
+        inputs = args.classify, args.classnames, args.templates
+        return classify.classify_run(args.workdir, *inputs, args.embed_dim, args.checkpoint)
+    if args.recall:
+        return recall.recall_run(args.workdir, args.embed_dim, args.checkpoint)
+    group_by = args.group_by if args.groups or args.group_by else None
+    settings = args.max_queries, args.embed_dim, args.write_runs
+    return evaluate_workdir(args.workdir, *settings, group_by, args.checkpoint)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_jax.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--workdir", type=Path, help="directory of a training run")
+    what.add_argument("--qrels", type=Path, help="judgements, to score --run by")
+    what.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("RUN_A", "RUN_B"),
+        help="two directories with results: of runs, or --out of earlier calls",
+    )
+    add = parser.add_argument
+    add("--run", type=Path, help="with --qrels: what a system found")
+    add("--out", type=Path, help="with --qrels: directory to write the scores to")
+    add(
+        "--max_queries", type=options.count, help="sampled test queries per split (default: config)"
+    )
+    add(
+        "--embed_dim",
+        type=options.count,
+        help="leading dimensions of the embeddings (default: config)",
+    )
+    add(
+        "--write_runs",
+        action="store_true",
+        help="write eval/SPLIT.{qrels,run}.trec, .gt_results.json and .retrieval.json too",
+    )
+    add("--groups", action="store_true", help="means by length and by frequency of the queries too")
+    add(
+        "--group_by",
+        action="append",
+        default=[],
+        metavar="FIELD",
+        help="--groups, and by the values of this text field of the queries; may be given again",
+    )
+    other = parser.add_mutually_exclusive_group()
+    other.add_argument(
+        "--recall", action="store_true", help="instead: Recall@k of captions and images, both ways"
+    )
+    other.add_argument(
+        "--classify",
+        type=Path,
+        metavar="PATH",
+        help="instead: zero-shot accuracy on a folder of images by class, or a CSV or parquet file",
+    )
+    add("--classnames", type=Path, metavar="FILE", help="with --classify: a class per line")
+    add(
+        "--templates",
+        type=Path,
+        metavar="FILE",
+        help="with --classify: a prompt per line, {} for the class",
+    )
+    options.add_checkpoint(parser)
+    distributed.add_arguments(parser)
+    return parser
+
+
+def main() -> None:
+    parser = make_parser()
+    args = parser.parse_args()
+    with reported_in_one_line():
+        given = {name for name, x in vars(args).items() if x != parser.get_default(name)}
+        for mode, names in OPTIONS.items():
+            if mode not in given and (surplus := given.intersection(names)):
+                raise UserError(f"--{min(surplus)} is an option of --{mode}")
+        alone = given.intersection(("recall", "classify"))
+        if alone and (surplus := given.intersection(RANKED)):
+            raise UserError(f"--{min(surplus)} does not go with --{min(alone)}")
+        if args.workdir is not None:
+            with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
+                if text := evaluate_run(args):
+                    print(text)
+        elif args.qrels is not None:
+            if args.run is None:
+                raise UserError("--qrels needs --run: the results to score")
+            print(scoring.score_files(args.qrels, args.run, args.out))
+        else:
+            a, b = args.compare
+            print(compare.as_text(a, b, compare.compare(a, b)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""Zero-shot classification: `python -m gcl_jax.evaluate --workdir=RUN --classify=PATH`.
+
+PATH is a folder with a subfolder of images per class (as torchvision's ImageFolder), or a CSV or
+parquet file with a column `image` (a path from the file's folder on; in parquet also the encoded
+bytes, or {bytes, path}) and a column `label` (a class name, or its number in --classnames).
+
+A class is the mean of its embedded prompts, at length 1 again; an image belongs to the class of the
+highest cosine (arXiv 2103.00020, as open_clip's `build_zero_shot_classifier` does it).
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gcl_jax import distributed
+from gcl_jax.data.store import Records
+from gcl_jax.embed.embedder import Embedder
+from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.evaluate.results import write_json
+from gcl_jax.options import NEWEST
+from gcl_jax.runs import load_model, set_embed_dim
+from gcl_jax.search.index import exact_top_k
+
+TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
+TOP = (1, 5)
+
+
+class Labelled(NamedTuple):
+    """Images, each what reads its encoded bytes and what to call it, and their classes: `labels`
+    int64 (n,) are places in `classnames`."""
+
+    images: list[tuple[str, Callable[[], bytes]]]
+    labels: Int[np.ndarray, " n"]
+    classnames: list[str]
+
+
+class _Given(Records):
+    """Records of one field, with the interface of a store's."""
+
+    def __init__(self, kind: str, values: Sequence[tuple[str, Callable]]):
+        self.fields = {kind: kind}
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __getitem__(self, index: int) -> dict:
+        name, load = self._values[index]
+        (field,) = self.fields
+        return {"id": name, field: load()}
+
+
+def read_images(path: Path, classnames: Sequence[str] | None = None) -> Labelled:
+    """The images at `path` (see the module); `classnames` replace the names of the subfolders, in
+    their alphabetical order, and are what the labels of a file name or count from 0.
+
+    Raises:
+        DataError: there are no images or labels, or they do not fit `classnames`.
+    """
+    if path.is_dir():
+        return _of_folder(path, classnames)
+    if not path.is_file():
+        raise DataError(f"--classify={path}: no such file or folder")
+    return _of_table(path, classnames)
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a text file that are not empty, without blanks around them.
+
+    Raises:
+        DataError: there is none, or it is no UTF-8.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is no UTF-8 text: {error}") from None
+    if not any(lines):
+        raise DataError(f"{path} has no line")
+    return [line for line in lines if line]
+
+
+def classifier(
+    embedder: Embedder, classnames: Sequence[str], templates: Sequence[str]
+) -> Float[np.ndarray, "c e"]:
+    """The classes as rows of length 1: means over the templates, in which {} is the name."""
+    texts = [template.replace("{}", name) for name in classnames for template in templates]
+    records = _Given("text", [(text, lambda text=text: text) for text in texts])
+    embedded = embedder.embed(
+        "query", records, ["text"], np.arange(len(texts)), description="prompts"
+    )
+    means = embedded.fields["text"].reshape(len(classnames), len(templates), -1).mean(axis=1)
+    return means / np.linalg.norm(means, axis=1, keepdims=True)
+
+
+def accuracy(
+    images: Float[np.ndarray, "n e"],
+    classes: Float[np.ndarray, "c e"],
+    labels: Int[np.ndarray, " n"],
+) -> dict:
+    """{"top1", "top5", "mean_per_class_recall", "per_class": {class: recall}}: shares of 1. Among
+    equal cosines the first class counts as the better one; a class without images has no recall."""
+    _, found = exact_top_k(images, classes, max(TOP))
+    hit = found == labels[:, None]
+    counts = np.bincount(labels, minlength=len(classes))
+    right = np.bincount(labels, weights=hit[:, 0], minlength=len(classes))
+    recall = {int(c): float(right[c] / counts[c]) for c in np.flatnonzero(counts)}
+    return {
+        **{f"top{k}": float(hit[:, :k].any(axis=1).mean()) for k in TOP},
+        "mean_per_class_recall": float(np.mean(list(recall.values()))),
+        "per_class": recall,
+    }
+
+
+def classify(embedder: Embedder, data: Labelled, templates: Sequence[str] = TEMPLATES) -> dict:
+    """`accuracy` of the model on `data`, with how many images and classes there are.
+
+    Raises:
+        DataError: an image that cannot be read.
+    """
+    classes = classifier(embedder, data.classnames, templates)
+    records = _Given("image", data.images)
+    rows = np.arange(len(records))
+    embedded = embedder.embed("document", records, ["image"], rows, description="images")
+    result = accuracy(embedded.fields["image"], classes, data.labels)
+    result["per_class"] = {data.classnames[c]: x for c, x in result["per_class"].items()}
+    return {"images": len(records), "classes": len(data.classnames), **result}
+
+
+def classify_run(
+    workdir: Path,
+    path: Path,
+    classnames: Path | None = None,
+    templates: Path | None = None,
+    embed_dim: int | None = None,
+    checkpoint: str = NEWEST,
+) -> str:
+    """Classifies the images at `path` by a checkpoint of a run, writes
+    WORKDIR/eval/classify/NAME.json and returns a table.
+
+    Raises:
+        ConfigError: the model has no image tower.
+        DataError: a file or image cannot be read, or does not fit.
+    """
+    data = read_images(path, read_lines(classnames) if classnames else None)
+    prompts = read_templates(templates) if templates else list(TEMPLATES)
+    cfg, params, mesh, step = load_model(workdir, checkpoint)
+    if cfg.model.vision is None:
+        raise ConfigError(f"--classify needs images, and the model in {workdir} has no image tower")
+    if embed_dim is not None:
+        set_embed_dim(cfg, embed_dim)
+    result = classify(Embedder(cfg, params, mesh), data, prompts)
+    if not distributed.is_first():
+        return ""
+    report = {"step": step, "data": str(path), "templates": prompts, **result}
+    name = path.resolve().stem if embed_dim is None else f"{path.resolve().stem}@{embed_dim}"
+    write_json(workdir / "eval" / "classify" / f"{name}.json", report)
+    return format_result(result)
+
+
+def format_result(result: dict) -> str:
+    """A line per figure."""
+    names = [*(f"top{k}" for k in TOP), "mean_per_class_recall"]
+    lines = [f"{name.replace('_', ' '):<24}{result[name]:.4f}" for name in names]
+    return "\n".join([*lines, f"over {result['images']} images of {result['classes']} classes"])
+
+
+def read_templates(path: Path) -> list[str]:
+    """A template per line. Raises `DataError` as `read_lines`, and for one without {}."""
+    templates = read_lines(path)
+    if lacking := [template for template in templates if "{}" not in template]:
+        raise DataError(f"{path}: {lacking[0]!r} has no {{}} for the name of the class")
+    return templates
+
+
+def _of_folder(folder: Path, classnames: Sequence[str] | None) -> Labelled:
+    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    if classnames is not None and len(classnames) != len(folders):
+        raise DataError(
+            f"--classnames has {len(classnames)} names for the {len(folders)} folders in {folder}"
+        )
+    images, labels = [], []
+    for label, subfolder in enumerate(folders):
+        for path in sorted(subfolder.rglob("*")):
+            if path.suffix.lower() in IMAGES and path.is_file():
+                images.append((str(path.relative_to(folder)), path.read_bytes))
+                labels.append(label)
+    if not images:
+        raise DataError(f"{folder} has no subfolder with images; one for each class is expected")
+    names = list(classnames or (path.name.replace("_", " ") for path in folders))
+    return Labelled(images, np.array(labels), names)
+
+
+def _of_table(path: Path, classnames: Sequence[str] | None) -> Labelled:
+    cells, found = _columns(path)
+    texts = [str(label).strip() for label in found]
+    numbered = classnames is not None and all(
+        text.isdecimal() and int(text) < len(classnames) for text in texts
+    )
+    names = list(classnames or sorted(set(texts)))
+    if classnames is None and all(text.isdecimal() for text in texts):
+        raise DataError(f"{path}: the labels are numbers; name their classes with --classnames")
+    if numbered:
+        labels = [int(text) for text in texts]
+    else:
+        place = {name: i for i, name in enumerate(names)}
+        if unknown := [text for text in texts if text not in place]:
+            raise DataError(f"{path}: the label {unknown[0]!r} is not in --classnames")
+        labels = [place[text] for text in texts]
+    images = [_image(path, number, cell) for number, cell in enumerate(cells, 1)]
+    return Labelled(images, np.array(labels), names)
+
+
+def _columns(path: Path) -> tuple[list, list]:
+    """The cells of the columns `image` and `label`."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet as pq
+
+    try:
+        if path.suffix == ".parquet":
+            table = pq.read_table(path)
+        else:
+            # A name such as 007 stays as it is.
+            strings = dict.fromkeys(("image", "label"), pa.string())
+            options = pa.csv.ConvertOptions(column_types=strings)
+            table = pa.csv.read_csv(path, convert_options=options)
+        if lacking := {"image", "label"} - set(table.column_names):
+            raise DataError(
+                f"{path} has no column {sorted(lacking)[0]!r}; it has "
+                f"{', '.join(table.column_names)}"
+            )
+    except (pa.ArrowException, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path} is no CSV or parquet file ({reason})") from None
+    cells, labels = (table[name].to_pylist() for name in ("image", "label"))
+    if not cells:
+        raise DataError(f"{path} has no row")
+    for number, row in enumerate(zip(cells, labels, strict=True), 1):
+        if None in row or "" in row:
+            raise DataError(f"{path}, row {number}: no {'label' if row[0] else 'image'}")
+    return cells, labels
+
+
+def _image(table: Path, number: int, cell) -> tuple[str, Callable[[], bytes]]:
+    """What to call the image of a cell, and what reads it."""
+    if isinstance(cell, dict):
+        cell = cell.get("bytes") or cell.get("path")
+    if isinstance(cell, bytes):
+        return f"{table.name}, row {number}", lambda: cell
+    if not isinstance(cell, str):
+        raise DataError(f"{table}, row {number}: the image is neither a path nor encoded bytes")
+    file = table.parent / cell
+
+    def read() -> bytes:
+        try:
+            return file.read_bytes()
+        except OSError as error:
+            raise DataError(f"{table}, row {number}: {file}: {error.strerror}") from None
+
+    return cell, read

@@ -1,1 +1,0 @@
-"""Ranked evaluation: judgements, results, comparisons, and what CLIP models are asked besides."""

@@ -1,0 +1,1 @@
+"""Hard negatives that a run finds: `python -m gcl_jax.mine`."""

@@ -1,0 +1,206 @@
+"""Mines hard negatives for the pairs that a run trains on: what its model ranks high, and should
+not.
+
+  python -m gcl_jax.mine --workdir=runs/demo --out=mined/demo
+  python -m gcl_jax.train ... --workdir=runs/harder --config.data.negatives=mined/demo \\
+      --config.loss.objectives.gcl=0 --config.loss.objectives.hard_negatives=1
+
+Documents are ranked by cosine for the query of every pair. From the ranks asked for, those serve
+that the training split has no score for (or one below --max_score and below the pair's own), and
+whose cosine stays below that of the pair's own document by a margin, as what is too similar is
+likely a match that nobody scored. Ranks and margins are those of sentence-transformers'
+mine_hard_negatives. Queries are mined alike, for the document of every pair.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from gcl_jax import distributed, options
+from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
+from gcl_jax.errors import DataError, reported_in_one_line
+from gcl_jax.mine.mining import Mining, mine_negatives
+from gcl_jax.options import NEWEST
+from gcl_jax.stores import one_store
+
+SIDES = {"documents": ("document",), "queries": ("query",), "both": ("document", "query")}
+
+
+def mine_run(
+    workdir: Path, sides: Sequence[str], mining: Mining, checkpoint: str = NEWEST
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """The negatives {side: int32 (pairs, H)} of the training split of the run in `workdir`, and
+    what `negatives.json` says of them.
+
+    Raises:
+        DataError: not a single one is left.
+    """
+    # What may be missing is told before jax and the model are loaded.
+    one_store([workdir])
+
+    from gcl_jax.embed.embedder import Embedder
+    from gcl_jax.runs import load_run
+
+    cfg, store, params, mesh, step = load_run(workdir, checkpoint=checkpoint)
+    embedder = Embedder(cfg, params, mesh)
+    split = cfg.data.train_split
+    pairs = store.pairs(split)
+    # All documents that the queries search; all queries of the split.
+    rows = {"query": np.unique(pairs.query), "document": store.corpus(split)}
+    weights = {"query": cfg.data.query_fields, "document": cfg.data.document_fields}
+    records = {"query": store.queries, "document": store.documents}
+    embeddings = {
+        side: embedder.embed(
+            side, records[side], list(weights[side]), rows[side], description=f"embed {side}"
+        ).merged(weights[side])
+        for side in ("query", "document")
+    }
+    place = {side: np.searchsorted(rows[side], getattr(pairs, side)) for side in rows}
+    score = np.asarray(pairs.score)
+    negatives = {}
+    for side in sides:
+        anchor = "query" if side == "document" else "document"
+        mined = mine_negatives(
+            embeddings[anchor],
+            embeddings[side],
+            place[anchor],
+            place[side],
+            score,
+            mining,
+            description=f"mine negatives ({side})",
+        )
+        if not (mined >= 0).any():
+            raise DataError(
+                f"no {side} is left as a negative for any pair of split {split!r}: mine with a "
+                "higher --range_max or a smaller margin, or train the run longer"
+            )
+        negatives[side] = compacted(np.append(rows[side], -1)[mined])
+    note = {
+        "run": str(workdir),
+        "step": step,
+        "split": split,
+        "settings": dataclasses.asdict(mining),
+        "fingerprint": pairs_fingerprint(store, split),
+    }
+    return negatives, note
+
+
+def write_mined(out: Path, negatives: dict[str, np.ndarray], note: dict) -> None:
+    """Writes OUT/SPLIT, which is complete or absent.
+
+    Raises:
+        DataError: `out` exists already.
+    """
+    building = out.with_name(f"{out.name}.incomplete")
+    shutil.rmtree(building, ignore_errors=True)
+    folder = building / note["split"]
+    folder.mkdir(parents=True)
+    save_negatives(folder, negatives)
+    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", "utf-8")
+    check_absent(out)
+    building.rename(out)
+
+
+def check_absent(out: Path) -> None:
+    """Raises `DataError` when there is something at `out`."""
+    if out.exists():
+        raise DataError(f"{out} exists already; remove it or choose another --out")
+
+
+def summary(side: str, rows: Int[np.ndarray, "n h"], wanted: int) -> str:
+    """How many pairs have how many negatives, in a line."""
+    counts = (rows >= 0).sum(axis=1)
+    full, none = int((counts == wanted).sum()), int((counts == 0).sum())
+    return (
+        f"negatives ({side}): {len(rows)} pairs, {full} with {wanted}, "
+        f"{len(rows) - full - none} with fewer, {none} with none; mean {counts.mean():.2f}"
+    )
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_jax.mine",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--workdir", type=Path, required=True, metavar="RUN", help="directory of a training run")
+    add("--out", type=Path, required=True, metavar="FOLDER", help="what to make; must not exist")
+    add(
+        "--side",
+        choices=tuple(SIDES),
+        default="documents",
+        help="what to mine: documents for the query of a pair (default), queries for its document",
+    )
+    add("--num_negatives", type=int, default=8, metavar="N", help="per pair, at most (default 8)")
+    add(
+        "--range_min",
+        type=int,
+        default=0,
+        metavar="RANK",
+        help="leave out the best so many (default 0)",
+    )
+    add(
+        "--range_max",
+        type=int,
+        default=100,
+        metavar="RANK",
+        help="go down to this rank; what the query has a score for has no rank (default 100)",
+    )
+    add(
+        "--absolute_margin",
+        type=float,
+        metavar="X",
+        help="cosines at most the own one less X (-2: no limit)",
+    )
+    add(
+        "--relative_margin",
+        type=float,
+        metavar="X",
+        help="cosines at most the own one less the share X of it (default 0.05, unless "
+        "--absolute_margin is given)",
+    )
+    add(
+        "--max_score",
+        type=float,
+        default=0.0,
+        metavar="SCORE",
+        help="documents with a lower score serve as well (default 0: those without alone)",
+    )
+    add("--sampling", choices=("top", "random"), default="top", help="(default: top)")
+    add("--seed", type=int, default=0, help="of --sampling=random (default 0)")
+    options.add_checkpoint(parser)
+    distributed.add_arguments(parser)
+    return parser
+
+
+def main() -> None:
+    args = make_parser().parse_args()
+    with reported_in_one_line():
+        options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Mining)}
+        if args.relative_margin is None and args.absolute_margin is None:
+            del options["relative_margin"]
+        mining = Mining(**options)
+        check_absent(args.out)
+        with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
+            negatives, note = mine_run(args.workdir, SIDES[args.side], mining, args.checkpoint)
+            if not distributed.is_first():
+                return
+            write_mined(args.out, negatives, note)
+            for side, rows in negatives.items():
+                print(summary(side, rows, mining.num_negatives))
+            print(f"train on them with --config.data.negatives={shlex.quote(str(args.out))}")
+            print("  --config.loss.objectives.gcl=0 --config.loss.objectives.hard_negatives=1")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What a step needs on devices that are not here: `python -m gcl_jax.plan`."""

@@ -1,1 +1,0 @@
-"""The training step, compiled for devices that are not here."""

@@ -1,0 +1,1 @@
+"""Checkpoints of other libraries in, trained models out: `python -m gcl_jax.port`."""

@@ -1,0 +1,233 @@
+"""Pretrained models in, trained models out: `python -m gcl_jax.port import|export`.
+
+`import` makes a workdir of a checkpoint, for gcl_jax.evaluate, gcl_jax.search, gcl_jax.report and
+`--config.init_from`. `export` writes a run's model as a folder for open_clip, transformers or
+sentence-transformers; or, with --format=run, as a workdir of its parameters alone.
+"""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+
+from gcl_jax import config, options
+from gcl_jax.config import DataConfig, ModelConfig, TrainConfig
+from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line
+from gcl_jax.models.presets import PRESETS, preset
+from gcl_jax.validation import validate
+
+FORMATS = ("open_clip", "hugging_face", "safetensors", "run")
+EXAMPLES = """\
+examples:
+  python -m gcl_jax.port --list
+  python -m gcl_jax.port import models/all-MiniLM-L6-v2 --workdir=runs/minilm --context_length=32
+  python -m gcl_jax.port import ViT-B-32.safetensors --model=ViT-B-32-quickgelu --workdir=runs/clip
+  python -m gcl_jax.port import intfloat/e5-small-v2 --model=e5-small-v2 --workdir=runs/e5
+  python -m gcl_jax.evaluate --workdir=runs/minilm
+  python -m gcl_jax.port export --workdir=runs/demo --format=open_clip --out=models/demo
+  python -m gcl_jax.port export --workdir=runs/demo --format=run --out=runs/demo_params
+"""
+SOURCE_HELP = (
+    "a weights file (.safetensors; with torch also .bin, .pt, .pth), a folder of transformers or "
+    "open_clip, or owner/name on the Hugging Face hub"
+)
+
+
+def import_model(
+    source: str,
+    workdir: Path,
+    *,
+    model: str = "",
+    tokenizer: str = "",
+    context_length: int = 0,
+    data: DataConfig | None = None,
+) -> TrainConfig:
+    """Makes `workdir` the run of the pretrained model `source`, at step 0; returns its config.
+
+    Args:
+        source: what `load_pretrained` takes.
+        model: preset or open_clip JSON; empty reads the configuration files in `source`.
+        tokenizer, context_length: replace the model's, unless empty or 0.
+        data: store and fields to evaluate on; without fields, all that the model can embed.
+
+    Raises:
+        ConfigError, DataError: a model, file or store that does not fit, or `workdir` is in use.
+    """
+    from gcl_jax.port.configs import model_config, with_tokenizer_of
+    from gcl_jax.port.convert import load_pretrained
+    from gcl_jax.stores import open_store
+
+    _require_unused(workdir, "--workdir")
+    made = with_tokenizer_of(source, preset(model)) if model else model_config(source)
+    made.text.tokenizer = tokenizer or made.text.tokenizer
+    made.text.context_length = context_length or made.text.context_length
+    path = Path(source)
+    origin = str(path.absolute()) if path.exists() else source
+    cfg = TrainConfig(model=made, data=data or DataConfig(), init_from=origin)
+    validate(cfg)
+    store = open_store(cfg.data.store)
+    for side in ("query_fields", "document_fields"):
+        if not getattr(cfg.data, side):
+            setattr(cfg.data, side, _embeddable(made, side, store.info[side], cfg.data.store))
+    cfg = store.resolve(cfg)
+    _write_run(load_pretrained(source, made), cfg, workdir)
+    return cfg
+
+
+def _require_unused(folder: Path, flag: str) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is not empty; choose another {flag}")
+
+
+def _write_run(params, cfg: TrainConfig, workdir: Path) -> None:
+    """A run at step 0, of parameters alone."""
+    from gcl_jax.checkpoints.checkpointer import Checkpointer
+
+    with Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer:
+        checkpointer.save_params(params)
+    config.save(cfg, workdir / "config.json")
+
+
+def _embeddable(
+    model: ModelConfig, side: str, kinds: dict[str, str], store: str
+) -> dict[str, float]:
+    names = [name for name, kind in kinds.items() if model.vision is not None or kind != "image"]
+    if not names:
+        raise ConfigError(f"store {store} has only images among its {side}; the model reads texts")
+    return dict.fromkeys(names, 1 / len(names))
+
+
+def read_metrics(workdir: Path) -> dict[str, dict[str, float]]:
+    """{split: {metric: value}} of the evaluation in `workdir`, empty if there was none."""
+    metrics = {}
+    for path in sorted((workdir / "eval").glob("*.json")):
+        try:
+            report = json.loads(path.read_text("utf-8"))
+            metrics[str(report["split"])] = {k: float(x) for k, x in report["summary"].items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise DataError(f"{path} is no evaluation; run gcl_jax.evaluate again") from None
+    return metrics
+
+
+def _fields(text: str) -> dict[str, float]:
+    """ "image=0.2,title=0.8" or "image,title" (equal weights)."""
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    try:
+        return {name: float(weight) if equals else 1.0 for name, equals, weight in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not like image=0.2,title=0.8") from None
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_jax.port",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--list", action="store_true", help="print the names of all model presets")
+    commands = parser.add_subparsers(dest="command", metavar="import|export")
+
+    read = commands.add_parser("import", help="make a workdir of a pretrained model")
+    read.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
+    read.add_argument("--workdir", type=Path, required=True, help="new directory of the run")
+    read.add_argument(
+        "--model",
+        default="",
+        help="preset (see --list) or open_clip JSON file; default: the configuration in SOURCE",
+    )
+    read.add_argument("--tokenizer", default="", help="'clip', or a tokenizer's folder or hub id")
+    read.add_argument(
+        "--context_length", type=int, default=0, help="tokens per text (default: the model's)"
+    )
+    read.add_argument("--store", default="emoji", help="store to evaluate on (default: emoji)")
+    for side in ("query_fields", "document_fields"):
+        read.add_argument(
+            f"--{side}",
+            type=_fields,
+            default={},
+            metavar="NAME=WEIGHT,...",
+            help="fields of the store (default: all that the model can embed)",
+        )
+
+    write = commands.add_parser("export", help="write a run's model as a folder")
+    write.add_argument("--workdir", type=Path, required=True, help="directory of a run")
+    write.add_argument("--format", choices=FORMATS, required=True)
+    write.add_argument("--out", type=Path, required=True, help="folder to write")
+    options.add_checkpoint(write)
+    write.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export in --out"
+    )
+    write.add_argument(
+        "--torch_file",
+        action="store_true",
+        help="with open_clip: write open_clip_pytorch_model.bin too (needs torch)",
+    )
+    args = parser.parse_args(argv)
+    if not args.list and not args.command:
+        parser.error("choose import or export, or --list")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    with reported_in_one_line():
+        if args.list:
+            print(textwrap.fill("  ".join(PRESETS), 100, break_on_hyphens=False))
+        elif args.command == "import":
+            if args.context_length < 0:
+                raise UserError(f"--context_length={args.context_length} must be above 0")
+            data = DataConfig(
+                store=args.store,
+                query_fields=args.query_fields,
+                document_fields=args.document_fields,
+            )
+            cfg = import_model(
+                args.source,
+                args.workdir,
+                model=args.model,
+                tokenizer=args.tokenizer,
+                context_length=args.context_length,
+                data=data,
+            )
+            print(f"{args.workdir}: {_described(cfg.model)}")
+        else:
+            export_run(args)
+            print(f"wrote {args.out}")
+
+
+def export_run(args: argparse.Namespace) -> None:
+    # What may be missing is told before jax and the model are loaded.
+    config.load(args.workdir / "config.json")
+    if args.format == "run":
+        _require_unused(args.out, "--out")
+
+    from gcl_jax.port.export import export_pretrained
+    from gcl_jax.runs import load_model
+
+    cfg, params, _, _ = load_model(args.workdir, args.checkpoint)
+    if args.format == "run":
+        _write_run(params, cfg, args.out)
+        return
+    export_pretrained(
+        params,
+        cfg.model,
+        args.out,
+        args.format,
+        metrics=read_metrics(args.workdir),
+        overwrite=args.overwrite,
+        torch_file=args.torch_file,
+    )
+
+
+def _described(model: ModelConfig) -> str:
+    vision, text = model.vision, model.text
+    parts = [f"{model.embed_dim} dimensions"]
+    if vision is not None:
+        parts.append(f"images of {vision.image_size} pixels")
+    parts.append(f"texts of up to {text.context_length} tokens by {text.tokenizer}")
+    return ", ".join(parts)
+
+
+if __name__ == "__main__":
+    main()

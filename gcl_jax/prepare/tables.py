@@ -1,0 +1,280 @@
+"""Your own data: scored pairs, and the documents they name, from CSV, JSONL and parquet files.
+
+The first pass checks the rows and keeps numbers: the pairs, and for every query and document its
+id, its place and a hash of its values; texts wait in a temporary file. The second pass, while
+`queries()` and `documents()` are iterated, loads the images, a record at a time; those that stand
+in the files are read again.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from gcl_jax import logs
+from gcl_jax.data.store import Pairs
+from gcl_jax.errors import DataError
+from gcl_jax.prepare.bad_rows import BadRows, Place, Reason, RowError
+from gcl_jax.prepare.builder import Source, Split
+from gcl_jax.prepare.cells import score_cell, split_cell, text_cell
+from gcl_jax.prepare.columns import Columns, Table
+from gcl_jax.prepare.given_negatives import GivenNegatives
+from gcl_jax.prepare.records import Records, cells_of
+from gcl_jax.prepare.rows import TABLES, Reader, Row
+
+# The half of the queries and of the documents (its corpus) that each split of the paper takes.
+PAPER_SPLITS = {
+    "in_domain": (0, 0),
+    "novel_query": (1, 0),
+    "novel_document": (0, 1),
+    "zero_shot": (1, 1),
+}
+MAX_SCORE = 100.0
+_PAIR = np.dtype("i4, i4, f4, i4, i4, i8, i4")
+_PAIR.names = ("query", "document", "score", "split", "file", "row", "given")
+
+
+class TablesSource(Source):
+    """A `Source` from files of pairs; the documents' fields stand in the same rows, or in files of
+    their own, `documents`.
+
+    Splits are those that a column names, or the paper's four (`split="paper"`), drawn with `seed`:
+    80% of the queries and 50% of the documents are in domain; else each table names its own.
+
+    Args:
+        in_order_of_pairs: write documents as the pairs first name them, not as their files do.
+        reader: what reads a table's rows.
+        about: what else the store's provenance tells.
+
+    Raises:
+        DataError: a file or a column is not there; or, with the strict policy, a row is bad.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        pairs: Sequence[Table],
+        columns: Columns,
+        bad_rows: BadRows,
+        *,
+        documents: Sequence[Table] = (),
+        image_root: Path | None = None,
+        split: str = "train",
+        seed: int = 0,
+        in_order_of_pairs: bool = False,
+        reader: Reader = TABLES,
+        about: dict[str, object] | None = None,
+    ):
+        self.name = name
+        self.query_fields, self.document_fields = columns.query_fields, columns.document_fields
+        self._columns, self._bad_rows, self._split, self._seed = columns, bad_rows, split, seed
+        self._pair_tables, self._document_tables = pairs, documents
+        self._reader, self._about = reader, about or {}
+        self._corpora = list(dict.fromkeys(table.corpus for table in (*documents, *pairs)))
+        self._negatives = GivenNegatives(columns)
+        names = [] if columns.split else dict.fromkeys(table.split for table in pairs)
+        self._split_names = {name: number for number, name in enumerate(names)}
+
+        pair_files = [table.path for table in pairs]
+        files = [table.path for table in documents] or pair_files
+        kinds = self.query_fields, self.document_fields
+        self._queries = Records(pair_files, kinds[0], image_root, reader.rows)
+        self._documents = Records(files, kinds[1], image_root, reader.rows)
+        if image_root and not image_root.is_dir():
+            raise DataError(f"image root {image_root} is no folder")
+        total = sum(reader.count(table.path) for table in (*documents, *pairs))
+        with logs.progress(total, unit="rows", description="read") as bar:
+            self._read_documents(bar)
+            self._pairs = self._without_duplicates(np.fromiter(self._read_pairs(bar), _PAIR))
+            bar.update(total - bar.n)  # the lines of a last row that spans several
+        self._paired_queries = len(self._queries.numbers)
+        self._negatives.resolve(self._pairs, self._queries, self._documents, self._report_at)
+        if in_order_of_pairs:
+            named, first = np.unique(self._pairs["document"], return_index=True)
+            rest = np.setdiff1d(np.arange(len(self._documents.numbers)), named)
+            self._documents.order = np.concatenate([named[np.argsort(first)], rest])
+
+    def queries(self) -> Records:
+        return self._queries
+
+    def documents(self) -> Records:
+        return self._documents
+
+    def leave_out(self, kind: str, positions: list[int]) -> None:
+        records = self._queries if kind == "queries" else self._documents
+        records.kept[records.order[positions]] = False
+
+    def splits(self) -> dict[str, Split]:
+        pairs, halves = self._kept_pairs, self._halves
+        if halves is None:
+            masks = {name: pairs["split"] == i for name, i in self._split_names.items()}
+            corpus = {table.split: table.corpus for table in self._pair_tables}
+            corpus = {name: corpus.get(name, self._corpora[0]) for name in masks}
+        else:
+            query, document = (halves[side][pairs[side]] for side in ("query", "document"))
+            masks = {n: (query == q) & (document == d) for n, (q, d) in PAPER_SPLITS.items()}
+            corpus = {name: f"half_{half}" for name, (_, half) in PAPER_SPLITS.items()}
+        if len(pairs) and (empty := [name for name, mask in masks.items() if not mask.any()]):
+            raise DataError(f"no pair is left for split {empty[0]!r}; give more, or fewer splits")
+        columns = Pairs.__slots__
+        positions = {"query": self._queries.positions(), "document": self._documents.positions()}
+        return {
+            name: Split(
+                Pairs(*(pairs[column][mask] for column in columns)),
+                corpus[name],
+                self._negatives.of_pairs(pairs[mask], positions, halves),
+            )
+            for name, mask in masks.items()
+        }
+
+    def corpora(self) -> dict[str, np.ndarray]:
+        if self._halves is not None:
+            return {
+                f"half_{half}": np.flatnonzero(self._halves["document"] == half) for half in (0, 1)
+            }
+        positions = self._documents.positions()
+        return {
+            name: np.sort(positions[self._documents.members(number) & self._documents.kept])
+            for number, name in enumerate(self._corpora)
+        }
+
+    def provenance(self) -> dict[str, object]:
+        return {
+            "source": "tables",
+            "pairs": [str(table.path) for table in self._pair_tables],
+            "documents": [str(table.path) for table in self._document_tables],
+            "columns": dataclasses.asdict(self._columns),
+            "split": self._split,
+            "seed": self._seed,
+            **self._about,
+        }
+
+    def _good_rows(
+        self, tables: Sequence[Table], columns: Sequence[str], bar
+    ) -> Iterator[tuple[int, Place, Row]]:
+        """(number of the table, place, row) of every row that can be read; reports the others."""
+        for file, table in enumerate(tables):
+            last = 0
+            for number, row in self._reader.rows(table.path, columns):
+                bar.update(number - last)
+                last = number
+                place = Place(table.path, number)
+                if isinstance(row, RowError):
+                    self._bad_rows.report(place, row)
+                else:
+                    yield file, place, row
+
+    def _read_documents(self, bar) -> None:
+        columns = [self._columns.document_id, *self.document_fields]
+        for file, place, row in self._good_rows(self._document_tables, columns, bar):
+            with self._bad_rows.at(place):
+                corpus = self._corpora.index(self._document_tables[file].corpus)
+                key, values = self._document(row)
+                if self._documents.is_in(key, corpus):
+                    raise RowError(Reason.DUPLICATE_DOCUMENT, repr(key))
+                self._documents.check(key, values)
+                self._documents.add(file, place.row, key, values, corpus)
+
+    def _read_pairs(self, bar) -> Iterator[tuple]:
+        """Yields the entries of `_PAIR`."""
+        names = self._columns
+        columns = [names.document_id, *self.query_fields]
+        columns += [column for column in (names.score, names.query_id, names.split) if column]
+        columns += self._negatives.columns
+        inline = not self._document_tables
+        if inline:
+            columns += self.document_fields
+        for file, place, row in self._good_rows(self._pair_tables, columns, bar):
+            with self._bad_rows.at(place):
+                table = self._pair_tables[file]
+                corpus = self._corpora.index(table.corpus)
+                query_id, query = self._query(row)
+                score = score_cell(row[names.score]) if names.score else MAX_SCORE
+                split = split_cell(row[names.split]) if names.split else table.split
+                negatives = self._negatives.read(row, query[0], self._document_id(row))
+                # All checks come before the first add: a bad row leaves no trace.
+                self._queries.check(query_id, query)
+                if inline:
+                    document_id, document = self._document(row)
+                    self._documents.check(document_id, document)
+                    self._documents.add(file, place.row, document_id, document, corpus)
+                elif not self._documents.is_in(document_id := self._document_id(row), corpus):
+                    raise RowError(Reason.UNKNOWN_DOCUMENT, repr(document_id))
+                yield (
+                    self._queries.add(file, place.row, query_id, query),
+                    self._documents.numbers[document_id],
+                    score,
+                    self._split_names.setdefault(split, len(self._split_names)),
+                    file,
+                    place.row,
+                    self._negatives.add(negatives),
+                )
+
+    def _query(self, row: Row) -> tuple[str, tuple]:
+        values = cells_of(row, self.query_fields)
+        if not any(values):
+            raise RowError(Reason.EMPTY_QUERY, f"nothing in {', '.join(self.query_fields)}")
+        if self._columns.query_id is None:
+            return values[0] if len(values) == 1 else json.dumps(values, ensure_ascii=False), values
+        if key := text_cell(row[self._columns.query_id]):
+            return key, values
+        raise RowError(Reason.EMPTY_QUERY, f"no id in {self._columns.query_id}")
+
+    def _document(self, row: Row) -> tuple[str, tuple]:
+        key, values = self._document_id(row), cells_of(row, self.document_fields)
+        if not any(values):
+            raise RowError(Reason.EMPTY_DOCUMENT, f"nothing in {', '.join(self.document_fields)}")
+        return key, values
+
+    def _document_id(self, row: Row) -> str:
+        if key := text_cell(row[self._columns.document_id]):
+            return key
+        raise RowError(Reason.EMPTY_DOCUMENT_ID, f"nothing in {self._columns.document_id}")
+
+    def _without_duplicates(self, pairs: np.ndarray) -> np.ndarray:
+        query, document, split = (pairs[c].astype(np.int64) for c in ("query", "document", "split"))
+        key = (split * len(self._queries.numbers) + query) * len(self._documents.numbers) + document
+        keep = np.zeros(len(pairs), bool)
+        keep[np.unique(key, return_index=True)[1]] = True
+        return self._report_all_but(keep, pairs, Reason.DUPLICATE_PAIR)
+
+    @functools.cached_property
+    def _kept_pairs(self) -> np.ndarray:
+        """The pairs between records that were written, which are named by their positions."""
+        pairs, keep = self._pairs.copy(), np.ones(len(self._pairs), bool)
+        for side, records in (("query", self._queries), ("document", self._documents)):
+            pairs[side] = records.positions()[pairs[side]]
+            keep &= pairs[side] >= 0
+        self._report_all_but(keep, self._pairs, Reason.LEFT_OUT)
+        return pairs[keep]
+
+    def _report_all_but(self, keep: np.ndarray, pairs: np.ndarray, reason: Reason) -> np.ndarray:
+        if not keep.all():
+            queries, documents = list(self._queries.numbers), list(self._documents.numbers)
+            for pair in pairs[~keep]:
+                detail = f"{queries[pair['query']]!r} and {documents[pair['document']]!r}"
+                self._report_at(pair, RowError(reason, detail))
+        return pairs[keep]
+
+    def _report_at(self, pair: np.void, error: RowError) -> None:
+        place = Place(self._pair_tables[pair["file"]].path, int(pair["row"]))
+        self._bad_rows.report(place, error)
+
+    @functools.cached_property
+    def _halves(self) -> dict[str, np.ndarray] | None:
+        """The paper's split: 1 for a fifth of the queries and half of the documents, else 0; -1 for
+        a query without pairs, which are the last ones."""
+        if self._split != "paper":
+            return None
+        rng = np.random.default_rng(self._seed)
+
+        def draw(kept: np.ndarray, one_in: int) -> np.ndarray:
+            count = int(kept.sum())
+            return (rng.permutation(count) < round(count / one_in)).astype(np.int8)
+
+        paired, alone = np.split(self._queries.kept, [self._paired_queries])
+        query = np.append(draw(paired, 5), np.full(alone.sum(), -1, np.int8))
+        return {"query": query, "document": draw(self._documents.kept, 2)}

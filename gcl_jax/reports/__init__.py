@@ -1,1 +1,0 @@
-"""What `gcl_jax.report` shows, section by section."""

@@ -1,1 +1,0 @@
-"""Exact search by inner product, on whatever devices there are."""

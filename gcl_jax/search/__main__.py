@@ -1,0 +1,290 @@
+"""Search the documents of a run: `python -m gcl_jax.search --workdir=runs/demo "sad cat"`.
+
+Prints a table of the best documents, or JSON. The first call embeds the documents, and keeps them
+in WORKDIR/embeddings. With --serve it serves a page to search with; several --workdir then answer
+side by side.
+"""
+
+import argparse
+import functools
+import json
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from gcl_jax import config, options
+from gcl_jax.config import TrainConfig
+from gcl_jax.data.store import RankedStore, Records
+from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.search.hits import as_results, format_table, image_type, one_line, save_images
+from gcl_jax.stores import one_store
+
+if TYPE_CHECKING:
+    from gcl_jax.embed.cache import EmbeddingCache
+
+Query = Mapping[str, str | bytes]
+
+# Arguments that only one of the two ways to search has; the page asks for its own.
+SERVED = {"port": "--port"}
+NOT_SERVED = {"texts": "QUERY", "query": "--query", "top_k": "--top_k", "json": "--json"}
+NOT_SERVED["images"] = "--images"
+
+
+class SearchIndex:
+    """Documents of a run, embedded once and then searched exactly, as often as you like."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        store: RankedStore,
+        params,
+        mesh,
+        rows: np.ndarray,
+        cache: "EmbeddingCache | None" = None,
+    ):
+        """Embeds the documents `rows` (ascending row numbers in the store), with a progress bar,
+        unless they are in the run's `cache`, if that is given.
+
+        Raises:
+            DataError: a document that cannot be read.
+        """
+        from gcl_jax.embed.embedder import Embedder
+
+        self._query_weights = cfg.data.query_fields
+        self._query_kinds = store.queries.fields
+        self._embedder = Embedder(cfg, params, mesh)
+        self._rows = rows
+        if cache:
+            corpus = cache.documents(cfg, store, self._embedder, rows)
+            self._documents = corpus.of(rows)["merged"]
+        else:
+            fields = cfg.data.document_fields
+            self._documents = self._embedder.embed(
+                "document", store.documents, list(fields), rows, description="documents"
+            ).merged(fields)
+
+    def search(
+        self, queries: Sequence[Query], top_k: int, within: np.ndarray | None = None
+    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+        """(cosines, row numbers in the store) of each query's `top_k` best documents, best first,
+        equal scores in the order of the store.
+
+        Args:
+            queries: {field: text or encoded image}; a field left out counts as missing.
+            within: search only these of the index's rows, e.g. the corpus of a split.
+
+        Raises:
+            DataError: a query without any field, or an unreadable image.
+        """
+        records = QueryRecords(self._query_kinds, queries)
+        embeddings = self._embedder.embed(
+            "query", records, list(self._query_weights), np.arange(len(records)), quiet=True
+        ).merged(self._query_weights)
+        return self.nearest(embeddings, top_k, within)
+
+    def nearest(
+        self, embeddings: Float[np.ndarray, "q e"], top_k: int, within: np.ndarray | None = None
+    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+        """`search` for queries that are embedded already, rows of length 1."""
+        from gcl_jax.search.index import exact_top_k
+
+        if within is None:
+            scores, found = self._index.search(embeddings, top_k)
+            return scores, self._rows[found]
+        documents = self._documents[np.searchsorted(self._rows, within)]
+        scores, found = exact_top_k(embeddings, documents, top_k)
+        return scores, within[found]
+
+    @functools.cached_property
+    def _index(self):
+        """The whole corpus on the devices."""
+        from gcl_jax.search.index import Index
+
+        return Index(self._documents)
+
+
+class QueryRecords(Records):
+    """Queries at hand, with the interface of a store's."""
+
+    def __init__(self, fields: dict[str, str], queries: Sequence[Query]):
+        self.fields = fields
+        self._queries = queries
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def __getitem__(self, index: int) -> dict[str, str | bytes]:
+        return {
+            "id": f"query {index + 1}",
+            **dict.fromkeys(self.fields, ""),
+            **self._queries[index],
+        }
+
+
+def parse_queries(
+    kinds: Mapping[str, str], texts: Sequence[str], assignments: Sequence[str]
+) -> list[dict[str, str | bytes]]:
+    """One query per text; `assignments` (FIELD=VALUE) are fields that all of them share, or the one
+    query when there is no text. A text goes to the first text field that is not assigned: one tower
+    reads them all alike, whatever their name.
+
+    Args:
+        kinds: {field: "text" or "image"}, the query fields of the model.
+
+    Raises:
+        UserError: an empty query, or one that does not fit the fields.
+    """
+    shared = dict(_parse_assignment(kinds, assignment) for assignment in assignments)
+    free = [field for field, kind in kinds.items() if kind == "text" and field not in shared]
+    if texts and not free:
+        raise UserError(
+            f"no text field is left for {texts[0]!r}: the query fields are {', '.join(kinds)}"
+        )
+    queries = [shared | {free[0]: text.strip()} for text in texts] or [shared]
+    if not all(any(query.values()) for query in queries) or not all(map(str.strip, texts)):
+        raise UserError("the query is empty")
+    return queries
+
+
+def _parse_assignment(kinds: Mapping[str, str], assignment: str) -> tuple[str, str | bytes]:
+    field, _, value = assignment.partition("=")
+    if field not in kinds:
+        raise UserError(
+            f"--query={assignment!r}: write FIELD=VALUE; the query fields are {', '.join(kinds)}"
+        )
+    if kinds[field] == "text":
+        return field, value.strip()
+    try:
+        return field, Path(value).read_bytes()
+    except OSError as error:
+        raise UserError(
+            f"--query={assignment!r}: cannot read the image: {error.strerror}"
+        ) from None
+
+
+def search_run(args: argparse.Namespace) -> None:
+    """The command, with parsed arguments."""
+    # Whatever can be wrong with the arguments is told before jax and the model are loaded.
+    for name in ("workdir", "checkpoint"):
+        if len(getattr(args, name)) > 1:
+            raise UserError(f"several --{name} go with --serve only")
+    (workdir,), (checkpoint,) = args.workdir, args.checkpoint or [options.NEWEST]
+    store = one_store([workdir])
+    cfg = store.resolve(config.load(workdir / "config.json"))
+    kinds = {
+        field: store.queries.fields[field] for field, w in cfg.data.query_fields.items() if w > 0
+    }
+    queries = parse_queries(kinds, args.texts, args.query)
+    rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
+
+    from gcl_jax.embed.cache import EmbeddingCache
+    from gcl_jax.runs import load_run
+
+    cfg, store, params, mesh, step = load_run(workdir, args.embed_dim, checkpoint=checkpoint)
+    index = SearchIndex(cfg, store, params, mesh, rows, EmbeddingCache(workdir, step))
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    answers = zip(queries, *index.search(queries, args.top_k), strict=True)
+    for number, (query, scores, found) in enumerate(answers, 1):
+        results = as_results(store.documents, scores, found)
+        shown = [v if isinstance(v, str) else f"<{image_type(v)}>" for v in query.values() if v]
+        if args.images:
+            save_images(store.documents, found, args.images, str(number))
+        if args.json:
+            print(json.dumps({"query": " + ".join(shown), "results": results}, ensure_ascii=False))
+        else:
+            if len(queries) > 1:
+                print(f"{number}. {' + '.join(map(one_line, shown))}")
+            print(format_table(results, width))
+
+
+def serve_runs(args: argparse.Namespace) -> None:
+    """The search page, with parsed arguments."""
+    runs, checkpoints = len(args.workdir), args.checkpoint or [options.NEWEST]
+    if len(checkpoints) not in (1, runs):
+        raise UserError(
+            f"{len(checkpoints)} --checkpoint for {runs} --workdir: give one for all, or one each"
+        )
+    one_store(args.workdir)  # told before jax is loaded and anything is embedded
+
+    from gcl_jax.search.serve import serve
+
+    checkpoints = checkpoints * (runs // len(checkpoints))
+    serve(args.workdir, checkpoints, args.split, args.embed_dim, args.port)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
+    return int(text)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_jax.search",
+        description="Search the documents of a trained model.",
+        epilog='example: python -m gcl_jax.search --workdir=runs/demo "sad cat" --top_k=5',
+    )
+    parser.add_argument("texts", nargs="*", metavar="QUERY", help="what to search for")
+    parser.add_argument(
+        "--workdir",
+        type=Path,
+        required=True,
+        action="append",
+        help="directory of a training run; with --serve repeat it to compare runs side by side",
+    )
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        help=f"{options.CHECKPOINT}; with --serve also one for each --workdir",
+    )
+    parser.add_argument(
+        "--top_k", type=options.count, default=10, help="documents per query (default: 10)"
+    )
+    parser.add_argument(
+        "--split", help="search only the corpus of this split (default: all documents of the store)"
+    )
+    parser.add_argument(
+        "--query",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="a query field by name, an image by its path; repeat it for a query of several fields",
+    )
+    parser.add_argument(
+        "--embed_dim",
+        type=options.count,
+        help="leading dimensions of the embeddings (default: config)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print one JSON object per query, one per line"
+    )
+    parser.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="also save the pictures of the results there"
+    )
+    parser.add_argument(
+        "--serve", action="store_true", help="serve a search page to this machine's browser"
+    )
+    parser.add_argument(
+        "--port", type=_port, default=8000, help="of the page; 0 is any free one (default: 8000)"
+    )
+    args = parser.parse_intermixed_args()
+    default = vars(parser.parse_intermixed_args(["--workdir=."]))
+    given = {name for name, value in vars(args).items() if value != default[name]}
+    with reported_in_one_line():
+        for name, flag in NOT_SERVED.items() if args.serve else SERVED.items():
+            if name in given:
+                raise UserError(f"{flag} does not go {'with' if args.serve else 'without'} --serve")
+        if args.serve:
+            serve_runs(args)
+        else:
+            search_run(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""The search page: `python -m gcl_jax.search --serve --workdir=RUN`; docs/search.md has its API.
+
+It listens on 127.0.0.1 alone, and refuses what another page in the same browser could make of that:
+requests under another host's name (DNS rebinding) or from another site. No request names a file.
+"""
+
+import importlib.resources
+import json
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from werkzeug.exceptions import (
+    BadRequest,
+    Forbidden,
+    HTTPException,
+    NotFound,
+    RequestEntityTooLarge,
+)
+from werkzeug.routing import Map, Rule
+from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.wrappers import Request, Response
+
+from gcl_jax.data.store import Records
+from gcl_jax.errors import DataError, UserError
+from gcl_jax.search.__main__ import Query
+from gcl_jax.search.hits import as_results, fields_of_kind, image_type
+from gcl_jax.search.searcher import MAX_K, Searcher, check_image
+
+ADDRESS = "127.0.0.1"
+HOSTS = ["localhost", ADDRESS]
+MAX_CHARACTERS = 1_000  # of a typed query
+MAX_BYTES = 2**25  # of an image
+SHOWN = ("png", "jpeg", "webp", "gif", "bmp", "avif")
+PAGE = {"search.html": "text/html", "search.css": "text/css", "search.js": "text/javascript"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
+    "img-src 'self' blob: data:; connect-src 'self'; form-action 'self'; base-uri 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'",
+    "X-Content-Type-Options": "nosniff",
+    "Cross-Origin-Resource-Policy": "same-origin",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",  # another run may be served under this address later
+}
+
+
+class SearchApp:
+    """The page and its API as a WSGI application."""
+
+    def __init__(self, searchers: Sequence[Searcher]):
+        """All searchers search the same store."""
+        self._searchers = searchers
+        self._store = searchers[0].store
+        self._device = threading.Lock()
+        assets = importlib.resources.files("gcl_jax.search")
+        self._assets = {name: assets.joinpath(name).read_bytes() for name in PAGE}
+        get = ["GET"]
+        self._urls = Map(
+            [
+                Rule("/", endpoint=lambda _: self._asset("search.html"), methods=get),
+                Rule("/search.css", endpoint=lambda _: self._asset("search.css"), methods=get),
+                Rule("/search.js", endpoint=lambda _: self._asset("search.js"), methods=get),
+                Rule("/api/info", endpoint=self._info, methods=get),
+                Rule("/api/search", endpoint=self._search, methods=["GET", "POST"]),
+                Rule("/image/<row>/<field>", endpoint=self._image, methods=get),
+            ],
+            merge_slashes=False,
+        )
+
+    def __call__(self, environ, start_response):
+        try:
+            response = self._answer(environ)
+        except HTTPException as error:
+            response = _json({"error": error.description}, error.code)
+        except UserError as error:
+            response = _json({"error": " ".join(str(error).split())}, 400)
+        except Exception:
+            traceback.print_exc()
+            response = _json({"error": "internal error; the terminal has its traceback"}, 500)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response(environ, start_response)
+
+    def _answer(self, environ) -> Response:
+        request = Request(environ)
+        request.max_content_length = MAX_BYTES
+        request.trusted_hosts = HOSTS
+        if not request.host:
+            raise BadRequest("a request needs a Host header")
+        endpoint, values = self._urls.bind_to_environ(environ).match()
+        # A link from elsewhere may open the page; nothing else may be asked from elsewhere.
+        site = request.headers.get("Sec-Fetch-Site", "none")
+        if request.path != "/" and site not in ("same-origin", "none"):
+            raise Forbidden("asked by another site")
+        return endpoint(request, **values)
+
+    def _asset(self, name: str) -> Response:
+        return Response(self._assets[name], content_type=f"{PAGE[name]}; charset=utf-8")
+
+    def _info(self, request: Request) -> Response:
+        return _json(
+            {
+                "store": self._store.name,
+                "documents": self._searchers[0].documents,
+                "runs": [{"name": s.name, "step": s.step} for s in self._searchers],
+                "images": all(searcher.takes_images for searcher in self._searchers),
+                "max_k": MAX_K,
+                "max_bytes": MAX_BYTES,
+                "examples": _examples(self._store.queries),
+            }
+        )
+
+    def _search(self, request: Request) -> Response:
+        top_k = _whole(request.args.get("k", "10"))
+        if top_k is None or not 1 <= top_k <= MAX_K:
+            raise BadRequest(f"k is not a whole number from 1 to {MAX_K}")
+        query = self._image_query(request) if request.method == "POST" else _text_query(request)
+        runs = []
+        for searcher in self._searchers:
+            with self._device:
+                start = time.perf_counter()
+                scores, rows = searcher.search(query, top_k)
+                milliseconds = round(1e3 * (time.perf_counter() - start), 1)
+            results = as_results(self._store.documents, scores, rows)
+            for result, row in zip(results, rows.tolist(), strict=True):
+                result |= {"row": row, "images": self._image_addresses(row)}
+            runs.append({"name": searcher.name, "milliseconds": milliseconds, "results": results})
+        return _json({"query": query.get("text"), "k": top_k, "runs": runs})
+
+    def _image_query(self, request: Request) -> Query:
+        for searcher in self._searchers:
+            if not searcher.takes_images:
+                raise BadRequest(f"the model of {searcher.name} has no image tower")
+        try:
+            encoded = request.get_data(cache=False)
+        except RequestEntityTooLarge:
+            raise RequestEntityTooLarge(
+                f"the image has more than {MAX_BYTES / 2**20:g} MiB"
+            ) from None
+        check_image(encoded)
+        return {"image": encoded}
+
+    def _image_addresses(self, row: int) -> list[str]:
+        documents = self._store.documents
+        images = fields_of_kind(documents, documents[row], "image")
+        return [f"/image/{row}/{field}" for field in images]
+
+    def _image(self, request: Request, row: str, field: str) -> Response:
+        documents, number = self._store.documents, _whole(row)
+        if number is None or number >= len(documents) or documents.fields.get(field) != "image":
+            raise NotFound("there is no such image")
+        encoded = fields_of_kind(documents, documents[number], "image").get(field)
+        if encoded is None:
+            raise NotFound("the document lacks this image")
+        try:
+            kind = image_type(encoded)
+        except DataError as error:
+            raise NotFound(str(error)) from None
+        if kind not in SHOWN:
+            raise NotFound(f"no browser shows {kind}")
+        headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
+        return Response(encoded, content_type=f"image/{kind}", headers=headers)
+
+
+def _text_query(request: Request) -> Query:
+    text = request.args.get("q", "").strip()
+    if not text:
+        raise BadRequest("the query is empty")
+    if len(text) > MAX_CHARACTERS:
+        raise BadRequest(f"the query has {len(text):,} characters; at most {MAX_CHARACTERS:,}")
+    return {"text": text}
+
+
+def _whole(text: str) -> int | None:
+    """None if it is no whole number of a sensible length."""
+    return int(text) if text.isdecimal() and len(text) <= 18 else None
+
+
+def _json(value: object, status: int | None = 200) -> Response:
+    body = json.dumps(value, ensure_ascii=False)
+    return Response(body, status=status, content_type="application/json; charset=utf-8")
+
+
+def _examples(queries: Records, count: int = 6) -> list[str]:
+    """Short texts of queries at equal distances in the store."""
+    rows = np.linspace(0, len(queries) - 1, count, dtype=int)
+    texts = [next(iter(fields_of_kind(queries, queries[row], "text").values()), "") for row in rows]
+    return [text for text in dict.fromkeys(texts) if 0 < len(text) <= 60]
+
+
+class QuietHandler(WSGIRequestHandler):
+    def log(self, *_) -> None:
+        """The terminal is for errors; what people search for is not written down."""
+
+
+def serve(
+    workdirs: Sequence[Path],
+    checkpoints: Sequence[str],
+    split: str | None,
+    embed_dim: int | None,
+    port: int,
+) -> None:
+    """Serves the page until Ctrl-C, for a checkpoint of each run, all over one store; `port` 0
+    takes a free one, and the address is printed.
+
+    Raises:
+        ConfigError, DataError, UserError: as `Searcher`; the port is in use.
+    """
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((ADDRESS, port))
+            listener.listen()
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            raise UserError(f"--port={port}: {reason}; choose another one") from None
+        runs = zip(workdirs, checkpoints, strict=True)
+        app = SearchApp([Searcher(w, split, embed_dim, checkpoint) for w, checkpoint in runs])
+        server = make_server(
+            ADDRESS, port, app, threaded=True, request_handler=QuietHandler, fd=listener.fileno()
+        )
+        print(f"search page: http://localhost:{server.port}/ (Ctrl-C ends it)", flush=True)
+        server.serve_forever()

@@ -1,0 +1,239 @@
+"""Watches a training run from step to step: its numbers, its speed, and whether it is sound."""
+
+import contextlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tqdm
+from flax import traverse_util
+from jax.experimental import multihost_utils
+
+from gcl_jax import distributed, logs
+from gcl_jax.config import SickConfig
+from gcl_jax.data.pipeline import Batch
+from gcl_jax.models.flops import find_chip
+from gcl_jax.optim import Params
+from gcl_jax.train.setup import Training
+
+# Of the running mean and variance of the loss; and how many steps they need to mean something.
+SPIKE_DECAY = 0.98
+SPIKE_WARMUP = 50
+# One line about a spike is enough for so many steps.
+SPIKE_SILENCE = 25
+
+
+class _Dispatched(NamedTuple):
+    step: int
+    metrics: Mapping[str, jax.Array]
+    rows: Batch
+
+
+class Monitor:
+    """Logs every `log_every` steps, and the last; notes every step that was skipped.
+
+    A step's numbers are fetched when the next one has been dispatched: the host's work hides behind
+    the device's.
+
+    Attributes:
+        sick: the steps up to the newest one looked at that were skipped in a row.
+        rollbacks: how often the run went back to a checkpoint.
+    """
+
+    def __init__(
+        self, training: Training, workdir: Path, writer: logs.MetricWriter, bar: tqdm.tqdm
+    ):
+        self._training, self._workdir, self._writer, self._bar = training, workdir, writer, bar
+        self._spikes = SpikeAlarm(training.cfg.sick)
+        self._pending: _Dispatched | None = None
+        self.sick: list[int] = []
+        self.rollbacks = 0
+
+    def start_at(self, step: int) -> None:
+        """`step` steps are done, and what was logged of later ones is forgotten."""
+        self._pending, self.sick = None, []
+        self._writer.restart(step)
+        self._bar.n = self._bar.initial = step
+        self._bar.refresh()
+        self._measure_from(step)
+
+    def roll_back(self, step: int) -> None:
+        """The run goes on from `step` once more."""
+        self.rollbacks += 1
+        self.start_at(step)
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While the loop waits for data."""
+        asked = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - asked
+
+    @contextlib.contextmanager
+    def pause(self) -> Iterator[None]:
+        """While the loop does something else than train, after `settle`."""
+        begun = time.perf_counter()
+        yield
+        self._since += time.perf_counter() - begun
+
+    def dispatched(self, step: int, metrics: Mapping[str, jax.Array], rows: Batch) -> None:
+        """Step `step` has been sent to the devices, with these rows of this host; now there is time
+        for the one before."""
+        before, self._pending = self._pending, _Dispatched(step, metrics, rows)
+        if before:
+            self._look_at(before)
+
+    def settle(self) -> None:
+        """Waits until the newest step has ended, and looks at it."""
+        if self._pending:
+            self._look_at(self._pending)
+            self._pending = None
+
+    def _measure_from(self, step: int) -> None:
+        self._logged, self._since, self._waited = step, time.perf_counter(), 0.0
+
+    def _look_at(self, done: _Dispatched) -> None:
+        step, metrics, rows = done
+        vital = jax.device_get({name: metrics[name] for name in ("loss", "gradient_norm")})
+        loss, norm = (float(vital[name]) for name in ("loss", "gradient_norm"))
+        self._bar.update(step - self._bar.n)
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self.sick.append(step)
+            self._note(step, loss, norm, rows)
+        else:
+            self.sick = []
+            if alarm := self._spikes.hear(step, loss):
+                distributed.announce(f"\n{alarm}")
+        if step % self._training.cfg.log_every == 0 or step == self._training.steps:
+            self._log(step, jax.device_get(metrics))
+
+    def _note(self, step: int, loss: float, norm: float, rows: Batch) -> None:
+        """One line in sick_steps.jsonl with the pairs of all hosts, to look for the culprit."""
+        ids = {name: np.asarray(rows[name]) for name in ("query_id", "document_id")}
+        ids = multihost_utils.process_allgather(ids, tiled=True)
+        if not distributed.is_first():
+            return
+        path = self._workdir / "sick_steps.jsonl"
+        line = {"step": step, "loss": repr(loss), "gradient_norm": repr(norm)}
+        with path.open("a") as file:
+            file.write(json.dumps(line | {name: x.tolist() for name, x in ids.items()}) + "\n")
+        distributed.announce(
+            f"\nstep {step} is skipped: loss {loss:g}, gradient norm {norm:g} (its pairs: {path})"
+        )
+
+    def _log(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
+        seconds = time.perf_counter() - self._since
+        steps = step - self._logged
+        # An accuracy is unknown at the last step, unless that is to be logged anyway.
+        scalars = {
+            name: float(value)
+            for name, value in metrics.items()
+            if not (name.startswith("accuracy/") and np.isnan(value))
+        }
+        training = self._training
+        speed = training.flops * steps / seconds / jax.device_count()
+        scalars |= {
+            "learning_rate": float(training.schedule(step - 1 - scalars["skipped_steps"])),
+            "pairs_per_second": training.cfg.optim.batch_size * steps / seconds,
+            "data_wait": self._waited / seconds,
+            "teraflops_per_device": speed / 1e12,
+            "peak_memory_gib": peak_memory() / 2**30,
+        }
+        if chip := find_chip(jax.local_devices()[0].device_kind):
+            scalars["mfu"] = speed / chip.flops
+        if self.rollbacks:
+            scalars["rollbacks"] = self.rollbacks
+        self._writer.write(step, scalars)
+        self._bar.set_postfix_str(
+            f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
+        )
+        self._measure_from(step)
+
+
+class SpikeAlarm:
+    """Hears the loss of every step, and calls out when it leaps."""
+
+    def __init__(self, cfg: SickConfig):
+        self._spike = cfg.spike
+        self._heard, self._mean, self._variance = 0, 0.0, 0.0
+        self._silent_until = 0
+
+    def hear(self, step: int, loss: float) -> str | None:
+        """A line about this step's loss, if it is out of the ordinary."""
+        deviation = math.sqrt(self._variance)
+        limit = self._mean + self._spike * deviation
+        leaps = self._spike > 0 and self._heard >= SPIKE_WARMUP and loss > limit
+        # Bias-corrected by counting from one; a leap widens what counts as ordinary but little.
+        self._heard += 1
+        share = max(1 - SPIKE_DECAY, 1 / self._heard)
+        away = (min(loss, limit) if leaps else loss) - self._mean
+        usual = self._mean
+        self._mean += share * away
+        self._variance = (1 - share) * (self._variance + share * away**2)
+        if not leaps or step < self._silent_until:
+            return None
+        self._silent_until = step + SPIKE_SILENCE
+        return (
+            f"the loss leaps at step {step}: {loss:.4g}, after {usual:.4g} with a standard "
+            f"deviation of {deviation:.2g}"
+        )
+
+
+class Trace:
+    """A trace of the steps `profile` in WORKDIR, as TensorBoard's profiler and Perfetto read it."""
+
+    def __init__(self, workdir: Path, profile: range):
+        self._workdir, self._profile, self._running = workdir, profile, False
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def of(self, step: int) -> contextlib.AbstractContextManager:
+        """While step `step` is dispatched."""
+        if step in self._profile and not self._running:
+            jax.profiler.start_trace(self._workdir)
+            self._running = True
+        elif self._running and step not in self._profile:
+            self.__exit__()
+        return jax.profiler.StepTraceAnnotation("train", step_num=step)
+
+    def __exit__(self, *_) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+
+
+def diagnosis(sick: Sequence[int], params: Params, workdir: Path) -> str:
+    """Why a run cannot go on after the skipped steps `sick`, in one line."""
+    finite = jax.jit(lambda params: jax.tree.map(lambda x: jnp.isfinite(x).all(), params))(params)
+    flat = traverse_util.flatten_dict(jax.device_get(finite), sep=".")
+    bad = [name for name, is_finite in flat.items() if not is_finite]
+    found = (
+        f"the parameters {', '.join(bad[:3])}{' and more' * (len(bad) > 3)} are not finite"
+        if bad
+        else "all parameters are finite: look for the data that these steps share, or lower "
+        "config.optim.lr"
+    )
+    return (
+        f"the loss or its gradients were not finite in {len(sick)} steps in a row, {sick[0]} to "
+        f"{sick[-1]} ({workdir / 'sick_steps.jsonl'} has their pairs); {found}"
+    )
+
+
+def peak_memory() -> int:
+    """Bytes: the most that one of this host's devices has held, or this process where devices do
+    not say."""
+    stats = [device.memory_stats() for device in jax.local_devices()]
+    peaks = [one["peak_bytes_in_use"] for one in stats if one and "peak_bytes_in_use" in one]
+    if peaks:
+        return max(peaks)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

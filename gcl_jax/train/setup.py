@@ -1,0 +1,169 @@
+"""What a training run is made of, before its first step."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from gcl_jax import config, distributed, optim, sharding
+from gcl_jax.checkpoints.checkpointer import Checkpointer
+from gcl_jax.checkpoints.retention import require_metric
+from gcl_jax.config import TrainConfig
+from gcl_jax.data.contexts import longest_texts, padded_length
+from gcl_jax.data.pipeline import pair_weights, train_batches
+from gcl_jax.data.sampling import pairs_per_epoch
+from gcl_jax.data.store import RankedStore
+from gcl_jax.errors import ConfigError
+from gcl_jax.losses.objectives import check_data
+from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.models import flops
+from gcl_jax.state import TrainState, abstract_model, abstract_state, init_state
+from gcl_jax.stores import open_store
+from gcl_jax.train.init_from import warm_start
+from gcl_jax.train.step import Metrics, known_weights, make_train_step
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Training:
+    """The parts of a run. `cfg` is resolved for `store`; `batches` is this host's endless iterator;
+    `steps` and `schedule` (of the learning rate) are those of the whole run; `constants` go with
+    every batch to `train_step`; `flops` are those of the towers in a step."""
+
+    cfg: TrainConfig
+    store: RankedStore
+    batches: Any
+    steps: int
+    schedule: optax.Schedule
+    mesh: Mesh
+    tx: optax.GradientTransformation
+    train_step: Callable[[TrainState, Mapping], tuple[TrainState, Metrics]]
+    constants: dict[str, KnownWeights]
+    flops: float
+
+    def to_devices(self, rows: Mapping) -> dict:
+        """This host's rows of a batch as the global batch that `train_step` takes."""
+        return sharding.to_global(rows, self.mesh) | self.constants
+
+
+def set_up(cfg: TrainConfig) -> Training:
+    """Everything but the state, which takes memory, and the directory of the run.
+
+    Raises:
+        ConfigError, DataError: the configuration, or the data that it names, cannot be used.
+    """
+    if cfg.model.attention == "cudnn" and jax.default_backend() != "gpu":
+        raise ConfigError(
+            "config.model.attention='cudnn' needs an NVIDIA GPU, and jax finds none here; use 'xla'"
+        )
+    store = open_store(cfg.data.store)
+    cfg = store.resolve(cfg)
+    require_metric(cfg)
+    contexts = text_contexts(cfg, store)
+    batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), contexts)
+    pairs = store.pairs(cfg.data.train_split)
+    epoch = pairs_per_epoch(cfg, pairs)
+    if epoch < len(pairs):
+        distributed.announce(
+            f"config.data.unique_queries leaves {len(pairs) - epoch} of {len(pairs)} pairs out of "
+            "each epoch, others every time"
+        )
+    steps = optim.total_steps(cfg.optim, epoch)
+    tx = optim.make_optimizer(cfg.optim, steps, abstract_model(cfg.model)[1])
+    mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
+    train_step = make_train_step(cfg, tx, mesh)
+    check_data(cfg, pair_weights(cfg, pairs))
+    constants = {}
+    if cfg.loss.targets == "known":
+        weights = known_weights(cfg, store)
+        constants["known"] = jax.device_put(weights, sharding.replicated(mesh))
+    kinds = {"query": store.queries.fields, "document": store.documents.fields}
+    return Training(
+        cfg,
+        store,
+        batches,
+        steps,
+        optim.lr_schedule(cfg.optim, steps),
+        mesh,
+        tx,
+        train_step,
+        constants,
+        flops.train_flops(cfg, kinds, contexts),
+    )
+
+
+def text_contexts(cfg: TrainConfig, store: RankedStore) -> dict[str, dict[str, int]]:
+    """{"query" and "document": {field: tokens}} of the text fields that need less than the context
+    length in this run; the processes share the search, and its result."""
+
+    def largest(own: np.ndarray) -> np.ndarray:
+        return multihost_utils.process_allgather(own).reshape(-1, len(own)).max(axis=0)
+
+    place = jax.process_index(), jax.process_count()
+    longest = longest_texts(cfg, store, *place, largest, quiet=not distributed.is_first())
+    most, found = cfg.model.text.context_length, dict[str, dict[str, int]]()
+    for side, fields in longest.items():
+        found[side] = {field: padded_length(n, most) for field, n in fields.items()}
+        for field, tokens in found[side].items():
+            distributed.announce(f"{side} field {field!r}: {tokens} of {most} tokens")
+    return found
+
+
+def start_or_continue(
+    training: Training, checkpointer: Checkpointer, workdir: Path
+) -> tuple[int, TrainState]:
+    """(steps done, state): from the run's own newest checkpoint, with the data going on where they
+    were; else with parameters of another run or pretrained ones (`init_from`), or random ones.
+
+    Raises:
+        ConfigError: the run in `workdir` is another one, or none to continue.
+        DataError: checkpoints or weights that cannot be read.
+    """
+    cfg, steps = training.cfg, training.steps
+    if not checkpointer.directory.is_dir():
+        raise ConfigError(
+            f"--workdir={workdir} must lie on storage that all processes share: process "
+            f"{jax.process_index()} does not see what process 0 writes there"
+        )
+    latest = checkpointer.latest_step()
+    if latest is None:
+        start = warm_start(cfg, training.mesh) if cfg.init_from else {}
+        distributed.announce(f"starting from {cfg.init_from or 'random parameters'}")
+        return 0, init_state(cfg, training.tx, training.mesh, start)
+    if latest == 0:
+        raise ConfigError(
+            f"{workdir} holds an imported model, which no training continues; choose another "
+            f"--workdir and set --config.init_from={workdir}"
+        )
+    started = config.load(workdir / "config.json")
+    check_same_run(cfg, started, workdir)
+    cfg.init_from = started.init_from
+    restored = checkpointer.restore(abstract_state(cfg, training.tx, training.mesh))
+    assert restored is not None  # `latest` says that there is one
+    step, state, position = restored
+    training.batches.set_state(position)
+    distributed.announce(f"continuing {workdir} from step {step} of {steps}")
+    return step, state
+
+
+def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> None:
+    """Raises `ConfigError` when `cfg` would train something else than the run in `workdir`."""
+    # How examples are read and gradients are computed may change; what they are may not.
+    started.data.num_workers = cfg.data.num_workers
+    started.data.cached_records = cfg.data.cached_records
+    started.loss.form = cfg.loss.form
+    started.optim.chunks = cfg.optim.chunks
+    # As JSON, where a list and a tuple are the same.
+    ours, theirs = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, started))
+    for part in ("model", "data", "loss", "optim", "seed"):
+        if ours[part] != theirs[part]:
+            raise ConfigError(
+                f"config.{part} is not that of the run in {workdir} (see its config.json); "
+                "choose another --workdir"
+            )
