@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from gcl_jax import sharding
+from gcl_jax.checkpoints.state import init_state
 from gcl_jax.config import (
     DataConfig,
     ModelConfig,
@@ -23,8 +24,8 @@ from gcl_jax.config import (
     TrainConfig,
     VisionConfig,
 )
+from gcl_jax.models.clip import abstract_model
 from gcl_jax.optim import make_optimizer
-from gcl_jax.state import abstract_model, init_state
 from gcl_jax.train.step import make_train_step
 
 OUTPUT = Path(__file__).with_suffix(".json")

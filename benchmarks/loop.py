@@ -19,7 +19,8 @@ from pathlib import Path
 
 import jax
 
-from gcl_jax import logs, state
+from gcl_jax import logs
+from gcl_jax.checkpoints import state
 from gcl_jax.config import TrainConfig
 from gcl_jax.train import setup
 from gcl_jax.train.__main__ import train

@@ -105,8 +105,8 @@ def formulas(cfg, chips: int) -> dict[str, float]:
     """
     import jax
 
+    from gcl_jax.models.clip import abstract_model
     from gcl_jax.sharding import param_spec
-    from gcl_jax.state import abstract_model
 
     item = {"bfloat16": 2, "float32": 4}
     documents = cfg.optim.batch_size * cfg.model.embed_dim

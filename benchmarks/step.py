@@ -33,7 +33,8 @@ import numpy as np
 import torch
 from parity import import_open_clip
 
-from gcl_jax import optim, sharding, state
+from gcl_jax import optim, sharding
+from gcl_jax.checkpoints import state
 from gcl_jax.config import (
     DataConfig,
     ModelConfig,
@@ -42,7 +43,7 @@ from gcl_jax.config import (
     TrainConfig,
     VisionConfig,
 )
-from gcl_jax.models import flops
+from gcl_jax.models import clip, flops
 from gcl_jax.models.presets import preset
 from gcl_jax.port.convert import from_state_dict
 from gcl_jax.port.foreign import to_open_clip_config
@@ -134,7 +135,7 @@ def torch_trainer(cfg: TrainConfig, model, images, tokens, compiled: bool) -> Tr
 
 def jax_trainer(cfg: TrainConfig, params, images, tokens) -> Trainer:
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
-    tx = optim.make_optimizer(cfg.optim, cfg.optim.steps, state.abstract_model(cfg.model)[1])
+    tx = optim.make_optimizer(cfg.optim, cfg.optim.steps, clip.abstract_model(cfg.model)[1])
     n = cfg.optim.batch_size
     yes, ids = np.ones(n, bool), np.arange(n, dtype=np.int32)
     batch = sharding.to_global(

@@ -3,7 +3,6 @@ a run trains, and each layer's share of the learning rate.
 """
 
 import re
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +12,7 @@ from flax import traverse_util
 
 from gcl_jax.config import OptimConfig
 from gcl_jax.errors import ConfigError
-
-Params = dict[str, Any]
+from gcl_jax.sharding import Params
 
 # What a tower computes before its blocks.
 EMBEDDINGS = {

@@ -9,13 +9,15 @@ import numpy as np
 from flax import traverse_util
 from jax.sharding import Mesh
 
-from gcl_jax import config, logs, sharding, state
+from gcl_jax import config, logs, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.integrity import digests
 from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import UserError
+from gcl_jax.models import clip
 from gcl_jax.options import NEWEST
+from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
 
 
@@ -25,14 +27,12 @@ class Run(NamedTuple):
 
     cfg: TrainConfig
     store: RankedStore
-    params: state.Params
+    params: Params
     mesh: Mesh
     step: int
 
 
-def load_model(
-    workdir: Path, checkpoint: str = NEWEST
-) -> tuple[TrainConfig, state.Params, Mesh, int]:
+def load_model(workdir: Path, checkpoint: str = NEWEST) -> tuple[TrainConfig, Params, Mesh, int]:
     """Configuration, parameters (as their moving averages, if there are any), a mesh and the step
     of the training run in `workdir`, without its store. `checkpoint`: "newest", "best" by the
     run's `config.checkpoint.best`, or a step.
@@ -49,7 +49,7 @@ def load_model(
         cfg.model.attention = "xla"
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
         step = _step_of(checkpointer, checkpoint)
-        params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh), step=step)
+        params = checkpointer.restore_params(clip.abstract_params(cfg.model, mesh), step=step)
         return cfg, params, mesh, checkpointer.latest_step() or 0 if step is None else step
 
 
@@ -94,7 +94,7 @@ def set_embed_dim(cfg: TrainConfig, embed_dim: int) -> None:
     cfg.eval.embed_dim = embed_dim
 
 
-def parameters_digest(params: state.Params) -> str:
+def parameters_digest(params: Params) -> str:
     """Changes with any bit of any parameter; the same on every mesh."""
     named = traverse_util.flatten_dict(params, sep=".")
     found = np.asarray(digests(named)).tolist()

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,6 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import ConfigError
+
+Params = dict[str, Any]  # of a model: nested dicts of arrays, or of what describes them
 
 BATCH_AXES = ("data", "fsdp")
 

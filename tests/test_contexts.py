@@ -21,9 +21,9 @@ from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import DataError
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
+from gcl_jax.models.clip import abstract_model, merge
 from gcl_jax.models.flops import tower_flops, train_flops
 from gcl_jax.prepare.builder import write_store
-from gcl_jax.state import abstract_model, merge
 from gcl_jax.train import setup
 
 

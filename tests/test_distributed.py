@@ -22,11 +22,12 @@ from processes import (
     train_command,
 )
 
-from gcl_jax import config, distributed, sharding, state
+from gcl_jax import config, distributed, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate.__main__ import evaluate_workdir
+from gcl_jax.models import clip
 from gcl_jax.train.__main__ import train
 
 
@@ -74,7 +75,7 @@ def outcome(config_file, workdir):
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
         assert checkpointer.latest_step() == 4
-        params = checkpointer.restore_params(state.abstract_params(cfg.model, mesh))
+        params = checkpointer.restore_params(clip.abstract_params(cfg.model, mesh))
     varying = {"pairs_per_second", "data_wait", "teraflops_per_device", "peak_memory_gib"}
     varying.add("gradient_norm")  # which differs by up to 3e-6
     rows = [{key: row[key] for key in row.keys() - varying} for row in logged(workdir)]

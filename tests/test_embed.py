@@ -15,7 +15,8 @@ import pytest
 from conftest import TinySource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import config, state
+from gcl_jax import config
+from gcl_jax.checkpoints import state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.locks import locked
 from gcl_jax.data.store import RankedStore
@@ -26,6 +27,7 @@ from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.mine import __main__ as mine
+from gcl_jax.models import clip
 from gcl_jax.prepare.builder import write_store
 from gcl_jax.report import __main__ as report
 from gcl_jax.runs import load_run, parameters_digest
@@ -273,7 +275,7 @@ def test_a_part_of_the_corpus_is_served_by_the_whole(workdir, monkeypatch):
 def save(workdir: Path, step: int, seed: int, keep: int = 1) -> None:
     cfg = config.load(workdir / "config.json")
     rng = np.random.default_rng(seed)
-    _, shapes = state.abstract_model(cfg.model)
+    _, shapes = clip.abstract_model(cfg.model)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
     cfg.checkpoint.keep = keep
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:

@@ -10,9 +10,10 @@ import pytest
 from conftest import make_cpu_mesh
 from flax import traverse_util
 
+from gcl_jax.checkpoints.state import abstract_state, averaged_params, init_state
+from gcl_jax.models.clip import abstract_model, merge
 from gcl_jax.optim import apply_updates, make_optimizer
 from gcl_jax.sharding import replicated, to_global
-from gcl_jax.state import abstract_model, abstract_state, averaged_params, init_state, merge
 from gcl_jax.train.step import make_train_step
 
 ONE_DEVICE = make_cpu_mesh(1, 1)

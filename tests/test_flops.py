@@ -16,10 +16,9 @@ from gcl_jax.config import (
 )
 from gcl_jax.errors import ConfigError
 from gcl_jax.loss_config import ObjectivesConfig
-from gcl_jax.models.clip import CLIP
+from gcl_jax.models.clip import CLIP, abstract_model, merge
 from gcl_jax.models.flops import CHIPS, find_chip, loss_flops, pair_flops, tower_flops, train_flops
 from gcl_jax.models.presets import preset
-from gcl_jax.state import abstract_model, merge
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,10 @@ from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.data.transforms import ImageTransform, decode_image
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
-from gcl_jax.models.clip import normalize
+from gcl_jax.models.clip import abstract_model, init_params, merge, normalize
 from gcl_jax.models.layers import Numerics, Transformer, tokens_at
 from gcl_jax.models.presets import preset
 from gcl_jax.port.convert import from_state_dict, to_state_dict
-from gcl_jax.state import abstract_model, init_params, merge
 
 PAIRS = 5
 

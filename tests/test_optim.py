@@ -9,9 +9,9 @@ from flax import traverse_util
 
 from gcl_jax.config import ModelConfig, OptimConfig, TextConfig, VisionConfig
 from gcl_jax.errors import ConfigError
+from gcl_jax.models.clip import abstract_model
 from gcl_jax.models.presets import preset
 from gcl_jax.optim import decayed, lr_multipliers, lr_schedule, make_optimizer, total_steps
-from gcl_jax.state import abstract_model
 
 
 @pytest.mark.parametrize(

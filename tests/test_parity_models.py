@@ -14,11 +14,11 @@ import pytest
 from gcl_jax.config import ModelConfig, TextConfig
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
+from gcl_jax.models.clip import abstract_model, merge
 from gcl_jax.models.open_clip import BERT, LARGE, XLM_ROBERTA
 from gcl_jax.models.presets import OPEN_CLIP, PRESETS, preset
 from gcl_jax.port.convert import expected_shapes, from_state_dict, to_state_dict
 from gcl_jax.port.foreign import to_hugging_face_config
-from gcl_jax.state import abstract_model, merge
 
 
 def relative_error(actual, expected) -> float:

@@ -14,11 +14,11 @@ from towers import SMALL, assert_same_params, random_fields, random_params, save
 from gcl_jax.config import ModelConfig
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import DataError
+from gcl_jax.models.clip import abstract_model, merge
 from gcl_jax.models.presets import preset
 from gcl_jax.port.configs import model_config
 from gcl_jax.port.convert import load_pretrained, resize_positions, to_state_dict
 from gcl_jax.port.export import export_pretrained
-from gcl_jax.state import abstract_model, merge
 
 CLIP = SMALL["clip"]
 

@@ -17,11 +17,11 @@ from benchmarks import plans
 from gcl_jax.config import MeshConfig
 from gcl_jax.data.pipeline import train_batches
 from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.models.clip import abstract_model
 from gcl_jax.models.flops import train_flops
 from gcl_jax.models.presets import preset
 from gcl_jax.plan import abstract, planner, topology
 from gcl_jax.plan.hlo import PARTS
-from gcl_jax.state import abstract_model
 from gcl_jax.train.step import known_weights
 from tests.test_loss_memory import tpu_mesh
 

@@ -20,6 +20,7 @@ from towers import SMALL, WRITTEN, assert_same_params, random_fields, random_par
 from gcl_jax import config
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.models.clip import abstract_model, init_params, merge
 from gcl_jax.models.open_clip import from_open_clip
 from gcl_jax.models.presets import OPEN_CLIP, TEXT_ONLY, preset
 from gcl_jax.port import __main__ as port
@@ -34,7 +35,6 @@ from gcl_jax.port.convert import (
 from gcl_jax.port.export import export_pretrained
 from gcl_jax.port.files import WEIGHT_FILES, is_hub_id, read_weights
 from gcl_jax.port.foreign import to_hugging_face_config, to_open_clip_config
-from gcl_jax.state import abstract_model, init_params, merge
 
 CLIP = SMALL["clip"]
 EACH = [(name, family) for name, families in WRITTEN.items() for family in families]

@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 from conftest import make_cpu_mesh
 
-from gcl_jax import config, state
+from gcl_jax import config
+from gcl_jax.checkpoints import state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.errors import DataError, UserError
+from gcl_jax.models import clip
 from gcl_jax.optim import make_optimizer
 from gcl_jax.runs import load_model, parameters_digest
 
@@ -20,7 +22,7 @@ def workdir(tiny_config, tmp_path):
     cfg, mesh = tiny_config, make_cpu_mesh(8, 1)
     cfg.checkpoint.best = NDCG
     config.save(cfg, tmp_path / "config.json")
-    tx = make_optimizer(cfg.optim, 4, state.abstract_model(cfg.model)[1])
+    tx = make_optimizer(cfg.optim, 4, clip.abstract_model(cfg.model)[1])
     trained = state.init_state(cfg, tx, mesh)
     with Checkpointer(tmp_path, cfg.checkpoint, config=cfg) as checkpointer:
         for step, ndcg in enumerate((0.1, 0.3, 0.2), 1):

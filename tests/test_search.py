@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import TinySource
 
-from gcl_jax import config, state
+from gcl_jax import config
+from gcl_jax.checkpoints import state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.config import (
     DataConfig,
@@ -22,6 +23,7 @@ from gcl_jax.config import (
     VisionConfig,
 )
 from gcl_jax.errors import UserError
+from gcl_jax.models import clip
 from gcl_jax.prepare.builder import Source, write_store
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
@@ -58,7 +60,7 @@ def untrained_run(source: Source, folder: Path) -> Path:
     workdir.mkdir()
     config.save(cfg, workdir / "config.json")
     rng = np.random.default_rng(0)
-    _, shapes = state.abstract_model(cfg.model)
+    _, shapes = clip.abstract_model(cfg.model)
     params = jax.tree.map(lambda x: rng.normal(0, 0.1, x.shape).astype(x.dtype), shapes)
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         checkpointer.save(0, state.TrainState(np.int32(0), params, ()), {})

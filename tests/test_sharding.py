@@ -11,11 +11,12 @@ from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
 from gcl_jax import sharding
+from gcl_jax.checkpoints.state import abstract_state, init_state
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import ConfigError
+from gcl_jax.models.clip import abstract_model
 from gcl_jax.optim import make_optimizer, trained_part
 from gcl_jax.sharding import make_mesh, param_spec, to_global
-from gcl_jax.state import abstract_model, abstract_state, init_state
 from gcl_jax.train.step import make_train_step
 
 

@@ -12,9 +12,10 @@ from injected import Injected
 from processes import PATIENCE_SECONDS, logged, start_local
 
 from gcl_jax import optim
+from gcl_jax.checkpoints.state import init_state
 from gcl_jax.config import SickConfig
+from gcl_jax.models.clip import abstract_model
 from gcl_jax.sharding import to_global
-from gcl_jax.state import abstract_model, init_state
 from gcl_jax.train import setup, step
 from gcl_jax.train.__main__ import SickRun, train
 from gcl_jax.train.monitor import SpikeAlarm

@@ -18,11 +18,11 @@ from flax import traverse_util
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gcl_jax import config, sharding, state
+from gcl_jax import config, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.models import flops
+from gcl_jax.models import clip, flops
 from gcl_jax.prepare.builder import write_store
 from gcl_jax.runs import load_run
 from gcl_jax.train.__main__ import Interrupted, train
@@ -45,7 +45,7 @@ def final_params(cfg, workdir):
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         assert checkpointer.latest_step() == cfg.optim.steps
-        return jax.device_get(checkpointer.restore_params(state.abstract_params(cfg.model, mesh)))
+        return jax.device_get(checkpointer.restore_params(clip.abstract_params(cfg.model, mesh)))
 
 
 def interrupt_at(step, monkeypatch):

@@ -12,11 +12,12 @@ from test_finetune import draw_params
 
 from gcl_jax import config, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
+from gcl_jax.checkpoints.state import TrainState, init_state
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import DataError
+from gcl_jax.models.clip import abstract_model, abstract_params
 from gcl_jax.optim import make_optimizer, with_part
 from gcl_jax.port import convert
-from gcl_jax.state import TrainState, abstract_model, abstract_params, init_state
 from gcl_jax.train.init_from import warm_start
 
 

@@ -28,10 +28,11 @@ from gcl_jax.checkpoints.integrity import Damaged, digests
 from gcl_jax.checkpoints.orbax_setup import first_cause, set_up
 from gcl_jax.checkpoints.retention import preservation_policy
 from gcl_jax.checkpoints.saved import Saved, contents, described, named, require_fit
+from gcl_jax.checkpoints.state import TrainState
 from gcl_jax.config import CheckpointConfig, TrainConfig
 from gcl_jax.distributed import announce, is_first
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.state import Params, TrainState
+from gcl_jax.sharding import Params
 
 T = TypeVar("T")
 

@@ -15,9 +15,8 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side, corpus_batches
 from gcl_jax.data.store import Records
 from gcl_jax.losses.matryoshka import truncated
-from gcl_jax.models.clip import merge_fields
-from gcl_jax.sharding import local_rows, replicated, to_global
-from gcl_jax.state import Params, abstract_model, merge
+from gcl_jax.models.clip import abstract_model, merge, merge_fields
+from gcl_jax.sharding import Params, local_rows, replicated, to_global
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

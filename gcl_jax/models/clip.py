@@ -6,12 +6,14 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from gcl_jax.config import ModelConfig
 from gcl_jax.models.layers import Numerics
 from gcl_jax.models.text_towers import BertTower, TextTower
 from gcl_jax.models.vision import VisionTower
+from gcl_jax.sharding import Params, param_shardings
 
 Fields = Mapping[str, jax.Array]
 
@@ -72,3 +74,35 @@ def merge_fields(
     """
     weighted = [weights[a] * present[a][..., None] * x for a, x in embeddings.items()]
     return normalize(functools.reduce(jnp.add, weighted))
+
+
+def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params]:
+    """(graphdef, params as ShapeDtypeStructs): the model without any array."""
+    model = nnx.eval_shape(lambda: CLIP(cfg, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+    return graphdef, nnx.to_pure_dict(params)
+
+
+def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
+    """Freshly drawn parameters."""
+    return nnx.to_pure_dict(nnx.state(CLIP(cfg, rngs=nnx.Rngs(key)), nnx.Param))
+
+
+def merge(graphdef: nnx.GraphDef, params: Params) -> CLIP:
+    """The model that `params` make."""
+    return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
+def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Params:
+    """The parameters as ShapeDtypeStructs with shardings."""
+    _, params = abstract_model(cfg)
+    return with_shardings(params, param_shardings(params, mesh))
+
+
+def with_shardings(shapes, shardings):
+    """ShapeDtypeStructs that say where they live."""
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )

@@ -11,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh
 
 from gcl_jax import optim
+from gcl_jax.checkpoints.state import TrainState, abstract_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.negatives import negative_files
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.models.clip import abstract_model
 from gcl_jax.sharding import batch_sharding, replicated
-from gcl_jax.state import TrainState, abstract_model, abstract_state
 from gcl_jax.stores import BUNDLED, open_store
 from gcl_jax.train.step import known_weights
 

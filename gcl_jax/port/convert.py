@@ -17,8 +17,8 @@ from gcl_jax.models.clip import CLIP
 from gcl_jax.port.families import Row, recognise, table, without
 from gcl_jax.port.files import locate, read_weights
 from gcl_jax.port.tables import LEFT_OUT
+from gcl_jax.sharding import Params
 
-Params = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 _LORA = ("lora_a", "lora_b")
 

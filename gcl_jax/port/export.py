@@ -15,11 +15,12 @@ import numpy as np
 from gcl_jax.config import ModelConfig
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.port.configs import OWN_CONFIG
-from gcl_jax.port.convert import Params, merge_lora, to_state_dict
+from gcl_jax.port.convert import merge_lora, to_state_dict
 from gcl_jax.port.files import WEIGHT_FILES
 from gcl_jax.port.foreign import to_hugging_face_config, to_open_clip_config, to_preprocessor_config
 from gcl_jax.port.model_card import model_card
 from gcl_jax.port.tokenizer_files import write_tokenizer
+from gcl_jax.sharding import Params
 
 FORMATS = ("open_clip", "hugging_face", "safetensors")
 Metrics = Mapping[str, Mapping[str, float]]

@@ -53,9 +53,9 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
 
     from gcl_jax import logs
     from gcl_jax.checkpoints.checkpointer import Checkpointer
+    from gcl_jax.checkpoints.state import abstract_state, averaged_params
     from gcl_jax.embed.embedder import Embedder
     from gcl_jax.evaluate.ranked import evaluate_in_training
-    from gcl_jax.state import abstract_state, averaged_params
     from gcl_jax.train.monitor import Monitor, Trace, diagnosis
     from gcl_jax.train.setup import set_up, start_or_continue
 

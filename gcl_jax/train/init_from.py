@@ -11,8 +11,8 @@ from jax.sharding import Mesh
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.config import TrainConfig
-from gcl_jax.optim import Params
-from gcl_jax.state import abstract_params
+from gcl_jax.models.clip import abstract_params
+from gcl_jax.sharding import Params
 
 
 def warm_start(cfg: TrainConfig, mesh: Mesh) -> Params:

@@ -21,7 +21,7 @@ from gcl_jax import distributed, logs
 from gcl_jax.config import SickConfig
 from gcl_jax.data.pipeline import Batch
 from gcl_jax.models.flops import find_chip
-from gcl_jax.optim import Params
+from gcl_jax.sharding import Params
 from gcl_jax.train.setup import Training
 
 # Of the running mean and variance of the loss; and how many steps they need to mean something.

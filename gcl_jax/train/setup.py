@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from gcl_jax import config, distributed, optim, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.retention import require_metric
+from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.contexts import longest_texts, padded_length
 from gcl_jax.data.pipeline import pair_weights, train_batches
@@ -24,7 +25,7 @@ from gcl_jax.errors import ConfigError
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.models import flops
-from gcl_jax.state import TrainState, abstract_model, abstract_state, init_state
+from gcl_jax.models.clip import abstract_model
 from gcl_jax.stores import open_store
 from gcl_jax.train.init_from import warm_start
 from gcl_jax.train.step import Metrics, known_weights, make_train_step

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from gcl_jax.checkpoints.state import TrainState, state_shardings
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import pair_weights
 from gcl_jax.data.store import RankedStore
@@ -16,10 +17,9 @@ from gcl_jax.losses.accuracy import in_batch_accuracy
 from gcl_jax.losses.matryoshka import over_dims
 from gcl_jax.losses.multi_field import multi_field_loss
 from gcl_jax.losses.targets import KnownWeights
-from gcl_jax.models.clip import CLIP, Fields
+from gcl_jax.models.clip import CLIP, Fields, abstract_model, merge
 from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
 from gcl_jax.sharding import gathered_outside_layers, on_mesh, replicated
-from gcl_jax.state import TrainState, abstract_model, merge, state_shardings
 from gcl_jax.train.gradient_cache import cached_value_and_grad, check_chunks
 
 SIDES = ("query", "document")

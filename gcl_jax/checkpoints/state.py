@@ -6,13 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 from jax.sharding import Mesh
 
-from gcl_jax.config import ModelConfig, TrainConfig
-from gcl_jax.models.clip import CLIP
-from gcl_jax.optim import Params, in_float32, trained_part, with_part
-from gcl_jax.sharding import param_shardings, replicated
+from gcl_jax.config import TrainConfig
+from gcl_jax.models.clip import abstract_model, init_params, with_shardings
+from gcl_jax.optim import in_float32, trained_part, with_part
+from gcl_jax.sharding import Params, param_shardings, replicated
 
 
 @jax.tree_util.register_dataclass
@@ -28,23 +27,6 @@ class TrainState:
     params: Params
     opt_state: optax.OptState
     ema: Params | None = None
-
-
-def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params]:
-    """(graphdef, params as ShapeDtypeStructs): the model without any array."""
-    model = nnx.eval_shape(lambda: CLIP(cfg, rngs=nnx.Rngs(0)))
-    graphdef, params = nnx.split(model, nnx.Param)
-    return graphdef, nnx.to_pure_dict(params)
-
-
-def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
-    """Freshly drawn parameters."""
-    return nnx.to_pure_dict(nnx.state(CLIP(cfg, rngs=nnx.Rngs(key)), nnx.Param))
-
-
-def merge(graphdef: nnx.GraphDef, params: Params) -> CLIP:
-    """The model that `params` make."""
-    return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
 
 
 def fresh_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Params) -> TrainState:
@@ -98,21 +80,6 @@ def abstract_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mes
     return with_shardings(shapes, state_shardings(cfg, tx, mesh))
 
 
-def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Params:
-    """The parameters as ShapeDtypeStructs with shardings."""
-    _, params = abstract_model(cfg)
-    return with_shardings(params, param_shardings(params, mesh))
-
-
 def averaged_params(state: TrainState) -> Params:
     """The parameters to evaluate: the moving averages where there are any, in their dtype."""
     return with_part(state.params, state.ema or {})
-
-
-def with_shardings(shapes, shardings):
-    """ShapeDtypeStructs that say where they live."""
-    return jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        shapes,
-        shardings,
-    )

@@ -1,0 +1,134 @@
+"""What can be added without editing this package, by name: here, and in your own modules.
+
+    @gcl_jax.OBJECTIVES.register("my_loss")
+    def my_loss(...): ...
+
+A name is known before its module is imported, so that a wrong one is answered at once, without jax.
+A module of your own registers when it is imported, by the config file or by `config.extensions`; a
+run remembers it there, so that every command that opens the run finds what it needs.
+"""
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gcl_jax.errors import ConfigError
+
+T = TypeVar("T")
+
+# Modules outside of this package that have registered something: names, or paths of files that no
+# name finds.
+extensions: dict[str, None] = {}
+
+
+class Registry(Mapping[str, Any]):
+    """Things of one kind by name. `homes`: of each built-in, the module that registers it."""
+
+    def __init__(self, kind: str, homes: Mapping[str, str]):
+        self.kind = kind
+        self._homes = dict(homes)
+        self._things: dict[str, Any] = {}
+
+    def register(self, name: str) -> Callable[[T], T]:
+        """Decorates a function or a class: from now on it is what `name` means.
+
+        Raises:
+            ConfigError: the name means something else already.
+        """
+
+        def decorate(thing: T) -> T:
+            self.add(name, thing, thing)
+            return thing
+
+        return decorate
+
+    def add(self, name: str, thing: Any, defined: Any) -> None:
+        """`register` for a thing made from what is `defined` (a function or a class) somewhere."""
+        home, own = self._homes.setdefault(name, defined.__module__), defined.__module__
+        if home != own and home != _source(defined):
+            raise ConfigError(f"{self.kind} {name!r} of {own} exists already, in {home}")
+        self._things[name] = thing
+        if own.partition(".")[0] != __name__.partition(".")[0]:
+            extensions[_source(defined)] = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._homes:
+            raise ConfigError(f"{self.kind} {name!r} is none of {', '.join(self)}")
+        if name not in self._things:
+            importlib.import_module(self._homes[name])
+        return self._things[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._homes
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._homes)
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+
+def _source(defined: Any) -> str:
+    """The name of the module that `defined` stands in, or the path of its file if an import does
+    not find it by that name, such as a config file."""
+    name = defined.__module__
+    module = sys.modules.get(name)
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        found = None
+    if found is not None and module is not None and name != "__main__":
+        return name
+    return str(Path(inspect.getfile(defined)).resolve())
+
+
+def load_extensions(sources: tuple[str, ...] | list[str]) -> None:
+    """Imports modules, by name or by path of a Python file, for what they register.
+
+    Raises:
+        ConfigError: one that cannot be imported.
+    """
+    for source in sources:
+        if source in extensions:
+            continue
+        try:
+            if not source.endswith(".py"):
+                importlib.import_module(source)
+            else:
+                spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+                assert spec is not None
+                assert spec.loader is not None
+                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+        except ConfigError:
+            raise
+        except Exception as error:
+            raise ConfigError(f"config.extensions: {source} cannot be imported: {error}") from None
+
+
+OBJECTIVES = Registry(
+    "objective",
+    {
+        "gcl": "gcl_jax.losses.contrastive",
+        "sigmoid": "gcl_jax.losses.sigmoid",
+        "bixse": "gcl_jax.losses.sigmoid",
+        "listnet": "gcl_jax.losses.listwise",
+        "listmle": "gcl_jax.losses.listwise",
+        "rince": "gcl_jax.losses.listwise",
+        "one_to_k": "gcl_jax.losses.one_to_k",
+        "hard_negatives": "gcl_jax.losses.hard_negatives",
+        "fused": "gcl_jax.losses.fused",
+        "mixed": "gcl_jax.losses.mixed",
+    },
+)
+METRICS = Registry("metric", {})
+SOURCES = Registry("source", {})
+VISION_TOWERS = Registry("image tower", {"vit": "gcl_jax.models.vision"})
+TEXT_TOWERS = Registry(
+    "text tower", {"clip": "gcl_jax.models.text_towers", "bert": "gcl_jax.models.text_towers"}
+)
+OPTIMIZERS = Registry("optimizer", {"adamw": "gcl_jax.optim"})
+SCHEDULES = Registry("schedule", {"cosine": "gcl_jax.optim"})
