@@ -25,7 +25,7 @@ from gcl_jax.report import __main__ as report
 from gcl_jax.report import charts, comparison, evaluated, examples
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
-from gcl_jax.search.__main__ import SearchIndex
+from gcl_jax.search.searcher import SearchIndex
 from gcl_jax.stores import open_store
 
 SPLITS = ("in_domain", "novel_query", "novel_document", "zero_shot")

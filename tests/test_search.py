@@ -27,7 +27,7 @@ from gcl_jax.models import clip
 from gcl_jax.prepare.builder import Source, write_store
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
-from gcl_jax.search import hits
+from gcl_jax.search import searcher
 
 HOSTILE = '<script>alert("x")</script>\x1b[31m\n'
 
@@ -117,7 +117,7 @@ def test_table_and_images(run_search, tmp_path):
 
 def test_index_keeps_ties_in_order_and_searches_within_a_corpus(workdir):
     cfg, store, params, mesh, _ = load_run(workdir)
-    index = search.SearchIndex(cfg, store, params, mesh, np.arange(24))
+    index = searcher.SearchIndex(cfg, store, params, mesh, np.arange(24))
     queries = [{"query": "find 3"}, {"query": "find 4"}]
     scores, rows = index.search(queries, 24)
     assert scores.shape == rows.shape == (2, 24)
@@ -139,7 +139,7 @@ def test_prefixes_are_those_of_the_side(workdir):
         changed = copy.deepcopy(cfg)
         for side, prefix in prefixes.items():
             setattr(changed.model.text, f"{side}_prefix", prefix)
-        index = search.SearchIndex(changed, store, params, mesh, rows)
+        index = searcher.SearchIndex(changed, store, params, mesh, rows)
         scores, found = index.search([{"query": query} for query in queries], 24)
         return np.take_along_axis(scores, np.argsort(found), axis=1)
 
@@ -159,7 +159,7 @@ def test_one_dimension_leaves_nothing_but_signs(run_search):
 
 def test_table_is_cut_at_the_terminals_width():
     results = [{"rank": 1, "score": 0.5, "id": "d", "fields": {"title": "long " * 30}}]
-    assert all(len(line) <= 40 for line in hits.format_table(results, 40).splitlines())
+    assert all(len(line) <= 40 for line in searcher.format_table(results, 40).splitlines())
 
 
 def test_query_fields(tmp_path):

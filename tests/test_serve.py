@@ -32,8 +32,7 @@ from gcl_jax.errors import UserError
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
 from gcl_jax.search import serve
-from gcl_jax.search.__main__ import SearchIndex
-from gcl_jax.search.searcher import Searcher
+from gcl_jax.search.searcher import Searcher, SearchIndex
 from gcl_jax.stores import one_store
 
 

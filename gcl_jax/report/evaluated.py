@@ -14,7 +14,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError
 from gcl_jax.report.examples import Sample, read_sample
-from gcl_jax.search.__main__ import SearchIndex
+from gcl_jax.search.searcher import SearchIndex
 
 SPLIT_NOTES = {
     "in_domain": "seen queries, seen documents",

@@ -12,8 +12,7 @@ from gcl_jax.data.overview import thumbnail
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate.judgements import Judgements, load_judgements
-from gcl_jax.search.__main__ import SearchIndex
-from gcl_jax.search.hits import fields_of_kind
+from gcl_jax.search.searcher import SearchIndex, fields_of_kind
 
 RESULTS_PER_QUERY = 10
 EXTREME_PER_SPLIT = 2

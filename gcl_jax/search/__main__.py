@@ -6,124 +6,30 @@ side by side.
 """
 
 import argparse
-import functools
 import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-from jaxtyping import Float, Int
 
 from gcl_jax import config, options
-from gcl_jax.config import TrainConfig
-from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.search.hits import as_results, format_table, image_type, one_line, save_images
+from gcl_jax.search.searcher import (
+    SearchIndex,
+    as_results,
+    format_table,
+    image_type,
+    one_line,
+    save_images,
+)
 from gcl_jax.stores import one_store
-
-if TYPE_CHECKING:
-    from gcl_jax.embed.cache import EmbeddingCache
-
-Query = Mapping[str, str | bytes]
 
 # Arguments that only one of the two ways to search has; the page asks for its own.
 SERVED = {"port": "--port"}
 NOT_SERVED = {"texts": "QUERY", "query": "--query", "top_k": "--top_k", "json": "--json"}
 NOT_SERVED["images"] = "--images"
-
-
-class SearchIndex:
-    """Documents of a run, embedded once and then searched exactly, as often as you like."""
-
-    def __init__(
-        self,
-        cfg: TrainConfig,
-        store: RankedStore,
-        params,
-        mesh,
-        rows: np.ndarray,
-        cache: "EmbeddingCache | None" = None,
-    ):
-        """Embeds the documents `rows` (ascending row numbers in the store), with a progress bar,
-        unless they are in the run's `cache`, if that is given.
-
-        Raises:
-            DataError: a document that cannot be read.
-        """
-        from gcl_jax.embed.embedder import Embedder
-
-        self._query_weights = cfg.data.query_fields
-        self._query_kinds = store.queries.fields
-        self._embedder = Embedder(cfg, params, mesh)
-        self._rows = rows
-        if cache:
-            corpus = cache.documents(cfg, store, self._embedder, rows)
-            self._documents = corpus.of(rows)["merged"]
-        else:
-            fields = cfg.data.document_fields
-            self._documents = self._embedder.embed(
-                "document", store.documents, list(fields), rows, description="documents"
-            ).merged(fields)
-
-    def search(
-        self, queries: Sequence[Query], top_k: int, within: np.ndarray | None = None
-    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-        """(cosines, row numbers in the store) of each query's `top_k` best documents, best first,
-        equal scores in the order of the store.
-
-        Args:
-            queries: {field: text or encoded image}; a field left out counts as missing.
-            within: search only these of the index's rows, e.g. the corpus of a split.
-
-        Raises:
-            DataError: a query without any field, or an unreadable image.
-        """
-        records = QueryRecords(self._query_kinds, queries)
-        embeddings = self._embedder.embed(
-            "query", records, list(self._query_weights), np.arange(len(records)), quiet=True
-        ).merged(self._query_weights)
-        return self.nearest(embeddings, top_k, within)
-
-    def nearest(
-        self, embeddings: Float[np.ndarray, "q e"], top_k: int, within: np.ndarray | None = None
-    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-        """`search` for queries that are embedded already, rows of length 1."""
-        from gcl_jax.search.index import exact_top_k
-
-        if within is None:
-            scores, found = self._index.search(embeddings, top_k)
-            return scores, self._rows[found]
-        documents = self._documents[np.searchsorted(self._rows, within)]
-        scores, found = exact_top_k(embeddings, documents, top_k)
-        return scores, within[found]
-
-    @functools.cached_property
-    def _index(self):
-        """The whole corpus on the devices."""
-        from gcl_jax.search.index import Index
-
-        return Index(self._documents)
-
-
-class QueryRecords(Records):
-    """Queries at hand, with the interface of a store's."""
-
-    def __init__(self, fields: dict[str, str], queries: Sequence[Query]):
-        self.fields = fields
-        self._queries = queries
-
-    def __len__(self) -> int:
-        return len(self._queries)
-
-    def __getitem__(self, index: int) -> dict[str, str | bytes]:
-        return {
-            "id": f"query {index + 1}",
-            **dict.fromkeys(self.fields, ""),
-            **self._queries[index],
-        }
 
 
 def parse_queries(

@@ -1,25 +1,118 @@
-"""A run that answers one query after the other: what the search page asks."""
+"""A run that answers queries, and what it found: as JSON, as a table, as image files."""
 
 import copy
+import functools
 import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from gcl_jax.embed.cache import EmbeddingCache
-from gcl_jax.embed.embedder import Embedder
+from gcl_jax.config import TrainConfig
+from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.errors import DataError
 from gcl_jax.options import NEWEST
-from gcl_jax.runs import load_run
-from gcl_jax.search.__main__ import Query, QueryRecords, SearchIndex
 
+if TYPE_CHECKING:
+    from gcl_jax.embed.cache import EmbeddingCache
+
+Query = Mapping[str, str | bytes]
 KINDS = {"text": "text", "image": "image"}  # what a query may be
 MAX_K = 100
-MAX_PIXELS = 40_000_000  # of a query: less than a store may hold, since somebody waits for it
-# What Pillow may try to read: others call programs (EPS) or mean nothing to a browser.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+
+
+class SearchIndex:
+    """Documents of a run, embedded once and then searched exactly, as often as you like."""
+
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        store: RankedStore,
+        params,
+        mesh,
+        rows: np.ndarray,
+        cache: "EmbeddingCache | None" = None,
+    ):
+        """Embeds the documents `rows` (ascending row numbers in the store), with a progress bar,
+        unless they are in the run's `cache`, if that is given.
+
+        Raises:
+            DataError: a document that cannot be read.
+        """
+        from gcl_jax.embed.embedder import Embedder
+
+        self._query_weights = cfg.data.query_fields
+        self._query_kinds = store.queries.fields
+        self._embedder = Embedder(cfg, params, mesh)
+        self._rows = rows
+        if cache:
+            corpus = cache.documents(cfg, store, self._embedder, rows)
+            self._documents = corpus.of(rows)["merged"]
+        else:
+            fields = cfg.data.document_fields
+            self._documents = self._embedder.embed(
+                "document", store.documents, list(fields), rows, description="documents"
+            ).merged(fields)
+
+    def search(
+        self, queries: Sequence[Query], top_k: int, within: np.ndarray | None = None
+    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+        """(cosines, row numbers in the store) of each query's `top_k` best documents, best first,
+        equal scores in the order of the store.
+
+        Args:
+            queries: {field: text or encoded image}; a field left out counts as missing.
+            within: search only these of the index's rows, e.g. the corpus of a split.
+
+        Raises:
+            DataError: a query without any field, or an unreadable image.
+        """
+        records = QueryRecords(self._query_kinds, queries)
+        embeddings = self._embedder.embed(
+            "query", records, list(self._query_weights), np.arange(len(records)), quiet=True
+        ).merged(self._query_weights)
+        return self.nearest(embeddings, top_k, within)
+
+    def nearest(
+        self, embeddings: Float[np.ndarray, "q e"], top_k: int, within: np.ndarray | None = None
+    ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+        """`search` for queries that are embedded already, rows of length 1."""
+        from gcl_jax.search.index import exact_top_k
+
+        if within is None:
+            scores, found = self._index.search(embeddings, top_k)
+            return scores, self._rows[found]
+        documents = self._documents[np.searchsorted(self._rows, within)]
+        scores, found = exact_top_k(embeddings, documents, top_k)
+        return scores, within[found]
+
+    @functools.cached_property
+    def _index(self):
+        """The whole corpus on the devices."""
+        from gcl_jax.search.index import Index
+
+        return Index(self._documents)
+
+
+class QueryRecords(Records):
+    """Queries at hand, with the interface of a store's."""
+
+    def __init__(self, fields: dict[str, str], queries: Sequence[Query]):
+        self.fields = fields
+        self._queries = queries
+
+    def __len__(self) -> int:
+        return len(self._queries)
+
+    def __getitem__(self, index: int) -> dict[str, str | bytes]:
+        return {
+            "id": f"query {index + 1}",
+            **dict.fromkeys(self.fields, ""),
+            **self._queries[index],
+        }
 
 
 class Searcher:
@@ -40,6 +133,10 @@ class Searcher:
             ConfigError, DataError, UserError: `workdir` is no run, or has no such split or
                 dimensions; a document that cannot be read.
         """
+        from gcl_jax.embed.cache import EmbeddingCache
+        from gcl_jax.embed.embedder import Embedder
+        from gcl_jax.runs import load_run
+
         cfg, self.store, params, mesh, self.step = load_run(
             workdir, embed_dim, checkpoint=checkpoint
         )
@@ -75,22 +172,66 @@ class Searcher:
         return scores[0, :top_k], rows[0, :top_k]
 
 
-def check_image(encoded: bytes) -> None:
-    """Looks at the header of an encoded image.
+def image_type(encoded: bytes) -> str:
+    """The format of an encoded image as a MIME subtype: "png", "jpeg", "webp", ...
 
     Raises:
-        DataError: not an image, of no common format, or of more than `MAX_PIXELS` pixels.
+        DataError: not an image.
     """
     try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            width, height = image.size
-    except UnidentifiedImageError:
-        raise DataError(f"this is not an image ({', '.join(FORMATS)})") from None
-    # As in `decode_image`, whatever a decoder raises.
-    except Exception as error:
-        raise DataError(f"unreadable image: {error}") from None
-    if width * height > MAX_PIXELS:
-        raise DataError(
-            f"the image has {width} x {height} = {width * height / 1e6:.0f} million pixels; at "
-            f"most {MAX_PIXELS / 1e6:.0f} million are searched for"
+        with Image.open(io.BytesIO(encoded)) as image:
+            return Image.MIME[image.format or ""].removeprefix("image/")
+    except (OSError, KeyError):
+        raise DataError("a field of kind image holds something else") from None
+
+
+def fields_of_kind(records: Records, record: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The fields of `record` that are of `kind` and not missing."""
+    return {name: record[name] for name, k in records.fields.items() if k == kind and record[name]}
+
+
+def save_images(documents: Records, rows: np.ndarray, folder: Path, prefix: str) -> None:
+    """Writes the images of the documents `rows` as stored: FOLDER/PREFIX-RANK-FIELD.TYPE."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank, row in enumerate(rows, 1):
+        for field, encoded in fields_of_kind(documents, documents[row], "image").items():
+            name = f"{prefix}-{rank:02}-{field}.{image_type(encoded)}"
+            (folder / name).write_bytes(encoded)
+
+
+def as_results(documents: Records, scores: np.ndarray, rows: np.ndarray) -> list[dict]:
+    """[{rank, score, id, fields: {text field: text}}], best first, of one query's (k,) arrays."""
+    records = [documents[row] for row in rows]
+    return [
+        {
+            "rank": rank,
+            "score": round(float(score), 6),
+            "id": record["id"],
+            "fields": fields_of_kind(documents, record, "text"),
+        }
+        for rank, (score, record) in enumerate(zip(scores, records, strict=True), 1)
+    ]
+
+
+def format_table(results: list[dict], width: int | None = None) -> str:
+    """One line per result, cut at `width` characters."""
+    names = list(dict.fromkeys(name for result in results for name in result["fields"]))
+    table = [["rank", "score", "id", *names]]
+    for result in results:
+        texts = [one_line(result["fields"].get(name, "")) for name in names]
+        table.append(
+            [str(result["rank"]), f"{result['score']:.4f}", one_line(result["id"]), *texts]
         )
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = (
+        "  ".join([*map(str.rjust, row[:2], widths), *map(str.ljust, row[2:], widths[2:])]).rstrip()
+        for row in table
+    )
+    return "\n".join(
+        line if width is None or len(line) <= width else f"{line[: width - 1]}…" for line in lines
+    )
+
+
+def one_line(text: str) -> str:
+    """Line breaks and terminal control sequences would break the table, or worse."""
+    return "".join(char if char.isprintable() else " " for char in text)
