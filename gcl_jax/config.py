@@ -145,8 +145,14 @@ class DataConfig:
 
 @dataclasses.dataclass(slots=True)
 class OptimConfig:
-    """AdamW with linear warm-up and cosine decay, as long as `steps` say, or if that is 0 as many
+    """Optimizer and schedule of the learning rate, as long as `steps` say, or if that is 0 as many
     `examples` (pairs), or if that is 0 too as many `epochs`.
+
+    `schedule`: after a linear warm-up of `warmup_steps` to `lr`, "cosine" and "linear" fall to 0 at
+    the last step, "constant" stays, and "wsd" stays until the last `decay_fraction` of the steps,
+    in which it falls linearly to 0. `optimizer`: "adamw", or another of optax by its name there
+    ("lion", "muon", "adafactor", "lamb", "sgd", ...); it takes those of `betas`, `eps` and
+    `momentum_dtype` that it knows, and from `options` whatever else, such as {"nesterov": True}.
 
     `freeze`: regular expressions; a parameter whose dotted path one of them matches from its start
     is not trained ("visual" is the image tower, "text.transformer.blocks.[0-5][.]" the text
@@ -161,11 +167,15 @@ class OptimConfig:
     """
 
     lr: float = 2e-5
+    schedule: str = "cosine"
     warmup_steps: int = 100
+    decay_fraction: float = 0.2
     epochs: float = 5.0
     examples: int = 0
     steps: int = 0
     batch_size: int = 256
+    optimizer: str = "adamw"
+    options: dict = dataclasses.field(default_factory=dict)
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-6

@@ -1,24 +1,34 @@
-"""A training run, opened for reading."""
+"""A training run, opened for reading, and the options by which commands name one.
 
+jax is loaded by the functions that need it: commands import this to read their arguments.
+"""
+
+import argparse
 import hashlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
-import numpy as np
-from flax import traverse_util
-from jax.sharding import Mesh
-
-from gcl_jax import config, logs, sharding
-from gcl_jax.checkpoints.checkpointer import Checkpointer
-from gcl_jax.checkpoints.integrity import digests
+from gcl_jax import config
 from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import UserError
-from gcl_jax.models import clip
-from gcl_jax.options import NEWEST
-from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+
+NEWEST = "newest"
+CHECKPOINT = "newest (default), best by the run's config.checkpoint.best, or a step"
+
+
+class Model(NamedTuple):
+    """A trained model at `step`: its configuration, and its parameters (nested dicts of arrays) on
+    `mesh`."""
+
+    cfg: TrainConfig
+    params: dict[str, Any]
+    mesh: "Mesh"
+    step: int
 
 
 class Run(NamedTuple):
@@ -27,20 +37,25 @@ class Run(NamedTuple):
 
     cfg: TrainConfig
     store: RankedStore
-    params: Params
-    mesh: Mesh
+    params: dict[str, Any]
+    mesh: "Mesh"
     step: int
 
 
-def load_model(workdir: Path, checkpoint: str = NEWEST) -> tuple[TrainConfig, Params, Mesh, int]:
-    """Configuration, parameters (as their moving averages, if there are any), a mesh and the step
-    of the training run in `workdir`, without its store. `checkpoint`: "newest", "best" by the
-    run's `config.checkpoint.best`, or a step.
+def load_model(workdir: Path, checkpoint: str = NEWEST) -> Model:
+    """The model of the training run in `workdir`, its parameters as their moving averages, if there
+    are any. `checkpoint`: "newest", "best" by the run's `config.checkpoint.best`, or a step.
 
     Raises:
         ConfigError, DataError: `workdir` is no run, or has no such checkpoint.
         UserError: `checkpoint` is none of these.
     """
+    import jax
+
+    from gcl_jax import logs, sharding
+    from gcl_jax.checkpoints.checkpointer import Checkpointer
+    from gcl_jax.models import clip
+
     logs.quiet_libraries()
     cfg = config.load(workdir / "config.json")
     # All devices of this machine, whatever the run was trained on.
@@ -48,19 +63,16 @@ def load_model(workdir: Path, checkpoint: str = NEWEST) -> tuple[TrainConfig, Pa
     if jax.default_backend() != "gpu":
         cfg.model.attention = "xla"
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
-        step = _step_of(checkpointer, checkpoint)
+        step = None
+        if checkpoint == "best":
+            step = checkpointer.best_step()
+        elif checkpoint.isdecimal():
+            step = int(checkpoint)
+        elif checkpoint != NEWEST:
+            raise UserError(f"--checkpoint={checkpoint} must be newest, best or a step")
         params = checkpointer.restore_params(clip.abstract_params(cfg.model, mesh), step=step)
-        return cfg, params, mesh, checkpointer.latest_step() or 0 if step is None else step
-
-
-def _step_of(checkpointer: Checkpointer, checkpoint: str) -> int | None:
-    if checkpoint == NEWEST:
-        return None
-    if checkpoint == "best":
-        return checkpointer.best_step()
-    if not checkpoint.isdecimal():
-        raise UserError(f"--checkpoint={checkpoint} must be newest, best or a step")
-    return int(checkpoint)
+        # The newest is known now: damaged ones were passed over.
+        return Model(cfg, params, mesh, checkpointer.latest_step() or 0 if step is None else step)
 
 
 def load_run(
@@ -94,9 +106,26 @@ def set_embed_dim(cfg: TrainConfig, embed_dim: int) -> None:
     cfg.eval.embed_dim = embed_dim
 
 
-def parameters_digest(params: Params) -> str:
+def parameters_digest(params: dict[str, Any]) -> str:
     """Changes with any bit of any parameter; the same on every mesh."""
+    import numpy as np
+    from flax import traverse_util
+
+    from gcl_jax.checkpoints.integrity import digests
+
     named = traverse_util.flatten_dict(params, sep=".")
     found = np.asarray(digests(named)).tolist()
     lines = [f"{n} {x.shape} {x.dtype} {d}" for (n, x), d in zip(named.items(), found, strict=True)]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def add_checkpoint(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint, which `load_model` understands."""
+    parser.add_argument("--checkpoint", default=NEWEST, help=CHECKPOINT)
+
+
+def count(text: str) -> int:
+    """The type of an option that is a whole number of 1 or more."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
+    return int(text)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gcl_jax import config, distributed, options
+from gcl_jax import config, distributed, runs
 from gcl_jax.config import DataConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embed import exports
@@ -125,12 +125,12 @@ def main() -> None:
         )
     add(
         "--embed_dim",
-        type=options.count,
+        type=runs.count,
         help="leading dimensions of the embeddings (default: config)",
     )
     add(
         "--batch_size",
-        type=options.count,
+        type=runs.count,
         help="records per step, of all devices (default: config)",
     )
     add(
@@ -140,7 +140,7 @@ def main() -> None:
         choices=tuple(exports.EXPORTS),
         help="write the embeddings in this form, too; may be given again",
     )
-    options.add_checkpoint(parser)
+    runs.add_checkpoint(parser)
     distributed.add_arguments(parser)
     args = parser.parse_args()
     with reported_in_one_line():

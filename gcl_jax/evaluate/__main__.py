@@ -19,11 +19,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from gcl_jax import config, distributed, options
+from gcl_jax import config, distributed, runs
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.evaluate import compare, scoring
 from gcl_jax.evaluate.results import as_report, format_groups, format_tables, write, write_ranking
-from gcl_jax.options import NEWEST
+from gcl_jax.runs import NEWEST
 from gcl_jax.stores import one_store
 
 # What each way of calling the command has of its own.
@@ -114,12 +114,10 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", type=Path, help="with --qrels: what a system found")
     add("--out", type=Path, help="with --qrels: directory to write the scores to")
-    add(
-        "--max_queries", type=options.count, help="sampled test queries per split (default: config)"
-    )
+    add("--max_queries", type=runs.count, help="sampled test queries per split (default: config)")
     add(
         "--embed_dim",
-        type=options.count,
+        type=runs.count,
         help="leading dimensions of the embeddings (default: config)",
     )
     add(
@@ -152,7 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="with --classify: a prompt per line, {} for the class",
     )
-    options.add_checkpoint(parser)
+    runs.add_checkpoint(parser)
     distributed.add_arguments(parser)
     return parser
 

@@ -20,8 +20,7 @@ from gcl_jax.data.store import Records
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate.results import write_json
-from gcl_jax.options import NEWEST
-from gcl_jax.runs import load_model, set_embed_dim
+from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 from gcl_jax.search.index import exact_top_k
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")

@@ -18,8 +18,7 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.embed.cache import EmbeddingCache
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.evaluate.results import write_json
-from gcl_jax.options import NEWEST
-from gcl_jax.runs import load_run
+from gcl_jax.runs import NEWEST, load_run
 from gcl_jax.search.index import exact_top_k
 
 KS = (1, 5, 10)

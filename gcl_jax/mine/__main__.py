@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from gcl_jax import distributed, options
+from gcl_jax import distributed, runs
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
 from gcl_jax.errors import DataError, reported_in_one_line
 from gcl_jax.mine.mining import Mining, mine_negatives
-from gcl_jax.options import NEWEST
+from gcl_jax.runs import NEWEST
 from gcl_jax.stores import one_store
 
 SIDES = {"documents": ("document",), "queries": ("query",), "both": ("document", "query")}
@@ -178,7 +178,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--sampling", choices=("top", "random"), default="top", help="(default: top)")
     add("--seed", type=int, default=0, help="of --sampling=random (default 0)")
-    options.add_checkpoint(parser)
+    runs.add_checkpoint(parser)
     distributed.add_arguments(parser)
     return parser
 

@@ -10,7 +10,7 @@ import json
 import textwrap
 from pathlib import Path
 
-from gcl_jax import config, options
+from gcl_jax import config, runs
 from gcl_jax.config import DataConfig, ModelConfig, TrainConfig
 from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line
 from gcl_jax.models.presets import PRESETS, preset
@@ -154,7 +154,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     write.add_argument("--workdir", type=Path, required=True, help="directory of a run")
     write.add_argument("--format", choices=FORMATS, required=True)
     write.add_argument("--out", type=Path, required=True, help="folder to write")
-    options.add_checkpoint(write)
+    runs.add_checkpoint(write)
     write.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export in --out"
     )

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax import config, options
+from gcl_jax import config
 from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.runs import CHECKPOINT, NEWEST, count
 from gcl_jax.search.searcher import (
     SearchIndex,
     as_results,
@@ -79,7 +80,7 @@ def search_run(args: argparse.Namespace) -> None:
     for name in ("workdir", "checkpoint"):
         if len(getattr(args, name)) > 1:
             raise UserError(f"several --{name} go with --serve only")
-    (workdir,), (checkpoint,) = args.workdir, args.checkpoint or [options.NEWEST]
+    (workdir,), (checkpoint,) = args.workdir, args.checkpoint or [NEWEST]
     store = one_store([workdir])
     cfg = store.resolve(config.load(workdir / "config.json"))
     kinds = {
@@ -110,7 +111,7 @@ def search_run(args: argparse.Namespace) -> None:
 
 def serve_runs(args: argparse.Namespace) -> None:
     """The search page, with parsed arguments."""
-    runs, checkpoints = len(args.workdir), args.checkpoint or [options.NEWEST]
+    runs, checkpoints = len(args.workdir), args.checkpoint or [NEWEST]
     if len(checkpoints) not in (1, runs):
         raise UserError(
             f"{len(checkpoints)} --checkpoint for {runs} --workdir: give one for all, or one each"
@@ -147,11 +148,9 @@ def main() -> None:
         "--checkpoint",
         action="append",
         default=[],
-        help=f"{options.CHECKPOINT}; with --serve also one for each --workdir",
+        help=f"{CHECKPOINT}; with --serve also one for each --workdir",
     )
-    parser.add_argument(
-        "--top_k", type=options.count, default=10, help="documents per query (default: 10)"
-    )
+    parser.add_argument("--top_k", type=count, default=10, help="documents per query (default: 10)")
     parser.add_argument(
         "--split", help="search only the corpus of this split (default: all documents of the store)"
     )
@@ -164,7 +163,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--embed_dim",
-        type=options.count,
+        type=count,
         help="leading dimensions of the embeddings (default: config)",
     )
     parser.add_argument(

@@ -14,7 +14,7 @@ from PIL import Image
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.errors import DataError
-from gcl_jax.options import NEWEST
+from gcl_jax.runs import NEWEST
 
 if TYPE_CHECKING:
     from gcl_jax.embed.cache import EmbeddingCache
