@@ -9,6 +9,7 @@ import json
 import math
 import typing
 from pathlib import Path
+from typing import Any
 
 from gcl_jax.errors import ConfigError
 from gcl_jax.loss_config import LossConfig
@@ -27,13 +28,16 @@ class PreprocessConfig:
 
 @dataclasses.dataclass(slots=True)
 class VisionConfig:
-    """Pre-LN vision transformer, named as in open_clip's `vision_cfg`.
+    """Image tower, named as in open_clip's `vision_cfg`.
 
+    `family`: "vit" is the pre-LN vision transformer that the other keys describe; another one is
+    registered in `gcl_jax.registry.VISION_TOWERS`, and what it needs besides stands in `options`.
     `pool`: "tok" is CLIP's tower (class token, ln_pre, projection of the class token); "map" is
     SigLIP's (patches alone, pooled by attention from a learned query, no projection, so `width` is
     the embedding's). `patch_dropout` is the share of patches left out of a training step.
     """
 
+    family: str = "vit"
     image_size: int = 224
     patch_size: int = 32
     width: int = 768
@@ -44,16 +48,18 @@ class VisionConfig:
     norm_eps: float = 1e-5
     pool: str = "tok"
     patch_dropout: float = 0.0
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(slots=True)
 class TextConfig:
-    """Text transformer, named as in open_clip's `text_cfg`.
+    """Text tower, named as in open_clip's `text_cfg`.
 
     `family`: "clip" has pre-LN blocks (CLIP, SigLIP), "bert" post-LN blocks, token types and masked
-    padding (BERT, XLM-RoBERTa). `pool`: "argmax" is the token of the highest id, CLIP's end token;
-    "last", "first" and "mean" what they say, the mean over real tokens. `proj` to the embedding:
-    "linear", "linear_bias", "mlp" (open_clip's for Hugging Face towers) or "none".
+    padding (BERT, XLM-RoBERTa); another one is registered in `gcl_jax.registry.TEXT_TOWERS`, and
+    what it needs besides stands in `options`. `pool`: "argmax" is the token of the highest id,
+    CLIP's end token; "last", "first" and "mean" what they say, the mean over real tokens. `proj` to
+    the embedding: "linear", "linear_bias", "mlp" (open_clip's for Hugging Face towers) or "none".
     BERT family alone: `max_positions` rows of the position table, of which a text uses those from
     `first_position` on; `token_types` rows of the type table, of which it uses the first; `pad_id`.
     The prefixes go before every text of a side ("query: " and "passage: " for E5).
@@ -79,6 +85,7 @@ class TextConfig:
     clean: str = ""
     query_prefix: str = ""
     document_prefix: str = ""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(slots=True)

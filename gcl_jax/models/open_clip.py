@@ -106,11 +106,12 @@ def _vision(vision: dict, act: str) -> VisionConfig:
     made = VisionConfig(patch_size=16, act=_activation(vision, act), norm_eps=_norm_eps(vision))
     if vision.pop("pool_type", "tok") != "tok":
         raise ConfigError("open_clip's vision_cfg.pool_type must be 'tok'")
-    for field in dataclasses.fields(made):
-        value = vision.pop(field.name, getattr(made, field.name))
+    keys = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
+    for key in (*keys, "patch_dropout"):
+        value = vision.pop(key, getattr(made, key))
         if isinstance(value, list | tuple):
-            raise ConfigError(f"open_clip's vision_cfg.{field.name}={value} is not supported")
-        setattr(made, field.name, value)
+            raise ConfigError(f"open_clip's vision_cfg.{key}={value} is not supported")
+        setattr(made, key, value)
     unused = {"attn_pooler_queries", "attn_pooler_heads", "output_tokens"}
     left = {key: value for key, value in vision.items() if key not in unused}
     _reject("vision_cfg.", left, pos_embed_type="learnable", block_type="default")
@@ -132,13 +133,13 @@ def _siglip_vision(vision: dict) -> VisionConfig:
     vision.pop("timm_model_pretrained", None)
     _reject("vision_cfg.", vision, timm_pool="map", timm_proj="none")
     return VisionConfig(
-        image_size,
-        int(patch),
-        width,
-        layers,
-        width // heads,
-        mlp_ratio,
-        act,
+        image_size=image_size,
+        patch_size=int(patch),
+        width=width,
+        layers=layers,
+        head_width=width // heads,
+        mlp_ratio=mlp_ratio,
+        act=act,
         norm_eps=1e-6,
         pool="map",
         patch_dropout=patch_dropout,
