@@ -1,8 +1,8 @@
 """Which CLIP fits where, and what it sends: `python benchmarks/plans.py`.
 
 Compiles training steps for TPU slices that are not here (needs the [tpu] extra), one process after
-the other, and writes the tables into docs/pods.md. What benchmarks/plans.json has is not compiled
-again; delete it to start anew.
+the other; `python benchmarks/figures.py` then draws the tables of docs/pods.md. What
+benchmarks/plans.json has is not compiled again; delete it to start anew.
 """
 
 import argparse
@@ -17,13 +17,10 @@ from pathlib import Path
 import tqdm
 
 HERE = Path(__file__).parent
-PAGE = HERE.parent / "docs" / "pods.md"
-BEGIN, END = "<!-- plans: made by benchmarks/plans.py -->", "<!-- plans end -->"
 MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-bigG-14")
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:8x8x8", "v6e:16x16")
 BATCHES = (32768, 131072)
 UTILISATION = 0.4
-MIB, GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,77 +117,25 @@ class Results:
         self.path, self.bar = path, bar
         self.known = json.loads(path.read_text()) if path.exists() else {}
 
-    def __call__(self, case: Case, search: bool = False) -> tuple[Case, dict]:
+    def __call__(self, case: Case, search: bool = False) -> None:
         name = f"{case.model} {case.topology} {case.batch}" if search else case.name
         if name not in self.known:
             self.bar.set_postfix_str(name)
             self.known[name] = in_own_process(case, search)
             self.path.write_text(json.dumps(self.known, indent=1) + "\n")
-        return Case(**self.known[name]["case"]), self.known[name]["found"]
 
 
-def fits_row(case: Case, found: dict) -> str:
-    data, fsdp = found["mesh"]
-    local = case.batch // (data * fsdp)
-    cells = [case.model, case.topology, f"{case.batch:,}", f"{local:,}", f"{data} x {fsdp}"]
-    if not found["fits"]:
-        return f"| {' | '.join(cells)} | {case.chunks} | no: {found['verdict']} | | | |"
-    times = found["projection"]
-    cells += [
-        str(case.chunks),
-        f"{found['peak'] / GIB:.1f} of {found['memory'] / GIB:.0f}",
-        f"{sent(found, 'loss') / MIB:,.0f}",
-        f"{(found['sent'] - sent(found, 'loss')) / MIB:,.0f}",
-        f"{times['overlapped']:.2f} to {times['exposed']:.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
-
-
-def sent(found: dict, *parts: str) -> float:
-    return sum(c["sent"] for c in found["collectives"] if c["part"] in parts)
-
-
-FITS_HEAD = (
-    "| model | slice | batch | of a chip | data x fsdp | chunks | GiB | loss MiB | other MiB "
-    "| projected s |\n" + "|---" * 10 + "|"
-)
-MESH_HEAD = (
-    "| batch 4,096 on v5e:4x4 | GiB state | GiB peak | parameters | gradients | loss "
-    "| activations |\n" + "|---" * 7 + "|"
-)
-
-
-def compared() -> dict[str, Case]:
+def compared() -> list[Case]:
     """Forms of the loss and meshes, on one slice."""
     base = Case("ViT-B-32", "v5e:4x4", 4096)
     change = dataclasses.replace
-    return {
-        "B-32, 16 x 1, gather": base,
-        "B-32, 16 x 1, ring": change(base, form="ring"),
-        "B-32, 4 x 4, gather": change(base, fsdp=4),
-        "B-32, 4 x 4, ring": change(base, fsdp=4, form="ring"),
-        "B-32, 1 x 16, gather": change(base, fsdp=16),
-    }
-
-
-def mesh_row(name: str, found: dict) -> str:
-    if not found["fits"]:
-        return f"| {name} | | no: {found['verdict']} | | | | |"
-    state = (found["parameters"] + found["optimizer"]) / GIB
-    parts = [
-        f"{sent(found, part) / MIB:,.0f}"
-        for part in ("parameters", "gradients", "loss", "activations")
+    return [
+        base,
+        change(base, form="ring"),
+        change(base, fsdp=4),
+        change(base, fsdp=4, form="ring"),
+        change(base, fsdp=16),
     ]
-    return f"| {name} | {state:.2f} | {found['peak'] / GIB:.2f} | {' | '.join(parts)} |"
-
-
-def write(rows: list[str], meshes: list[str]) -> None:
-    """Into the page, between the two comments."""
-    text = PAGE.read_text("utf-8")
-    before, _, rest = text.partition(BEGIN)
-    _, _, after = rest.partition(END)
-    tables = "\n".join([FITS_HEAD, *rows, "", MESH_HEAD, *meshes])
-    PAGE.write_text(f"{before}{BEGIN}\n\n{tables}\n\n{END}{after}", "utf-8")
 
 
 def main() -> None:
@@ -215,18 +160,14 @@ def main() -> None:
     models, topologies = args.models.split(","), args.topologies.split(",")
     cells = [(m, t, b) for t in topologies for m in models for b in BATCHES]
     total = len(cells) + len(compared())
-    meshes: list[str] = []
-    rows: list[str] = []
     with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
         find = Results(args.out, bar)
-        for name, case in compared().items():
+        for case in compared():
             with passed_over(bar):
-                meshes.append(mesh_row(name, find(case)[1]))
-                write(rows, meshes)
+                find(case)
         for cell in cells:
             with passed_over(bar):
-                rows.append(fits_row(*find(Case(*cell), search=True)))
-                write(rows, meshes)
+                find(Case(*cell), search=True)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,406 @@
+"""Draws the figures of README.md and docs/ from the JSON files of this folder.
+
+    python benchmarks/figures.py            # fills the pages; --check only says what is outdated
+
+A figure in a sentence is the value of the f-string before it, over the keys of a file; a table is
+made by the function of that name:
+
+    it took <!-- metrics: {median["arrays"]["seconds"]:.2f} s -->0.30 s<!-- end -->
+
+    <!-- table: speed -->
+    | ... |
+    <!-- end -->
+
+A comment must not begin a line of a paragraph: Markdown would take the whole line for HTML.
+"""
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+MIB, GIB = 2**20, 2**30
+SPLITS = {
+    "in_domain": "in-domain",
+    "novel_query": "novel query",
+    "novel_document": "novel document",
+    "zero_shot": "zero-shot",
+}
+FIGURE = re.compile(r"<!-- (?!table: )(\w+): ([^\n]+?) -->(.*?)<!-- end -->")
+TABLE = re.compile(r"<!-- table: (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((HERE / f"{name}.json").read_text("utf-8"))
+
+
+def filled(text: str) -> str:
+    """`text` with each of its figures and tables as the JSON files have them."""
+
+    def figure(found: re.Match) -> str:
+        name, template, _ = found.groups()
+        value = eval(f"f{template!r}", {}, load(name))
+        return f"<!-- {name}: {template} -->{value}<!-- end -->"
+
+    def table(found: re.Match) -> str:
+        name = found[1]
+        return f"<!-- table: {name} -->\n{TABLES[name]()}\n<!-- end -->"
+
+    return TABLE.sub(table, FIGURE.sub(figure, text))
+
+
+def markdown(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table; an empty cell is one blank."""
+    line = lambda cells: "|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|"
+    header = list(header)
+    return "\n".join([line(header), "|" + "---|" * len(header), *map(line, rows)])
+
+
+class Row(NamedTuple):
+    """A line of the table: what is compared, our figure, the other's (or the limit), the ratio (how
+    many times better ours is, if that can be said)."""
+
+    what: str
+    ours: str
+    other: str
+    ratio: float | None = None
+
+
+class Benchmark(NamedTuple):
+    """flags: of its script, `--out` apart. rows: from its figures."""
+
+    flags: tuple[str, ...]
+    rows: Callable[[dict], Iterable[Row]]
+
+
+def step_rows(figures: dict) -> Iterable[Row]:
+    for row in figures["rows"]:
+        ours = row["kinds"]["ours"]
+        mfu = f", MFU {ours['mfu']:.0%}" if ours["mfu"] else ""
+        for kind, ratios in row["ratios"].items():
+            yield Row(
+                f"training step, {row['model']}, {row['batch']} pairs, {row['dtype']}",
+                f"{ours['pairs_per_second']:.3g} pairs/s{mfu}",
+                f"open_clip, {kind}: {row['kinds'][kind]['pairs_per_second']:.3g} pairs/s",
+                statistics.median(ratios),
+            )
+
+
+def loss_rows(figures: dict) -> Iterable[Row]:
+    for batch, rows in figures["batches"].items():
+        ours, other = rows["gather"], rows.get("ClipLoss")
+        yield Row(
+            f"loss and gradients, {int(batch):,} pairs x {figures['about']['dim']}",
+            f"{ours['seconds']:.3g} s, {ours['mib']:.0f} MiB",
+            f"open_clip: {other['seconds']:.3g} s, {other['mib']:.0f} MiB" if other else "no room",
+            other["seconds"] / ours["seconds"] if other else None,
+        )
+
+
+def gradient_cache_rows(figures: dict) -> Iterable[Row]:
+    whole = figures["chunks"]["1"]
+    for chunks, row in figures["chunks"].items():
+        if chunks != "1":
+            yield Row(
+                f"gradient caching, {figures['about']['batch_size']} pairs in {chunks} chunks",
+                f"{row['seconds']:.3g} s, {row['mib']:.0f} MiB",
+                f"uncached: {whole['seconds']:.3g} s, {whole['mib']:.0f} MiB",
+                1 / row["ratio"],
+            )
+
+
+def loop_rows(figures: dict) -> Iterable[Row]:
+    ratio = figures["median_ratio"]
+    share = f"{ratio - 1:.1%} of a step"
+    yield Row("the loop: checkpoints, logs, checks (demo)", share, "at most 3%", None)
+
+
+def data_rows(figures: dict) -> Iterable[Row]:
+    yield Row(
+        f"prepare {figures['pairs']:,} pairs, {figures['documents']:,} images",
+        f"{figures['pairs_per_second']:,} pairs/s",
+        "",
+    )
+    if pipeline := figures.get("pipeline"):
+        yield Row(
+            f"decode, crop, tokenise, batch at {pipeline['image_size']} px, one core",
+            f"{pipeline['gcl_jax_pairs_per_core_second']} pairs/s",
+            f"PyTorch DataLoader: {pipeline['torch_pairs_per_core_second']} pairs/s",
+            pipeline["ratio"],
+        )
+
+
+def metrics_rows(figures: dict) -> Iterable[Row]:
+    about, median = figures["about"], figures["median"]
+    for name in ("pytrec_eval", "python_loop"):
+        yield Row(
+            f"score {about['queries']:,} queries x top {about['depth']:,}",
+            f"{median['arrays']['seconds']} s",
+            f"{name.replace('_', ' ')}: {median[name]['seconds']} s",
+            median[name]["seconds"] / median["arrays"]["seconds"],
+        )
+
+
+def search_rows(figures: dict) -> Iterable[Row]:
+    size = f"{figures['queries']:,} queries x {figures['documents']:,} x {figures['dim']}"
+    for name, seconds in figures["seconds"].items():
+        if name != "gcl_jax":
+            yield Row(
+                f"exact top {figures['k']:,}, {size}, {figures['dtype']}",
+                f"{figures['seconds']['gcl_jax']:.3g} s",
+                f"{name}: {seconds:.3g} s",
+                seconds / figures["seconds"]["gcl_jax"],
+            )
+
+
+def startup_rows(figures: dict) -> Iterable[Row]:
+    slowest = max(figures["help"], key=figures["help"].get)
+    worst = figures["help"][slowest]
+    yield Row(f"--help, the slowest ({slowest})", f"{worst:.2g} s", "at most 2 s")
+    slowest = max(figures["mistake"], key=figures["mistake"].get)
+    worst = figures["mistake"][slowest]
+    yield Row(f"a mistake, the slowest ({slowest})", f"{worst:.2g} s", "at most 2 s")
+    first = figures["first_step"]
+    yield Row("first step of the demo, nothing compiled", f"{first['cold']:.3g} s", "at most 60 s")
+    again = f"nothing compiled: {first['cold']:.3g} s"
+    ratio = first["cold"] / first["second"]
+    yield Row("first step of the demo, second start", f"{first['second']:.3g} s", again, ratio)
+
+
+SPEED = {
+    "step": Benchmark(("--models", "demo", "ViT-B-32", "--batch=16", "--warmup=3"), step_rows),
+    "loss": Benchmark((), loss_rows),
+    "gradient_cache": Benchmark(("--batch_size=128", "--chunks=1,4,16"), gradient_cache_rows),
+    "loop": Benchmark(("--steps=75", "--repeats=2"), loop_rows),
+    "data": Benchmark(("--pairs=20000", "--documents=2000", "--images", "--pipeline"), data_rows),
+    "metrics": Benchmark((), metrics_rows),
+    "search": Benchmark(("--repeats=3",), search_rows),
+    "startup": Benchmark(("--repeats=3",), startup_rows),
+}
+
+
+def speed() -> str:
+    """All benchmarks of speed, as docs/performance.md has them."""
+    lines = []
+    for name, benchmark in SPEED.items():
+        made_by = f"`{' '.join([f'{name}.py', *benchmark.flags])}`"
+        for row in benchmark.rows(load(name)):
+            ratio = f"{row.ratio:.2f}" if row.ratio else ""
+            lines.append([row.what, row.ours, row.other, ratio, made_by])
+    header = ["what", "gcl_jax", "compared with", "ratio", "made by `python benchmarks/...`"]
+    return markdown(header, lines)
+
+
+def loss() -> str:
+    """Time and temporary memory of the loss with its gradients, for each batch size."""
+    methods = {"naive": "naive", "ClipLoss": "open_clip `ClipLoss`", "gather": "gather"}
+    methods |= {"ring": "ring"}
+
+    def cell(row: dict | None) -> str:
+        if row is None:
+            return "-"
+        seconds = row["seconds"]
+        time = f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.1f} s"
+        return f"{time}, {row['mib']:,.0f} MiB"
+
+    rows = [
+        [f"{int(batch):,}", *(cell(row.get(method)) for method in methods)]
+        for batch, row in load("loss")["batches"].items()
+    ]
+    return markdown(["pairs", *methods.values()], rows)
+
+
+def gcl_vs_clip(metric: str) -> str:
+    """GCL beside CLIP on the emoji benchmark: mean, deviation over the seeds, gain over CLIP."""
+    found = load("gcl_vs_clip")
+    names = {
+        "CLIP": "CLIP (constant weights)",
+        "GCL inverse": "GCL, inverse weights, diagonal (the paper's)",
+        "GCL inverse, known": "**GCL, inverse weights, known relevance**",
+    }
+    values = lambda method, split: [run[split][metric] for run in found["runs"][method]]
+
+    def cell(method: str, split: str) -> str:
+        mean = statistics.mean(values(method, split))
+        text = f"{mean:.3f} ± {statistics.stdev(values(method, split)):.3f}"
+        if method != "CLIP":
+            text += f" ({mean / statistics.mean(values('CLIP', split)) - 1:+.1%})"
+        return text
+
+    rows = [
+        [name, *(f"{baseline[split][metric]:.3f}" for split in SPLITS)]
+        for name, baseline in found["baselines"].items()
+    ]
+    rows += [[name, *(cell(method, split) for split in SPLITS)] for method, name in names.items()]
+    return markdown([METRICS[metric], *SPLITS.values()], rows)
+
+
+def objectives(metric: str) -> str:
+    """All objectives beside GCL; a star where the paired interval excludes zero."""
+
+    def cell(method: str, x: dict) -> str:
+        text = f"{x['mean']:.3f} ±{x['deviation']:.3f}"
+        if method == "GCL":
+            return text
+        star = "*" if x["low"] > 0 or x["high"] < 0 else ""
+        return f"{text} ({x['difference']:+.3f}{star})"
+
+    rows = [
+        [method, *(cell(method, figures[metric][split]) for split in SPLITS)]
+        for method, figures in load("objectives")["methods"].items()
+    ]
+    return markdown([METRICS[metric], *SPLITS.values()], rows)
+
+
+def sent(found: dict, part: str) -> float:
+    """Bytes that a chip sends in a step for `part` of it."""
+    return sum(one["sent"] for one in found["collectives"] if one["part"] == part)
+
+
+def plans() -> str:
+    """What fits where: the cases of benchmarks/plans.py that it searched the chunks of."""
+    rows = []
+    known = {name: value for name, value in load("plans").items() if len(name.split()) == 3}
+    slices = ("v5e:4x4", "v5e:16x16", "v5p:8x8x8", "v6e:16x16")
+    models = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-bigG-14")
+    place = lambda case: (
+        slices.index(case["topology"]),
+        models.index(case["model"]),
+        case["batch"],
+    )
+    for value in sorted(known.values(), key=lambda value: place(value["case"])):
+        case, found = value["case"], value["found"]
+        data, fsdp = found["mesh"]
+        batch, local = f"{case['batch']:,}", f"{case['batch'] // (data * fsdp):,}"
+        cells = [case["model"], case["topology"], batch, local, f"{data} x {fsdp}"]
+        if not found["fits"]:
+            rows.append([*cells, str(case["chunks"]), f"no: {found['verdict']}", "", "", ""])
+            continue
+        loss, times = sent(found, "loss"), found["projection"]
+        rows.append(
+            [
+                *cells,
+                str(case["chunks"]),
+                f"{found['peak'] / GIB:.1f} of {found['memory'] / GIB:.0f}",
+                f"{loss / MIB:,.0f}",
+                f"{(found['sent'] - loss) / MIB:,.0f}",
+                f"{times['overlapped']:.2f} to {times['exposed']:.2f}",
+            ]
+        )
+    header = ["model", "slice", "batch", "of a chip", "data x fsdp", "chunks", "GiB"]
+    return markdown([*header, "loss MiB", "other MiB", "projected s"], rows)
+
+
+def meshes() -> str:
+    """Forms of the loss and meshes on one slice."""
+    parts = ("parameters", "gradients", "loss", "activations")
+    rows = []
+    for name, value in load("plans").items():
+        if len(name.split()) == 3:
+            continue
+        case, found = value["case"], value["found"]
+        data, fsdp = found["mesh"]
+        state = (found["parameters"] + found["optimizer"]) / GIB
+        rows.append(
+            [
+                f"{case['model'].removeprefix('ViT-')}, {data} x {fsdp}, {case['form']}",
+                f"{state:.2f}",
+                f"{found['peak'] / GIB:.2f}",
+                *(f"{sent(found, part) / MIB:,.0f}" for part in parts),
+            ]
+        )
+    return markdown(["batch 4,096 on v5e:4x4", "GiB state", "GiB peak", *parts], rows)
+
+
+def scaling() -> str:
+    """The training step on slices: bytes held and sent, and how far that is from the formulas."""
+    rows = []
+    for name, found in load("scaling").items():
+        model, slice_, _, _, form, thorough = name.split()
+        if slice_.startswith("cpu") or thorough == "True" or not at_an_end(model, slice_):
+            continue
+        cells = []
+        for part in ("loss", "parameters"):
+            of, expected = sent(found, part), found["formulas"][part]
+            off = f" ({of / expected - 1:+.1%})" if expected and found["chips"] > 1 else ""
+            cells.append(f"{of / MIB:,.1f}{off}")
+        other = found["sent"] - sent(found, "loss") - sent(found, "parameters")
+        share = "-"
+        if times := found.get("projection"):
+            computing = times["towers"] + times["loss"]
+            share = f"{computing / (computing + times['communication']):.0%}"
+        rows.append(
+            [
+                f"{model}, {form}",
+                slice_,
+                str(found["chips"]),
+                f"{found['batch']:,}",
+                f"{found['peak'] / MIB:,.0f}",
+                *cells,
+                f"{other / MIB:,.0f}",
+                share,
+            ]
+        )
+    header = ["model, loss", "slice", "chips", "pairs", "MiB held", "MiB sent: loss"]
+    return markdown([*header, "split parameters", "other", "projected"], rows)
+
+
+def at_an_end(model: str, slice_: str) -> bool:
+    """Whether docs/performance.md shows the row: of the demo the smallest and the largest slices
+    alone."""
+    ends = ("2x2", "16x16", "2x2x1", "8x8x8")
+    return model != "demo" or slice_.partition(":")[2] in ends
+
+
+METRICS = {
+    "NDCG@10": "nDCG@10",
+    "mERR": "ERR",
+    "mRBP9": "RBP, p = .9",
+    "Recall@10": "recall@10",
+}
+TABLES: dict[str, Callable[[], str]] = {
+    "speed": speed,
+    "loss": loss,
+    "gcl_vs_clip_ndcg": lambda: gcl_vs_clip("NDCG@10"),
+    "gcl_vs_clip_err": lambda: gcl_vs_clip("mERR"),
+    "objectives_ndcg": lambda: objectives("NDCG@10"),
+    "objectives_err": lambda: objectives("mERR"),
+    "objectives_rbp": lambda: objectives("mRBP9"),
+    "objectives_recall": lambda: objectives("Recall@10"),
+    "plans": plans,
+    "meshes": meshes,
+    "scaling": scaling,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 if changed"
+    )
+    args = parser.parse_args()
+    outdated = False
+    for page in pages():
+        text = page.read_text("utf-8")
+        if (new := filled(text)) != text:
+            outdated = True
+            print(f"{page.relative_to(ROOT)}: {'outdated' if args.check else 'filled'}")
+            if not args.check:
+                page.write_text(new, "utf-8")
+    sys.exit(1 if args.check and outdated else 0)
+
+
+if __name__ == "__main__":
+    main()
