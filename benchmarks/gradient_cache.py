@@ -40,7 +40,7 @@ def configuration(batch_size: int, chunks: int) -> TrainConfig:
             text=TextConfig(context_length=24, width=128, heads=2, layers=4),
         ),
         data=DataConfig(query_fields={"query": 1.0}, document_fields={"image": 1.0}),
-        optim=OptimConfig(batch_size=batch_size, chunks=chunks, steps=1000),
+        optim=OptimConfig(batch_size=batch_size, grad_cache_chunks=chunks, steps=1000),
     )
 
 

@@ -50,7 +50,7 @@ def config(case: Case):
         model=model,
         data=DataConfig(store="none", **fields),
         loss=LossConfig(form=case.form),
-        optim=OptimConfig(batch_size=case.batch, chunks=case.chunks),
+        optim=OptimConfig(batch_size=case.batch, grad_cache_chunks=case.chunks),
         mesh=MeshConfig(fsdp=case.fsdp),
     )
 

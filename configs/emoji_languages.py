@@ -10,12 +10,13 @@ from gcl_jax.config import (
     EvalConfig,
     LossConfig,
     ModelConfig,
+    ObjectivesConfig,
+    OneToKConfig,
     OptimConfig,
     TextConfig,
     TrainConfig,
     VisionConfig,
 )
-from gcl_jax.loss_config import ObjectivesConfig, OneToKConfig
 
 # Five scripts, of which CLIP's byte pairs need few enough tokens: 0.7% of the names are cut.
 LANGUAGES = ("en", "ar", "de", "es", "fr", "ja", "ko", "ru", "zh")

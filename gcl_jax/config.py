@@ -1,263 +1,472 @@
-"""Typed configuration of a run: what may be set, and its defaults.
+"""Typed configuration of a run: every option with its default, meaning, choices and bounds.
 
-A config file has a `get_config()` that returns a `TrainConfig`; every leaf can be overridden on the
-command line, e.g. `--config.optim.lr=3e-4`. No jax here: a wrong flag is answered before it loads.
+A config file has a `get_config()` that returns a `TrainConfig`; every option can be overridden on
+the command line, e.g. `--config.optim.lr=3e-4`. `python -m gcl_jax config` prints what stands here.
+No jax: a wrong flag is answered before it loads.
 """
 
+import copy
 import dataclasses
 import json
 import math
 import typing
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from gcl_jax import registry
 from gcl_jax.errors import ConfigError
-from gcl_jax.loss_config import LossConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """What an option means, and which values it takes. Bounds of a tuple or a dict hold for each of
+    its numbers."""
+
+    meaning: str
+    choices: Collection[str] = ()
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+
+    @property
+    def allowed(self) -> str:
+        """The choices or the bounds in words; empty if any value of the type will do."""
+        if self.choices:
+            return "one of " + ", ".join(self.choices)
+        ends = [(self.at_least, "{:g} or more"), (self.above, "above {:g}")]
+        ends += [(self.at_most, "at most {:g}"), (self.below, "below {:g}")]
+        return ", ".join(words.format(end) for end, words in ends if end is not None)
+
+
+def option(default: Any, meaning: str, choices: Collection[str] = (), **bounds: float) -> Any:
+    """A field of a configuration that describes itself; arguments as those of `Option`."""
+    made: dict[str, Any] = {"metadata": {"option": Option(meaning, choices, **bounds)}}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), **made)
+    return dataclasses.field(default=default, **made)
+
+
+DTYPES = ("float32", "bfloat16")
+ACTIVATIONS = ("gelu", "gelu_tanh", "quick_gelu")
 
 
 @dataclasses.dataclass(slots=True)
 class PreprocessConfig:
     """How images reach the model's size and range, named as in open_clip's `preprocess_cfg`."""
 
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
-    fill_color: int = 0
+    mean: tuple[float, float, float] = option(
+        (0.48145466, 0.4578275, 0.40821073), "subtracted from each channel of pixels in [0, 1]"
+    )
+    std: tuple[float, float, float] = option(
+        (0.26862954, 0.26130258, 0.27577711), "divides each channel after that", above=0
+    )
+    interpolation: str = option("bicubic", "of resizing", ("bicubic", "bilinear"))
+    resize_mode: str = option(
+        "shortest",
+        "which side becomes the model's image size: the shortest and the rest is cropped, both "
+        "(squash), the longest and the rest is filled",
+        ("shortest", "squash", "longest"),
+    )
+    fill_color: int = option(0, "grey value of what is filled", at_least=0, at_most=255)
 
 
 @dataclasses.dataclass(slots=True)
 class VisionConfig:
-    """Image tower, named as in open_clip's `vision_cfg`.
+    """The image tower, named as in open_clip's `vision_cfg`."""
 
-    `family`: "vit" is the pre-LN vision transformer that the other keys describe; another one is
-    registered in `gcl_jax.registry.VISION_TOWERS`, and what it needs besides stands in `options`.
-    `pool`: "tok" is CLIP's tower (class token, ln_pre, projection of the class token); "map" is
-    SigLIP's (patches alone, pooled by attention from a learned query, no projection, so `width` is
-    the embedding's). `patch_dropout` is the share of patches left out of a training step.
-    """
-
-    family: str = "vit"
-    image_size: int = 224
-    patch_size: int = 32
-    width: int = 768
-    layers: int = 12
-    head_width: int = 64
-    mlp_ratio: float = 4.0
-    act: str = "gelu"
-    norm_eps: float = 1e-5
-    pool: str = "tok"
-    patch_dropout: float = 0.0
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    family: str = option("vit", "the kind of tower", registry.VISION_TOWERS)
+    image_size: int = option(224, "width and height of the input in pixels", at_least=1)
+    patch_size: int = option(32, "width and height of a patch in pixels", at_least=1)
+    width: int = option(768, "channels of a token", at_least=1)
+    layers: int = option(12, "residual blocks", at_least=1)
+    head_width: int = option(64, "channels of an attention head", at_least=1)
+    mlp_ratio: float = option(4.0, "hidden channels of a block's MLP, in widths", above=0)
+    act: str = option("gelu", "activation of the MLPs", ACTIVATIONS)
+    norm_eps: float = option(1e-5, "added to the variance in layer norms", above=0)
+    pool: str = option(
+        "tok",
+        "what becomes the embedding: the projected class token (tok: CLIP's tower), or attention "
+        "over the patches from a learned query (map: SigLIP's, its width is the embedding's)",
+        ("tok", "map"),
+    )
+    patch_dropout: float = option(
+        0.0, "share of the patches that a training step leaves out", at_least=0, below=1
+    )
+    options: dict[str, Any] = option({}, "what a tower family of your own takes, by name")
 
 
 @dataclasses.dataclass(slots=True)
 class TextConfig:
-    """Text tower, named as in open_clip's `text_cfg`.
+    """The text tower of queries and documents, named as in open_clip's `text_cfg`."""
 
-    `family`: "clip" has pre-LN blocks (CLIP, SigLIP), "bert" post-LN blocks, token types and masked
-    padding (BERT, XLM-RoBERTa); another one is registered in `gcl_jax.registry.TEXT_TOWERS`, and
-    what it needs besides stands in `options`. `pool`: "argmax" is the token of the highest id,
-    CLIP's end token; "last", "first" and "mean" what they say, the mean over real tokens. `proj` to
-    the embedding: "linear", "linear_bias", "mlp" (open_clip's for Hugging Face towers) or "none".
-    BERT family alone: `max_positions` rows of the position table, of which a text uses those from
-    `first_position` on; `token_types` rows of the type table, of which it uses the first; `pad_id`.
-    The prefixes go before every text of a side ("query: " and "passage: " for E5).
-    """
-
-    family: str = "clip"
-    context_length: int = 77
-    vocab_size: int = 49408
-    width: int = 512
-    heads: int = 8
-    layers: int = 12
-    mlp_ratio: float = 4.0
-    act: str = "gelu"
-    norm_eps: float = 1e-5
-    causal: bool = True
-    pool: str = "argmax"
-    proj: str = "linear"
-    max_positions: int = 512
-    first_position: int = 0
-    token_types: int = 2
-    pad_id: int = 0
-    tokenizer: str = "clip"
-    clean: str = ""
-    query_prefix: str = ""
-    document_prefix: str = ""
-    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    family: str = option(
+        "clip",
+        "the kind of tower: pre-norm blocks (clip: CLIP, SigLIP), or post-norm blocks with token "
+        "types and masked padding (bert: BERT, RoBERTa, XLM-RoBERTa)",
+        registry.TEXT_TOWERS,
+    )
+    context_length: int = option(77, "the most tokens of a text; more are cut off", at_least=3)
+    vocab_size: int = option(49408, "rows of the token table", at_least=1)
+    width: int = option(512, "channels of a token", at_least=1)
+    heads: int = option(8, "attention heads", at_least=1)
+    layers: int = option(12, "residual blocks", at_least=1)
+    mlp_ratio: float = option(4.0, "hidden channels of a block's MLP, in widths", above=0)
+    act: str = option("gelu", "activation of the MLPs", ACTIVATIONS)
+    norm_eps: float = option(1e-5, "added to the variance in layer norms", above=0)
+    causal: bool = option(True, "a token attends to itself and the tokens before it alone")
+    pool: str = option(
+        "argmax",
+        "which token becomes the embedding: that of the highest id (argmax: CLIP's end token), the "
+        "last, the first, or the mean of all that are not padding",
+        ("argmax", "last", "first", "mean"),
+    )
+    proj: str = option(
+        "linear",
+        "projection to the embedding (mlp: open_clip's for Hugging Face towers)",
+        ("linear", "linear_bias", "mlp", "none"),
+    )
+    max_positions: int = option(512, "rows of a BERT's position table", at_least=1)
+    first_position: int = option(0, "the first of them that a text uses", at_least=0)
+    token_types: int = option(2, "rows of a BERT's type table; texts use the first", at_least=1)
+    pad_id: int = option(0, "token id of a BERT's padding", at_least=0)
+    tokenizer: str = option("clip", "clip, or a folder or hub id with a Hugging Face tokenizer")
+    clean: str = option(
+        "", "cleaning before the tokenizer, named as in open_clip, or none; empty: the tokenizer's"
+    )
+    query_prefix: str = option("", "goes before every text of a query ('query: ' for E5)")
+    document_prefix: str = option("", "goes before every text of a document ('passage: ' for E5)")
+    options: dict[str, Any] = option({}, "what a tower family of your own takes, by name")
 
 
 @dataclasses.dataclass(slots=True)
 class ModelConfig:
-    """Two towers into one embedding space of `embed_dim`; `vision` None is a text-only model.
+    """Two towers into one embedding space; `vision` None is a text-only model."""
 
-    Compute is in `dtype`, parameters in `param_dtype`. `attention` is the implementation of
-    `jax.nn.dot_product_attention`. `remat` saves memory by recomputing each layer in the backward
-    pass: "full" all of it, "dots" all but its matrix products. `lora_rank` above 0 adds low-rank
-    updates (times `lora_alpha` / rank) to every linear map of the blocks and trains nothing else
-    but the temperature.
-    """
-
-    embed_dim: int = 512
+    embed_dim: int = option(512, "dimensions of an embedding", at_least=1)
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
-    init_logit_scale: float = math.log(1 / 0.07)
-    max_logit_scale: float = math.log(100.0)
-    init_logit_bias: float | None = None
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    attention: str = "xla"
-    remat: str = "none"
-    lora_rank: int = 0
-    lora_alpha: float = 16.0
+    init_logit_scale: float = option(math.log(1 / 0.07), "log of the scale that training starts at")
+    max_logit_scale: float = option(math.log(100.0), "log of the largest scale")
+    init_logit_bias: float | None = option(
+        None, "learned bias of the logits, as SigLIP has it, starts here; none: no bias"
+    )
+    dtype: str = option("float32", "of what the towers compute", DTYPES)
+    param_dtype: str = option("float32", "of the parameters", DTYPES)
+    attention: str = option(
+        "xla", "implementation of jax.nn.dot_product_attention", ("xla", "cudnn")
+    )
+    remat: str = option(
+        "none",
+        "what of a layer the backward pass computes again, to save memory: nothing, all (full), or "
+        "all but the matrix products (dots)",
+        ("none", "full", "dots"),
+    )
+    lora_rank: int = option(
+        0,
+        "above 0, every linear map of the blocks gets a low-rank update, and only these and the "
+        "logit scale are trained",
+        at_least=0,
+    )
+    lora_alpha: float = option(16.0, "the updates are multiplied by lora_alpha / lora_rank")
 
 
 @dataclasses.dataclass(slots=True)
 class DataConfig:
-    """Which store to train on, which fields to embed, and with which weights.
+    """Which store to train on, which of its fields to embed, and with which weights."""
 
-    `query_fields` and `document_fields` map a field of the store to its weight in the merged
-    embedding (alpha and beta of the method); a field that is not named is not used. Left empty,
-    they name all fields of the store with equal weights, and `train_split` its first split.
-    `cached_records` documents (and queries) stay decoded in memory, before augmentation.
-    `sampler`: "uniform" visits every pair once an epoch in random order; "score" draws every row of
-    a batch anew, in proportion to the pair's score, and an epoch is as many draws as there are
-    pairs. `unique_queries` lets no two rows of a batch have the same query: "uniform" leaves out
-    what then has no place (others each epoch), "score" does not draw a query again.
-    `pairs_per_query` above 1 brings that many pairs of a query together in a batch, which gives
-    `loss.targets="known"` more than chance meetings; every epoch still visits each pair once.
-    `negatives`: where hard negatives of the pairs lie, "store" (given with the data) or a folder
-    that `gcl_jax.mine` wrote; a batch takes `num_negatives` a pair. `text_negatives` makes them of
-    the query's words: "swap" has two change places, "replace" takes one from another query.
-    """
-
-    store: str = "emoji"
-    train_split: str = ""
-    query_fields: dict[str, float] = dataclasses.field(default_factory=dict)
-    document_fields: dict[str, float] = dataclasses.field(default_factory=dict)
-    augmentation: str = "none"
-    min_crop_area: float = 0.9
-    max_score: float = 100.0
-    num_workers: int = 0
-    cached_records: int = 0
-    sampler: str = "uniform"
-    unique_queries: bool = False
-    pairs_per_query: int = 1
-    negatives: str = ""
-    num_negatives: int = 1
-    text_negatives: str = "none"
+    store: str = option("emoji", "folder of a store, or the name of a bundled or registered source")
+    train_split: str = option("", "split to train on; empty: the store's first")
+    query_fields: dict[str, float] = option(
+        {},
+        "weight of each query field in the merged embedding; empty: all of the store, alike",
+        at_least=0,
+    )
+    document_fields: dict[str, float] = option({}, "the same of the documents' fields", at_least=0)
+    augmentation: str = option(
+        "none", "of images in training: a random crop, and a flip", ("none", "crop", "crop_flip")
+    )
+    min_crop_area: float = option(0.9, "smallest share of an image in a crop", above=0, at_most=1)
+    max_score: float = option(100.0, "the best score that a pair can have", at_least=1)
+    num_workers: int = option(0, "processes that read data; 0: threads of this one", at_least=0)
+    cached_records: int = option(
+        0, "documents, and queries, that stay decoded in memory", at_least=0
+    )
+    sampler: str = option(
+        "uniform",
+        "every pair once an epoch in random order, or each row of a batch drawn anew in proportion "
+        "to its score",
+        ("uniform", "score"),
+    )
+    unique_queries: bool = option(False, "no two rows of a batch have the same query")
+    pairs_per_query: int = option(
+        1, "pairs of a query that come together in a batch; each still once an epoch", at_least=1
+    )
+    negatives: str = option(
+        "", "hard negatives: 'store' (given with the data), or a folder that gcl_jax.mine wrote"
+    )
+    num_negatives: int = option(1, "hard negatives of a pair in a batch", at_least=1)
+    text_negatives: str = option(
+        "none",
+        "hard negatives made of a query's words: two swap places, or one is another query's",
+        ("none", "swap", "replace"),
+    )
 
 
 @dataclasses.dataclass(slots=True)
 class OptimConfig:
-    """Optimizer and schedule of the learning rate, as long as `steps` say, or if that is 0 as many
-    `examples` (pairs), or if that is 0 too as many `epochs`.
+    """How parameters follow gradients, and for how long: as `steps` say, or if that is 0 as many
+    `examples`, or if that is 0 too as many `epochs`."""
 
-    `schedule`: after a linear warm-up of `warmup_steps` to `lr`, "cosine" and "linear" fall to 0 at
-    the last step, "constant" stays, and "wsd" stays until the last `decay_fraction` of the steps,
-    in which it falls linearly to 0. `optimizer`: "adamw", or another of optax by its name there
-    ("lion", "muon", "adafactor", "lamb", "sgd", ...); it takes those of `betas`, `eps` and
-    `momentum_dtype` that it knows, and from `options` whatever else, such as {"nesterov": True}.
+    lr: float = option(2e-5, "peak learning rate", above=0)
+    schedule: str = option(
+        "cosine",
+        "of the learning rate after the warm-up: falls to 0 at the last step (cosine, linear), "
+        "stays (constant), or stays and falls at the end (wsd)",
+        registry.SCHEDULES,
+    )
+    warmup_steps: int = option(100, "steps in which the learning rate rises to it", at_least=0)
+    decay_fraction: float = option(
+        0.2, "share of the steps in which the schedule wsd falls", at_least=0, at_most=1
+    )
+    epochs: float = option(5.0, "times that training visits each pair", at_least=0)
+    examples: int = option(0, "pairs to train on, in place of epochs", at_least=0)
+    steps: int = option(0, "steps to train, in place of both", at_least=0)
+    batch_size: int = option(256, "pairs of a step, on all devices together", at_least=1)
+    optimizer: str = option(
+        "adamw", "adamw, or another of optax by its name there: lion, muon, adafactor, sgd, ..."
+    )
+    options: dict[str, Any] = option({}, "what else the optimizer takes, by name (nesterov)")
+    weight_decay: float = option(0.02, "of matrices, decoupled", at_least=0)
+    betas: tuple[float, float] = option(
+        (0.9, 0.98), "decay of the first and second moment", at_least=0, below=1
+    )
+    eps: float = option(1e-6, "added to the root of the second moment", above=0)
+    momentum_dtype: str = option("float32", "of the first moment", DTYPES)
+    second_moment: str = option(
+        "full",
+        "one number a parameter, or means of a matrix's rows and columns (factored: Adafactor's, "
+        "arXiv 1804.04235, next to no memory; betas[1] and eps then mean nothing)",
+        ("full", "factored"),
+    )
+    clip_norm: float = option(1.0, "largest global norm of the gradients; 0: any", at_least=0)
+    grad_cache_chunks: int = option(
+        1,
+        "parts in which the towers embed a batch that does not fit into memory, for a second "
+        "forward pass (gradient caching)",
+        at_least=1,
+    )
+    freeze: tuple[str, ...] = option(
+        (),
+        "patterns; a parameter whose dotted path starts with a match is not trained ('visual' is "
+        "the image tower, 'text.transformer.blocks.[0-5][.]' six layers of the text tower)",
+    )
+    layer_decay: float = option(
+        1.0, "times the learning rate for each layer away from the output", above=0, at_most=1
+    )
+    ema_decay: float = option(
+        0.0,
+        "above 0, evaluation, search and export use a moving average of the parameters",
+        at_least=0,
+        below=1,
+    )
 
-    `freeze`: regular expressions; a parameter whose dotted path one of them matches from its start
-    is not trained ("visual" is the image tower, "text.transformer.blocks.[0-5][.]" the text
-    tower's first six layers). `layer_decay` below 1 multiplies the learning rate once more with
-    every layer away from a tower's output. `ema_decay` above 0 keeps an exponential moving average
-    of the parameters, which evaluation, search and export then use.
-    Two ways to need less memory: `momentum_dtype="bfloat16"`, 2 instead of 4 bytes a parameter, and
-    `second_moment="factored"`, Adafactor's (arXiv 1804.04235), which keeps the means of rows and
-    columns of a matrix, so next to nothing; it does without `betas[1]` and `eps`.
-    The towers embed a batch in `chunks` parts, one after the other: batches that do not fit into
-    memory, for the price of a second forward pass.
-    """
 
-    lr: float = 2e-5
-    schedule: str = "cosine"
-    warmup_steps: int = 100
-    decay_fraction: float = 0.2
-    epochs: float = 5.0
-    examples: int = 0
-    steps: int = 0
-    batch_size: int = 256
-    optimizer: str = "adamw"
-    options: dict = dataclasses.field(default_factory=dict)
-    weight_decay: float = 0.02
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    momentum_dtype: str = "float32"
-    second_moment: str = "full"
-    clip_norm: float = 1.0
-    chunks: int = 1
-    freeze: tuple[str, ...] = ()
-    layer_decay: float = 1.0
-    ema_decay: float = 0.0
+class ObjectivesConfig(dict[str, float]):
+    """The weight of each objective in the loss: gcl has 1, the others 0, unless they are named."""
+
+    def __init__(self, weights: Any = (), **named: float):
+        super().__init__({"gcl": 1.0} | dict(weights, **named))
+
+    def __getattr__(self, name: str) -> float:
+        if name not in registry.OBJECTIVES:
+            raise AttributeError(name)
+        return self.get(name, 0.0)
+
+    def __setattr__(self, name: str, weight: float) -> None:
+        self[name] = weight
+
+
+@dataclasses.dataclass(slots=True)
+class ListNetConfig:
+    """The objective listnet."""
+
+    temperature: float = option(
+        0.0,
+        "targets in proportion to exp(weight / temperature); 0: to the weight itself",
+        at_least=0,
+    )
+
+
+@dataclasses.dataclass(slots=True)
+class ListMLEConfig:
+    """The objective listmle."""
+
+    levels: int = option(
+        10, "loss weights in (0, 1] are cut into so many; documents of one level tie", at_least=1
+    )
+
+
+@dataclasses.dataclass(slots=True)
+class RinceConfig:
+    """The objective rince."""
+
+    levels: int = option(4, "loss weights in (0, 1] are cut into so many", at_least=1)
+    spread: float = option(
+        2.0, "temperature at the lowest level, in units of the model's own at the best", at_least=1
+    )
+
+
+@dataclasses.dataclass(slots=True)
+class OneToKConfig:
+    """The objective one_to_k."""
+
+    text_to_text: float = option(
+        0.5, "weight of the contrast among the texts, beside that with the documents", at_least=0
+    )
+
+
+@dataclasses.dataclass(slots=True)
+class HardNegativesConfig:
+    """The objective hard_negatives."""
+
+    rank: float = option(0.2, "weight of the cross-modal rank term beside the contrast", at_least=0)
+    intra: float = option(0.2, "weight of the intra-modal term", at_least=0)
+    max_margin: float = option(10.0, "largest margin of the rank term, in logits", at_least=0)
+
+
+@dataclasses.dataclass(slots=True)
+class MixedConfig:
+    """The objective mixed."""
+
+    temperature: float = option(0.2, "of its softmax; it is not learned", above=0)
+    beta: float = option(0.5, "mixing coefficients are drawn from Beta(beta, beta)", above=0)
+
+
+@dataclasses.dataclass(slots=True)
+class LossConfig:
+    """What is learned from the global batch: a weighted sum of objectives (docs/objectives.md), by
+    default the score-weighted contrastive loss alone (arXiv 2404.08535)."""
+
+    objectives: ObjectivesConfig = option(
+        ObjectivesConfig(), "weight of each objective, 0 leaves it out"
+    )
+    score_to_weight: str = option(
+        "inverse",
+        "from a pair's score to its loss weight",
+        ("constant", "linear", "inverse", "inverse_sqrt", "log", "sqrt", "piecewise"),
+    )
+    thresholds: tuple[float, ...] = option((), "of scores, for score_to_weight='piecewise'")
+    values: tuple[float, ...] = option((), "weights below, between and above the thresholds")
+    targets: str = option(
+        "diagonal",
+        "what attracts: each row's own pair (diagonal: the paper's), or every query and document "
+        "of the batch that the training split has a score for (known)",
+        ("diagonal", "known"),
+    )
+    weight_norm: str = option(
+        "none",
+        "divides the weights by their mean or their sum over the batch",
+        ("none", "mean", "sum"),
+    )
+    merged: float = option(1.0, "weight of the term of merged embeddings", at_least=0)
+    field_pairs: float = option(
+        1.0, "weight that the terms of single fields share, a query's by a document's", at_least=0
+    )
+    pair_weights: dict[str, float] = option(
+        {}, "weight of one such term, by its name QUERY_FIELD:DOCUMENT_FIELD", at_least=0
+    )
+    mask_duplicates: bool = option(
+        False, "another pair of the same query or document is no negative"
+    )
+    form: str = option(
+        "auto",
+        "how documents reach all queries: copied to every device, handed from device to device, or "
+        "copied while the copies are small (docs/loss.md)",
+        ("auto", "gather", "ring"),
+    )
+    dtype: str = option(
+        "float32", "of embeddings in products; logits and sums are float32 always", DTYPES
+    )
+    matryoshka_dims: tuple[int, ...] = option(
+        (), "the loss is the mean over these leading dimensions of the embeddings", at_least=1
+    )
+    listnet: ListNetConfig = dataclasses.field(default_factory=ListNetConfig)
+    listmle: ListMLEConfig = dataclasses.field(default_factory=ListMLEConfig)
+    rince: RinceConfig = dataclasses.field(default_factory=RinceConfig)
+    one_to_k: OneToKConfig = dataclasses.field(default_factory=OneToKConfig)
+    hard_negatives: HardNegativesConfig = dataclasses.field(default_factory=HardNegativesConfig)
+    mixed: MixedConfig = dataclasses.field(default_factory=MixedConfig)
+    options: dict[str, Any] = option({}, "what an objective of your own takes, by name")
 
 
 @dataclasses.dataclass(slots=True)
 class MeshConfig:
-    """Devices along the axes ("data", "fsdp"); -1 takes all that the other axis leaves."""
+    """Devices along the mesh axes; -1 takes all that the other axis leaves."""
 
-    data: int = -1
-    fsdp: int = 1
+    data: int = option(-1, "devices among which the batch is split", at_least=-1)
+    fsdp: int = option(1, "devices among which the parameters are split, too", at_least=1)
 
 
 @dataclasses.dataclass(slots=True)
 class EvalConfig:
-    """Ranked evaluation: `every` counts steps during training (0: only `gcl_jax.evaluate`); no
-    `splits` means all that the store has. `query_fields` are evaluated each alone, too: by default
-    those of `data.query_fields`; others of the store, such as languages that training leaves out,
-    may be named. `embed_dim` above 0 cuts the embeddings to that many leading dimensions, here and
-    in search (see `loss.matryoshka_dims`). `ground_truth`: "test" or "dev" are the judgements that
-    came with the data, used whole; of a split without "test", and with "sampled", `max_queries` are
-    sampled from its pairs."""
+    """Ranked evaluation, in training and by `gcl_jax.evaluate`."""
 
-    splits: tuple[str, ...] = ()
-    query_fields: tuple[str, ...] = ()
-    ground_truth: str = "test"
-    every: int = 0
-    max_queries: int = 2000
-    max_queries_in_training: int = 500
-    top_k: int = 1000
-    batch_size: int = 256
-    embed_dim: int = 0
+    splits: tuple[str, ...] = option((), "splits to evaluate; empty: all of the store")
+    query_fields: tuple[str, ...] = option(
+        (),
+        "query fields that are evaluated each alone, too; others than those trained on may be "
+        "named. Empty: those of data.query_fields",
+    )
+    ground_truth: str = option(
+        "test",
+        "the judgements that came with the data, or, where there are none, sampled from the pairs",
+        ("test", "dev", "sampled"),
+    )
+    every: int = option(0, "steps between evaluations in training; 0: none", at_least=0)
+    max_queries: int = option(2000, "the most queries that are sampled", at_least=1)
+    max_queries_in_training: int = option(500, "the same, in training", at_least=1)
+    top_k: int = option(1000, "documents that are ranked for a query", at_least=1)
+    batch_size: int = option(256, "records that are embedded at once", at_least=1)
+    embed_dim: int = option(
+        0, "leading dimensions of the embeddings to use, in search too; 0: all", at_least=0
+    )
 
 
 @dataclasses.dataclass(slots=True)
 class CheckpointConfig:
-    """A checkpoint every `every` steps, and at the end. The last `keep` stay, and those of every
-    `keep_every`-th step (0: none), and the `keep_best` with the largest `best`: a metric of the
-    evaluation during training, such as "in_domain/NDCG@10" (empty: none)."""
+    """Which checkpoints a run writes and keeps; there is always one of the end."""
 
-    every: int = 200
-    keep: int = 3
-    keep_every: int = 0
-    best: str = ""
-    keep_best: int = 1
+    every: int = option(200, "steps between checkpoints", at_least=1)
+    keep: int = option(3, "newest checkpoints that stay", at_least=1)
+    keep_every: int = option(0, "those of every so many steps stay, too; 0: none", at_least=0)
+    best: str = option(
+        "", "a metric of the evaluation in training, such as in_domain/NDCG@10; empty: none"
+    )
+    keep_best: int = option(1, "checkpoints with the largest of it that stay", at_least=1)
 
 
 @dataclasses.dataclass(slots=True)
-class SickConfig:
-    """A step whose loss or gradients are not finite is skipped and counted. After `patience` of
-    them in a row the run goes back to its newest checkpoint, and on with the data that follow, at
-    most `rollbacks` times; then it stops. A loss more than `spike` standard deviations above its
-    running mean is reported (0: never)."""
+class NonFiniteConfig:
+    """What to do about steps whose loss or gradients are not finite: they change nothing, and are
+    counted."""
 
-    patience: int = 10
-    rollbacks: int = 2
-    spike: float = 8.0
+    patience: int = option(
+        10, "so many in a row, and the run goes back to its newest checkpoint", at_least=1
+    )
+    rollbacks: int = option(2, "times that it goes back before it gives up", at_least=0)
+    spike: float = option(
+        8.0,
+        "a loss so many standard deviations above its running mean is reported; 0: never",
+        at_least=0,
+    )
 
 
 @dataclasses.dataclass(slots=True)
 class TrainConfig:
-    """One run, whole. A run without a checkpoint of its own starts from `init_from`: pretrained
-    weights (a file, a Hugging Face or open_clip folder, a hub id) or the workdir of another run.
-
-    Metrics are logged every `log_every` steps, also to Weights & Biases if `wandb` names a project.
-    A process that ends neither a step nor an evaluation within `hang_seconds` is stuck: it ends
-    itself (0: never).
-    """
+    """One run, whole."""
 
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
@@ -266,31 +475,96 @@ class TrainConfig:
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    sick: SickConfig = dataclasses.field(default_factory=SickConfig)
-    init_from: str = ""
-    seed: int = 0
-    log_every: int = 10
-    wandb: str = ""
-    hang_seconds: int = 1800
+    nonfinite: NonFiniteConfig = dataclasses.field(default_factory=NonFiniteConfig)
+    init_from: str = option(
+        "",
+        "what a new run starts from: pretrained weights (a file, a Hugging Face or open_clip "
+        "folder, a hub id), or the workdir of another run",
+    )
+    seed: int = option(0, "of parameters, data order and augmentation", at_least=0)
+    log_every: int = option(10, "steps between lines of metrics", at_least=1)
+    wandb: str = option("", "project of Weights & Biases to log to; empty: none")
+    hang_seconds: int = option(
+        1800,
+        "a process that ends neither a step nor an evaluation for so long ends itself; 0: never",
+        at_least=0,
+    )
+    extensions: tuple[str, ...] = option(
+        (), "modules, or paths of Python files, that register what this run uses"
+    )
 
 
-def from_dict(kind: type, values: dict):
+# Keys that had another name before version 0.2, still understood everywhere.
+RENAMED = {"sick": "nonfinite", "optim.chunks": "optim.grad_cache_chunks"}
+
+
+def _renamed(old: str) -> property:
+    new = RENAMED[old].rpartition(".")[2]
+    return property(
+        lambda self: getattr(self, new),
+        lambda self, value: setattr(self, new, value),
+        doc=f"The name of `{new}` before version 0.2.",
+    )
+
+
+TrainConfig.sick = _renamed("sick")  # type: ignore[attr-defined]
+OptimConfig.chunks = _renamed("optim.chunks")  # type: ignore[attr-defined]
+
+
+class Described(NamedTuple):
+    """An option with its dotted `key`, the `type` of its values and its `default`."""
+
+    key: str
+    type: Any
+    default: Any
+    option: Option
+
+
+def nested(hint: Any) -> type | None:
+    """The configuration class that the type `hint` of a field names, if it does."""
+    found = [x for x in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(x)]
+    return typing.cast(type, found[0]) if found else None
+
+
+def described(kind: type = TrainConfig, prefix: str = "") -> Iterator[Described]:
+    """All options of a configuration class, in its order, nested ones too."""
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        key, inner = f"{prefix}{field.name}", nested(hints[field.name])
+        if inner is not None:
+            yield from described(inner, f"{key}.")
+        else:
+            made = field.default_factory
+            default = field.default if made is dataclasses.MISSING else made()
+            yield Described(key, hints[field.name], default, field.metadata["option"])
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """What an option may be, by its dotted key."""
+    return tuple(next(one.option.choices for one in described() if one.key == key))
+
+
+def from_dict(kind: type, values: Any, key: str = "") -> Any:
     """Builds the dataclass `kind` from nested dicts (`dataclasses.asdict` undone).
 
     Raises:
         ConfigError: a key that `kind` does not have.
     """
+    if not isinstance(values, dict):
+        raise ConfigError(f"config{key} must hold the keys of {kind.__name__}, not {values!r}")
     hints = typing.get_type_hints(kind)
+    old = {f".{name}": new.rpartition(".")[2] for name, new in RENAMED.items()}
+    values = {old.get(f"{key}.{name}", name): value for name, value in values.items()}
     if unknown := sorted(set(values) - set(hints)):
         raise ConfigError(f"{kind.__name__} has no key {', '.join(unknown)}")
     made = {}
     for name, value in values.items():
-        options = typing.get_args(hints[name])
-        nested = [hint for hint in (hints[name], *options) if dataclasses.is_dataclass(hint)]
-        if isinstance(value, dict):
-            for part in nested:
-                value = from_dict(typing.cast(type, part), value)
-        elif typing.get_origin(hints[name]) is tuple:
+        inner = nested(hints[name])
+        if inner is not None and value is not None:
+            value = from_dict(inner, value, f"{key}.{name}")
+        elif hints[name] is ObjectivesConfig and isinstance(value, dict):
+            value = ObjectivesConfig(value)
+        elif typing.get_origin(hints[name]) is tuple and isinstance(value, list):
             value = tuple(value)
         made[name] = value
     return kind(**made)
@@ -304,11 +578,17 @@ def save(cfg: TrainConfig, path: Path) -> None:
 
 
 def load(path: Path) -> TrainConfig:
-    """Reads what `save` wrote. Raises `ConfigError` if it is missing or malformed."""
+    """Reads what `save` wrote, and imports the run's extensions.
+
+    Raises:
+        ConfigError: it is missing or malformed, or an extension cannot be imported.
+    """
     try:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise ConfigError(f"{path} not found: is this the --workdir of a training run?") from None
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    return from_dict(TrainConfig, values)
+    cfg = from_dict(TrainConfig, values)
+    registry.load_extensions(cfg.extensions)
+    return cfg

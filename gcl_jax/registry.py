@@ -12,16 +12,16 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, TypeVar
 
 from gcl_jax.errors import ConfigError
 
 T = TypeVar("T")
 
-# Modules outside of this package that have registered something: names, or paths of files that no
-# name finds.
+# Modules outside of this package that have registered something: their names, or paths of files.
 extensions: dict[str, None] = {}
 
 
@@ -48,12 +48,13 @@ class Registry(Mapping[str, Any]):
 
     def add(self, name: str, thing: Any, defined: Any) -> None:
         """`register` for a thing made from what is `defined` (a function or a class) somewhere."""
-        home, own = self._homes.setdefault(name, defined.__module__), defined.__module__
-        if home != own and home != _source(defined):
+        own = _source(defined)
+        home = self._homes.setdefault(name, own)
+        if home != own:
             raise ConfigError(f"{self.kind} {name!r} of {own} exists already, in {home}")
         self._things[name] = thing
         if own.partition(".")[0] != __name__.partition(".")[0]:
-            extensions[_source(defined)] = None
+            extensions[own] = None
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._homes:
@@ -73,20 +74,29 @@ class Registry(Mapping[str, Any]):
 
 
 def _source(defined: Any) -> str:
-    """The name of the module that `defined` stands in, or the path of its file if an import does
-    not find it by that name, such as a config file."""
-    name = defined.__module__
-    module = sys.modules.get(name)
-    try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError):
-        found = None
-    if found is not None and module is not None and name != "__main__":
-        return name
+    """The name of the module that `defined` stands in; of a program, the path of its file."""
+    if defined.__module__ != "__main__":
+        return defined.__module__
     return str(Path(inspect.getfile(defined)).resolve())
 
 
-def load_extensions(sources: tuple[str, ...] | list[str]) -> None:
+def load_file(path: Path) -> ModuleType:
+    """Runs a Python file as a module, whose name is its path.
+
+    Raises:
+        whatever the file raises.
+    """
+    name = str(path.resolve())
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def load_extensions(sources: Iterable[str]) -> None:
     """Imports modules, by name or by path of a Python file, for what they register.
 
     Raises:
@@ -96,17 +106,14 @@ def load_extensions(sources: tuple[str, ...] | list[str]) -> None:
         if source in extensions:
             continue
         try:
-            if not source.endswith(".py"):
-                importlib.import_module(source)
+            if source.endswith(".py"):
+                load_file(Path(source))
             else:
-                spec = importlib.util.spec_from_file_location(Path(source).stem, source)
-                assert spec is not None
-                assert spec.loader is not None
-                spec.loader.exec_module(importlib.util.module_from_spec(spec))
+                importlib.import_module(source)
         except ConfigError:
             raise
         except Exception as error:
-            raise ConfigError(f"config.extensions: {source} cannot be imported: {error}") from None
+            raise ConfigError(f"extension {source} cannot be imported: {error}") from None
 
 
 OBJECTIVES = Registry(

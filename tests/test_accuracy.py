@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 from conftest import make_cpu_mesh
 
-from gcl_jax.config import DataConfig
-from gcl_jax.loss_config import LossConfig
+from gcl_jax.config import DataConfig, LossConfig
 from gcl_jax.losses.accuracy import in_batch_accuracy
 from gcl_jax.losses.targets import KnownWeights
 

@@ -7,9 +7,8 @@ from pathlib import Path
 import pytest
 
 from gcl_jax import config
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import LossConfig, ObjectivesConfig, TrainConfig
 from gcl_jax.errors import ConfigError
-from gcl_jax.loss_config import LossConfig, ObjectivesConfig
 from gcl_jax.models import presets
 from gcl_jax.validation import validate
 

@@ -9,13 +9,13 @@ import pytest
 from gcl_jax.config import (
     DataConfig,
     ModelConfig,
+    ObjectivesConfig,
     OptimConfig,
     TextConfig,
     TrainConfig,
     VisionConfig,
 )
 from gcl_jax.errors import ConfigError
-from gcl_jax.loss_config import ObjectivesConfig
 from gcl_jax.models.clip import CLIP, abstract_model, merge
 from gcl_jax.models.flops import CHIPS, find_chip, loss_flops, pair_flops, tower_flops, train_flops
 from gcl_jax.models.presets import preset

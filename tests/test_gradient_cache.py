@@ -111,7 +111,7 @@ def test_a_step_in_chunks_equals_the_whole_step(mesh, tiny_config, tiny_batch):
     tx = make_optimizer(tiny_config.optim, 4, abstract_model(tiny_config.model)[1])
     after = []
     for chunks in (1, 4):
-        tiny_config.optim.chunks = chunks
+        tiny_config.optim.grad_cache_chunks = chunks
         state = init_state(tiny_config, tx, mesh)
         state, metrics = make_train_step(tiny_config, tx, mesh)(state, batch)
         after.append(jax.device_get((state.opt_state, metrics)))
@@ -125,7 +125,7 @@ def test_memory_is_flat_in_the_number_of_chunks(mesh, tiny_config, tiny_batch):
 
     def temporary(chunks):
         tiny_config.optim.batch_size = 8 * chunks
-        tiny_config.optim.chunks = chunks
+        tiny_config.optim.grad_cache_chunks = chunks
         state = abstract_state(tiny_config, tx, mesh)
         batch = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(
@@ -140,7 +140,7 @@ def test_memory_is_flat_in_the_number_of_chunks(mesh, tiny_config, tiny_batch):
 
 
 def test_chunks_that_do_not_fit_the_devices_are_refused(tiny_config):
-    tiny_config.optim.batch_size, tiny_config.optim.chunks = 48, 4
+    tiny_config.optim.batch_size, tiny_config.optim.grad_cache_chunks = 48, 4
     tx = make_optimizer(tiny_config.optim, 4, abstract_model(tiny_config.model)[1])
     with pytest.raises(ConfigError, match="48 is no multiple of chunks=4 x 8 devices"):
         make_train_step(tiny_config, tx, make_cpu_mesh(4, 2))

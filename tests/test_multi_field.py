@@ -10,8 +10,7 @@ from conftest import make_cpu_mesh
 from test_contrastive import by_hand
 from test_objectives_of_merged import hard_negatives_by_hand, margins_by_hand
 
-from gcl_jax.config import DataConfig
-from gcl_jax.loss_config import HardNegativesConfig, LossConfig, ObjectivesConfig
+from gcl_jax.config import DataConfig, HardNegativesConfig, LossConfig, ObjectivesConfig
 from gcl_jax.losses.multi_field import multi_field_loss, pair_term_weights
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import merge_fields

@@ -11,9 +11,8 @@ from scipy.special import log_expit, logsumexp
 from test_contrastive import assert_close, make_rows, numeric_gradient, unit_rows
 from test_targets import scored_batch
 
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import LossConfig, ObjectivesConfig, TrainConfig
 from gcl_jax.errors import DataError
-from gcl_jax.loss_config import LossConfig, ObjectivesConfig
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.listwise import listmle_losses, listnet_losses, rince_losses
 from gcl_jax.losses.logits import Logits, Term

@@ -209,7 +209,7 @@ def test_the_projection_is_arithmetic(tiny_config):
     assert times.communication == pytest.approx(2e9 / 200e9)
     assert times.exposed == pytest.approx(sum(times))
     assert times.overlapped == pytest.approx(times.towers + times.loss)
-    tiny_config.model.remat, tiny_config.optim.chunks = "full", 2
+    tiny_config.model.remat, tiny_config.optim.grad_cache_chunks = "full", 2
     again = planner.project(tiny_config, plan, target, 0.5)
     assert again.towers == pytest.approx(5 / 3 * times.towers)
 
@@ -271,7 +271,7 @@ def test_the_tables_cases_are_configurations():
     cfg, data = abstract.resolve(plans.config(case))
     assert data.kinds["document"] == {"image": "image"}
     assert cfg.model.vision.width == preset("ViT-L-14").vision.width
-    assert (cfg.mesh.fsdp, cfg.optim.chunks, cfg.loss.form) == (16, 2, "ring")
+    assert (cfg.mesh.fsdp, cfg.optim.grad_cache_chunks, cfg.loss.form) == (16, 2, "ring")
 
 
 def test_vit_b32_on_a_tpu_slice():

@@ -123,7 +123,7 @@ def test_training_is_the_same_on_every_mesh(tiny_config, tiny_batch):
         ((8, 1), "gather", 1),
         ((4, 2), "ring", 2),
     ):
-        tiny_config.loss.form, tiny_config.optim.chunks = form, chunks
+        tiny_config.loss.form, tiny_config.optim.grad_cache_chunks = form, chunks
         other_history, other = train_three_steps(make_cpu_mesh(*shape), tiny_config, tiny_batch)
         jax.tree.map(close, other_history, history)
         jax.tree.map(close, other.params, state.params)

@@ -13,7 +13,7 @@ from processes import PATIENCE_SECONDS, logged, start_local
 
 from gcl_jax import optim
 from gcl_jax.checkpoints.state import init_state
-from gcl_jax.config import SickConfig
+from gcl_jax.config import NonFiniteConfig
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.sharding import to_global
 from gcl_jax.train import setup, step
@@ -95,7 +95,7 @@ def trained(tiny_config, tiny_store, tmp_path, monkeypatch, compiled):
         return compiled.setdefault("step", make(*args))
 
     def run(sick, patience=3, rollbacks=1):
-        cfg.sick = SickConfig(patience, rollbacks)
+        cfg.nonfinite = NonFiniteConfig(patience, rollbacks)
         monkeypatch.setattr(setup, "make_train_step", make_once)
         monkeypatch.setattr(setup, "train_batches", lambda *args: Injected(batches(*args), sick))
         train(cfg, tmp_path)
@@ -174,9 +174,9 @@ def test_alarm_calls_out_a_leap_and_nothing_else():
     rng = np.random.default_rng(0)
     losses = 3 * 0.99 ** np.arange(400) + 0.05 * rng.normal(size=400)
     losses[300] = 5
-    alarm = SpikeAlarm(SickConfig())
+    alarm = SpikeAlarm(NonFiniteConfig())
     heard = [alarm.hear(i, float(loss)) for i, loss in enumerate(losses)]
     assert [i for i, line in enumerate(heard) if line] == [300]
     assert "leaps at step 300: 5, after 0." in heard[300]
-    silent = SpikeAlarm(SickConfig(spike=0))
+    silent = SpikeAlarm(NonFiniteConfig(spike=0))
     assert not any(silent.hear(i, float(loss)) for i, loss in enumerate(losses))

@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
+from gcl_jax import config
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import BLOCK_SIZE, product
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.pairs import MASKED, PairRows, Tile
 from gcl_jax.losses.statistics import Channel
 from gcl_jax.losses.targets import KnownWeights
-from gcl_jax.validation import CHOICES
 
 
 def gcl_loss_reference(
@@ -91,8 +91,7 @@ def gcl_losses(logits: Logits, weight_norm: str = "none") -> list[Float[Array, "
     Raises:
         ConfigError: unknown `weight_norm`.
     """
-    if weight_norm not in CHOICES["loss.weight_norm"]:
-        choices = CHOICES["loss.weight_norm"]
+    if weight_norm not in (choices := config.choices("loss.weight_norm")):
         raise ConfigError(f"loss.weight_norm={weight_norm!r} must be one of {choices}")
 
     def named(tile: Tile, _axis: int) -> list[Channel]:

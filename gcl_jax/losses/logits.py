@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float
 
+from gcl_jax import config
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import (
     BLOCK_SIZE,
@@ -30,7 +31,6 @@ from gcl_jax.losses.pairs import PairRows, Tile
 from gcl_jax.losses.statistics import Named, added_up, nothing_yet
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.sharding import BATCH_AXES
-from gcl_jax.validation import CHOICES
 
 # Form "auto" gathers the documents while their copies, with their gradients in float32, take no
 # more bytes of each device than this; never on one device, which needs no copy.
@@ -257,7 +257,7 @@ def _check(logits: Logits) -> None:
         if not condition:
             raise ConfigError(message)
 
-    form, choices = logits.form, CHOICES["loss.form"]
+    form, choices = logits.form, config.choices("loss.form")
     require(form in choices, f"loss.form={form!r} must be one of {choices}")
     require(logits.block_size >= 1, f"block_size {logits.block_size} must be 1 or more")
     for term in logits.terms:

@@ -8,7 +8,6 @@ by name "QUERY_FIELD:DOCUMENT_FIELD". Objectives that look at more than pairs of
 merged embeddings as their one term.
 """
 
-import dataclasses
 import functools
 from collections.abc import Mapping
 
@@ -58,7 +57,7 @@ def multi_field_loss(
     """
     total = jnp.float32(0)
     values: dict[str, jax.Array] = {}
-    for name, weight in dataclasses.asdict(loss.objectives).items():
+    for name, weight in loss.objectives.items():
         if weight and name in OF_LOGITS:
             weighted, terms = _terms(
                 name, embeddings, batch, logit_scale, logit_bias, loss, data, mesh

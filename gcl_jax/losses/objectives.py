@@ -1,6 +1,5 @@
 """The objectives by the names that `config.loss.objectives` gives their weights."""
 
-import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -42,7 +41,7 @@ OF_MERGED: dict[str, Callable[[Merged, LossConfig], Float[Array, ""]]] = {
 def check_data(cfg: TrainConfig, weights: np.ndarray) -> None:
     """Raises `DataError` if the data, whose loss `weights` (pairs,) are given, lack what one of the
     objectives learns from."""
-    asked = {name for name, weight in dataclasses.asdict(cfg.loss.objectives).items() if weight}
+    asked = {name for name, weight in cfg.loss.objectives.items() if weight}
     graded = [name for name in ("bixse", "listnet", "listmle", "rince") if name in asked]
     if graded and len(weights) and weights.min() == weights.max():
         raise DataError(

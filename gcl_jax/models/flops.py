@@ -4,7 +4,6 @@ Operations are floating-point, two for each multiply-add, counted from the confi
 compiler's own count takes the body of a scan once, however many layers run through it.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -123,7 +122,7 @@ def loss_flops(cfg: TrainConfig) -> float:
     default = loss.field_pairs if len(pairs) > 1 else 0.0
     fields = sum(bool(loss.pair_weights.get(pair, default)) for pair in pairs)
     matrices = 0
-    for name, weight in dataclasses.asdict(loss.objectives).items():
+    for name, weight in loss.objectives.items():
         if weight:
             of_merged = name in ("one_to_k", "hard_negatives", "fused", "mixed")
             matrices += 1 if of_merged else bool(loss.merged) + fields

@@ -49,8 +49,9 @@ def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology")
     chips, (along_data, along_fsdp) = len(topology.devices), plan.mesh
     lines = [
         f"{plan.topology}: {chips} devices, mesh data {along_data} x fsdp {along_fsdp}",
-        f"batch {plan.batch:,}: {plan.batch // chips:,} pairs on each, in {cfg.optim.chunks} "
-        f"chunks; remat {cfg.model.remat!r}, loss form {cfg.loss.form!r}",
+        f"batch {plan.batch:,}: {plan.batch // chips:,} pairs on each, in "
+        f"{cfg.optim.grad_cache_chunks} chunks; remat {cfg.model.remat!r}, "
+        f"loss form {cfg.loss.form!r}",
         f"query {sides[0]}; document {sides[1]} ({data.note})",
         "",
         "one device holds        GiB",

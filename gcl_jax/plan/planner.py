@@ -143,7 +143,7 @@ def project(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float
     links busy. What `remat` and `chunks` compute again is in it; reading memory is not."""
     chip = topology.chip
     assert chip is not None, "nothing is known of CPUs"
-    passes = 3 + (cfg.model.remat == "full") + (cfg.optim.chunks > 1)
+    passes = 3 + (cfg.model.remat == "full") + (cfg.optim.grad_cache_chunks > 1)
     of_loss = FLOAT32_PASSES[topology.platform] if cfg.loss.dtype == "float32" else 1
     speed = chip.flops * utilisation
     return Projection(
@@ -176,7 +176,7 @@ def find_batch(
     Args:
         tell: is called with every plan that was tried.
     """
-    unit = len(topology.devices) * cfg.optim.chunks
+    unit = len(topology.devices) * cfg.optim.grad_cache_chunks
 
     def attempt(local: int) -> Plan:
         sized = dataclasses.replace(cfg.optim, batch_size=local * unit)

@@ -101,11 +101,11 @@ def train(cfg: TrainConfig, workdir: Path, profile: range = range(0)) -> None:
                 if evaluating or saving:
                     monitor.settle()
                 checkpointer.check_for_errors()
-                if len(monitor.sick) >= cfg.sick.patience and not signum:
+                if len(monitor.sick) >= cfg.nonfinite.patience and not signum:
                     reason = diagnosis(monitor.sick, state.params, workdir)
                     del state  # with the restored one it may not fit into memory
                     abstract = abstract_state(cfg, training.tx, training.mesh)
-                    allowed = monitor.rollbacks < cfg.sick.rollbacks
+                    allowed = monitor.rollbacks < cfg.nonfinite.rollbacks
                     restored = checkpointer.restore(abstract) if allowed else None
                     if not restored:
                         raise SickRun(reason)

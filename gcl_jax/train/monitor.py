@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from gcl_jax import distributed, logs
-from gcl_jax.config import SickConfig
+from gcl_jax.config import NonFiniteConfig
 from gcl_jax.data.pipeline import Batch
 from gcl_jax.models.flops import find_chip
 from gcl_jax.sharding import Params
@@ -52,7 +52,7 @@ class Monitor:
         self, training: Training, workdir: Path, writer: logs.MetricWriter, bar: tqdm.tqdm
     ):
         self._training, self._workdir, self._writer, self._bar = training, workdir, writer, bar
-        self._spikes = SpikeAlarm(training.cfg.sick)
+        self._spikes = SpikeAlarm(training.cfg.nonfinite)
         self._pending: _Dispatched | None = None
         self.sick: list[int] = []
         self.rollbacks = 0
@@ -161,7 +161,7 @@ class Monitor:
 class SpikeAlarm:
     """Hears the loss of every step, and calls out when it leaps."""
 
-    def __init__(self, cfg: SickConfig):
+    def __init__(self, cfg: NonFiniteConfig):
         self._spike = cfg.spike
         self._heard, self._mean, self._variance = 0, 0.0, 0.0
         self._silent_until = 0

@@ -159,7 +159,7 @@ def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> Non
     started.data.num_workers = cfg.data.num_workers
     started.data.cached_records = cfg.data.cached_records
     started.loss.form = cfg.loss.form
-    started.optim.chunks = cfg.optim.chunks
+    started.optim.grad_cache_chunks = cfg.optim.grad_cache_chunks
     # As JSON, where a list and a tuple are the same.
     ours, theirs = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, started))
     for part in ("model", "data", "loss", "optim", "seed"):

@@ -67,7 +67,7 @@ def make_train_step(
     Raises:
         ConfigError: the batch does not fall into equal chunks on the devices.
     """
-    check_chunks(cfg.optim.batch_size, cfg.optim.chunks, mesh)
+    check_chunks(cfg.optim.batch_size, cfg.optim.grad_cache_chunks, mesh)
     graphdef, _ = abstract_model(cfg.model)
     vision = cfg.model.vision
     drops_patches = vision is not None and vision.patch_dropout > 0
@@ -102,7 +102,7 @@ def make_train_step(
         trained = trained_part(cfg.optim, state.params)
         inputs = {name: batch[name] for name in EMBEDDED if name in batch}
         rest = {"key": mixing} | {name: x for name, x in batch.items() if name not in EMBEDDED}
-        value_and_grad = cached_value_and_grad(encode, loss_fn, cfg.optim.chunks, mesh)
+        value_and_grad = cached_value_and_grad(encode, loss_fn, cfg.optim.grad_cache_chunks, mesh)
         (loss, terms), gradients = value_and_grad(in_float32(trained), inputs, rest, dropping)
         norm = optax.tree.norm(gradients)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
