@@ -35,6 +35,8 @@ class Option:
         """The choices or the bounds in words; empty if any value of the type will do."""
         if self.choices:
             return "one of " + ", ".join(self.choices)
+        if self.at_least is not None and self.at_most is not None:
+            return f"from {self.at_least:g} to {self.at_most:g}"
         ends = [(self.at_least, "{:g} or more"), (self.above, "above {:g}")]
         ends += [(self.at_most, "at most {:g}"), (self.below, "below {:g}")]
         return ", ".join(words.format(end) for end, words in ends if end is not None)
@@ -351,7 +353,7 @@ class LossConfig:
     default the score-weighted contrastive loss alone (arXiv 2404.08535)."""
 
     objectives: ObjectivesConfig = option(
-        ObjectivesConfig(), "weight of each objective, 0 leaves it out"
+        ObjectivesConfig(), "weight of each objective, 0 leaves it out", at_least=0
     )
     score_to_weight: str = option(
         "inverse",

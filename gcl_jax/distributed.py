@@ -16,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 from gcl_jax.errors import ConfigError, UserError, reported_in_one_line
@@ -298,3 +299,14 @@ def _count(name: str) -> int | None:
     if value and not value.isdecimal():
         raise ConfigError(f"{name}={value} is not a number")
     return int(value) if value else None
+
+
+def keep_compiled() -> None:
+    """Keeps what takes more than a second to compile in `$JAX_COMPILATION_CACHE_DIR`, by default
+    `~/.cache/gcl_jax` (or below `$XDG_CACHE_HOME`). `JAX_ENABLE_COMPILATION_CACHE=false` is jax's
+    way to do without."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "gcl_jax"))

@@ -91,7 +91,7 @@ def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(f"{key}[{i}]", x)
     elif isinstance(value, dict):
         for name, x in value.items():
-            yield from _numbers(f"{key}[{name!r}]", x)
+            yield from _numbers(f"{key}.{name}", x)
 
 
 def _is_of(value: Any, hint: Any) -> bool:

@@ -2,6 +2,7 @@
 makes; `emoji/LICENSES.md` names every source."""
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,10 @@ class EmojiLanguagesSource(Source):
         return {"source": "bundled names of emoji in many languages", "licences": LICENCES}
 
 
-SOURCES = {"emoji": EmojiSource, "emoji_languages": EmojiLanguagesSource}
+SOURCES: dict[str, Callable[[], Source]] = {
+    "emoji": EmojiSource,
+    "emoji_languages": EmojiLanguagesSource,
+}
 
 
 def _row_numbers(ids: pa.ChunkedArray, order: pa.ChunkedArray) -> np.ndarray:

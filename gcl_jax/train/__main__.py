@@ -14,7 +14,7 @@ from pathlib import Path
 from absl import app, flags
 from ml_collections import config_flags
 
-from gcl_jax import compile_cache, config, distributed
+from gcl_jax import config, distributed
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import ConfigError, UserError, reported_in_one_line
 from gcl_jax.validation import validate
@@ -130,7 +130,7 @@ def main(_argv: list[str]) -> None:
     with reported_in_one_line():
         validate(_CONFIG.value)
         profile = _steps(_PROFILE.value)
-        compile_cache.enable()
+        distributed.keep_compiled()
         with distributed.joined(*(flag.value for flag in _PROCESSES), graceful=True):
             try:
                 train(_CONFIG.value, Path(str(_WORKDIR.value)), profile)
