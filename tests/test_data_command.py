@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from gcl_jax.data import __main__ as command
-from gcl_jax.data import overview
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.builder import write_store
@@ -93,8 +92,8 @@ def test_inspect(store, monkeypatch, capsys, tmp_path):
 
 
 def test_histogram_counts_all_scores(tiny_store):
-    for split in overview.figures(tiny_store):
-        counts = np.histogram(tiny_store.pairs(split.name).score, overview.BINS)[0]
+    for split in command.figures(tiny_store):
+        counts = np.histogram(tiny_store.pairs(split.name).score, command.BINS)[0]
         assert split.histogram.sum() == counts.sum() == split.pairs
 
 
@@ -108,7 +107,7 @@ class HostileSource(TinySource):
 def test_texts_are_escaped(tmp_path):
     store = write_store(HostileSource(), tmp_path / "<b>store")
     page = tmp_path / "page.html"
-    overview.write_html(store, overview.figures(store), page, 5, 0)
+    command.write_html(store, command.figures(store), page, 5, 0)
     markup = page.read_text("utf-8")
     assert "<script" not in markup
     assert "<b>" not in markup

@@ -18,8 +18,7 @@ from test_search import HostileSource, untrained_run
 from gcl_jax import config
 from gcl_jax.checkpoints import state
 from gcl_jax.checkpoints.checkpointer import Checkpointer
-from gcl_jax.data.locks import locked
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import RankedStore, locked
 from gcl_jax.embed import __main__ as embed
 from gcl_jax.embed import vectors
 from gcl_jax.embed.cache import EmbeddingCache
@@ -453,7 +452,7 @@ def test_leftovers_go_but_not_those_in_use(workdir, monkeypatch):
     call(monkeypatch, search, workdir, "cat")
     left = {path.name for path in kept_at.iterdir() if not path.name.startswith("document-")}
     assert left == {"b.incomplete", "c.incomplete"}
-    held.close()
+    held.lock.release()
 
 
 def test_a_corpus_gives_neighbours_without_a_copy():

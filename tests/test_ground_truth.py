@@ -10,7 +10,7 @@ import pandas
 import pytest
 
 from gcl_jax.config import EvalConfig, TrainConfig
-from gcl_jax.data import overview
+from gcl_jax.data.__main__ import as_text, figures
 from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate import metrics
@@ -73,7 +73,7 @@ def test_both_layouts_keep_the_ground_truth(tmp_path):
     dev = dict(list(grades_of("zero_shot").items())[:1])
     assert as_dict(first, "zero_shot", "dev") == dev
     assert first.ground_truth("in_domain", "dev") is None
-    assert "ground truth dev: 1 queries" in overview.as_text(first, overview.figures(first))
+    assert "ground truth dev: 1 queries" in as_text(first, figures(first))
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +139,7 @@ def test_a_store_of_an_earlier_version_is_read(store, tmp_path):
     old.info = copy.deepcopy(store.info)
     for split in old.info["splits"].values():
         del split["ground_truth"]
-    assert "ground truth" not in overview.as_text(old, overview.figures(old))
+    assert "ground truth" not in as_text(old, figures(old))
 
 
 def test_metrics_follow_the_given_grades(store):

@@ -14,11 +14,10 @@ from test_pipeline import assert_equal, taken
 from test_prepare import png, write_table
 
 from gcl_jax import validation
-from gcl_jax.data import checksums, overview
-from gcl_jax.data.negatives import compacted, pairs_fingerprint
+from gcl_jax.data.__main__ import as_text, figures
+from gcl_jax.data.negatives import compacted, pairs_fingerprint, replacements, swaps
 from gcl_jax.data.pipeline import _PairExamples, train_batches
-from gcl_jax.data.store import RankedStore
-from gcl_jax.data.text_negatives import replacements, swaps
+from gcl_jax.data.store import RankedStore, damaged_files
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare import __main__ as prepare
@@ -85,10 +84,8 @@ def test_given_in_every_format(tmp_path, suffix):
     assert len(store.queries) == 5, "dull thing and 7 are queries without pairs"
     assert store.info["splits"]["train"]["queries"] == 3
     assert store.info["splits"]["train"]["negatives"] == {"query": 3, "document": 2}
-    assert "hard negatives (document): of 2 pairs" in overview.as_text(
-        store, overview.figures(store)
-    )
-    assert checksums.damaged_files(store.directory, lambda size: None) == []
+    assert "hard negatives (document): of 2 pairs" in as_text(store, figures(store))
+    assert damaged_files(store.directory) == []
 
 
 def test_without_the_columns_the_store_is_as_before(tmp_path):

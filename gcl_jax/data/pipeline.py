@@ -2,7 +2,7 @@
 
 A training batch of b pairs:
 
-    query, document    {field: uint8 (b, size, size, 3) | int32 (b, t)}, t as `contexts` say
+    query, document    {field: uint8 (b, size, size, 3) | int32 (b, t)}, t as `longest_texts` finds
     query_present, document_present   {field: bool (b,)}: False where the record lacks the field
     weight             float32 (b,): the score's loss weight (`gcl_jax.data.score_weights`)
     query_id, document_id   int32 (b,): row numbers in the store
@@ -28,6 +28,7 @@ import grain.experimental
 import numpy as np
 from absl import flags
 
+from gcl_jax import logs
 from gcl_jax.config import TextConfig, TrainConfig
 from gcl_jax.data.negatives import PairNegatives
 from gcl_jax.data.sampling import sampled
@@ -36,13 +37,18 @@ from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.models.flops import Contexts
+from gcl_jax.models.flops import TextLengths
 
 Batch = dict[str, dict[str, np.ndarray]]
 Side = Literal["query", "document"]
 
 # Records without image whose token ids stay in memory while training: below 100 MB.
 CACHED_TEXTS = 2**16
+MULTIPLE = 8  # what the units of a matrix product on accelerators want
+BLOCK = 2**14  # records whose texts are read at once: less than a second
+
+# Makes numbers of this process, int32 (n,), the largest of all processes.
+Agreed = Callable[[np.ndarray], np.ndarray]
 
 
 class FieldEncoder:
@@ -56,10 +62,10 @@ class FieldEncoder:
         fields: Sequence[str],
         cached_records: int = 0,
         training: bool = False,
-        contexts: Mapping[str, int] | None = None,
+        text_lengths: Mapping[str, int] | None = None,
     ):
         """For `training`, images may be decoded at a smaller scale if `cfg.data` augments them.
-        `contexts` are the token columns of the text fields that have less than the context length.
+        `text_lengths` are the token columns of text fields that have less than the context length.
 
         Raises `ConfigError` for an image field of a model without image tower, and for a
         tokenizer that is not the model's."""
@@ -67,7 +73,7 @@ class FieldEncoder:
         self._prefix: str = getattr(cfg.model.text, f"{side}_prefix")
         self._records = records
         self._kinds = {field: records.fields[field] for field in fields}
-        self._contexts = dict(contexts or {})
+        self._text_lengths = dict(text_lengths or {})
         self._scaling: dict[str, Any] = {}
         images = [field for field, kind in self._kinds.items() if kind == "image"]
         if training and not images:
@@ -160,7 +166,7 @@ class FieldEncoder:
             DataError: this one needs them.
         """
         ids = self._tokenizer([text])[0]
-        columns = self._contexts.get(field, len(ids))
+        columns = self._text_lengths.get(field, len(ids))
         if np.any(ids[columns:] != self._tokenizer.pad_id):
             raise DataError(
                 f"record {record!r}, field {field!r}: more tokens than the {columns} that fit all "
@@ -204,12 +210,14 @@ def pair_weights(cfg: TrainConfig, pairs: Pairs) -> np.ndarray:
 class _PairExamples:
     """grain random-access source: example i is pair i of the training split."""
 
-    def __init__(self, cfg: TrainConfig, store: RankedStore, contexts: Contexts | None = None):
+    def __init__(
+        self, cfg: TrainConfig, store: RankedStore, text_lengths: TextLengths | None = None
+    ):
         self._pairs = store.pairs(cfg.data.train_split)
         self._weights = pair_weights(cfg, self._pairs)
 
         def encoder(side: Side, records: Records, fields: Mapping[str, float]) -> FieldEncoder:
-            own, cached = contexts[side] if contexts else {}, cfg.data.cached_records
+            own, cached = text_lengths[side] if text_lengths else {}, cfg.data.cached_records
             return FieldEncoder(cfg, side, records, list(fields), cached, True, own)
 
         self._encode_query = encoder("query", store.queries, cfg.data.query_fields)
@@ -244,16 +252,16 @@ def train_batches(
     store: RankedStore,
     shard: int = 0,
     num_shards: int = 1,
-    contexts: Contexts | None = None,
+    text_lengths: TextLengths | None = None,
 ):
     """An endless iterator over this host's share of the global batches, sampled anew each epoch as
-    `cfg.data` says. `contexts` are the token columns of each side's text fields, by default all of
-    the context length (`gcl_jax.data.contexts` finds how many there need be).
+    `cfg.data` says. `text_lengths` are the token columns of each side's text fields, by default as
+    many as the context length (`longest_texts` finds how many there need be).
 
     Batches depend only on (config, store, step, num_shards). `get_state()` and `set_state()` save
     and restore the position, exactly and on any number of shards.
     """
-    source = _PairExamples(cfg, store, contexts)
+    source = _PairExamples(cfg, store, text_lengths)
     pairs = grain.MapDataset.source(source).seed(cfg.seed)
     examples = sampled(pairs, cfg, store.pairs(cfg.data.train_split))
     examples = examples.repeat().random_map(source.example)
@@ -294,3 +302,83 @@ def corpus_batches(
                 for name, rows in (("inputs", inputs), ("present", present))
             }
             yield batch, len(chunk)
+
+
+def ignores_padding(text: TextConfig) -> bool:
+    """Whether embeddings do not depend on the padding behind a text: BERT's towers mask it, CLIP's
+    causal one reads the end token. SigLIP's attends to it."""
+    return text.family == "bert" or (text.causal and text.pool == "argmax")
+
+
+def padded_length(longest: int, context_length: int) -> int:
+    """`longest` rounded up to a multiple of `MULTIPLE`, at most `context_length`."""
+    return min(-(-longest // MULTIPLE) * MULTIPLE, context_length)
+
+
+def longest_texts(
+    cfg: TrainConfig,
+    store: RankedStore,
+    shard: int = 0,
+    num_shards: int = 1,
+    agreed: Agreed = lambda own: own,
+    *,
+    quiet: bool = True,
+) -> dict[str, dict[str, int]]:
+    """{"query" and "document": {field: tokens}}: of the longest text, special tokens included, in
+    the records that training reads; of an empty text if that has more.
+
+    Left out are fields that keep the context length:
+
+    - all of them, where the tower sees its padding;
+    - those of queries from which a rule makes others (`data.text_negatives`), maybe longer ones;
+    - those of records that also hold images, which reading a text would read too.
+
+    Args:
+        cfg: with its fields spelled out (`RankedStore.resolve`).
+        agreed: of every `num_shards` blocks of texts this process reads that with number `shard`;
+            `agreed` returns the largest of all processes' numbers, and is called equally often on
+            all of them.
+        quiet: if not, a progress bar shows after some seconds.
+    """
+    text, data, found = cfg.model.text, cfg.data, dict[str, dict[str, int]]()
+    sides = (
+        ("query", store.queries, data.query_fields),
+        ("document", store.documents, data.document_fields),
+    )
+    for side, records, fields in sides:
+        made_of_text = side == "query" and data.text_negatives != "none"
+        with_images = "image" in records.fields.values()
+        found[side] = {}
+        if not ignores_padding(text) or made_of_text or with_images:
+            continue
+        rows = _training_rows(cfg, store, side, records)
+        tokenizer = load_tokenizer(text.tokenizer, text.context_length, text.clean)
+        prefix = getattr(text, f"{side}_prefix")
+        longest = dict.fromkeys(fields, tokenizer.longest([""]))
+        bar = logs.progress(
+            len(rows), unit="texts", description=f"longest {side}", quiet=quiet, delay=3.0
+        )
+        with bar:
+            for start in range(0, len(rows), BLOCK * num_shards):
+                unsure = [field for field in fields if longest[field] < text.context_length]
+                if not unsure:
+                    break
+                block = rows[start + BLOCK * shard :][:BLOCK]
+                for field, texts in records.texts(unsure, block).items():
+                    own = tokenizer.longest([prefix + one for one in texts if one])
+                    longest[field] = max(longest[field], own)
+                of_all = agreed(np.array(list(longest.values()), np.int32)).tolist()
+                longest = dict(zip(longest, of_all, strict=True))
+                bar.update(min(BLOCK * num_shards, len(rows) - start))
+        found[side] = longest
+    return found
+
+
+def _training_rows(cfg: TrainConfig, store: RankedStore, side: str, records: Records) -> np.ndarray:
+    """Ascending: the records of a side that the training split names; all, where there are hard
+    negatives beside its pairs."""
+    if cfg.data.negatives:
+        return np.arange(len(records))
+    named = np.zeros(len(records), bool)
+    named[getattr(store.pairs(cfg.data.train_split), side)] = True
+    return np.flatnonzero(named)

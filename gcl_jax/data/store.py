@@ -16,19 +16,24 @@ bytes: memory-mapped columns give a random read without parsing, are shared by a
 of a host, and make a whole split's relevance judgements available at once for evaluation.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import filelock
 import numpy as np
 
+from gcl_jax import logs
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import DataError
 
 VERSION = "1.1.0"
+CHECKSUMS = "checksums.sha256"  # as `sha256sum --check` reads it
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -57,43 +62,36 @@ class Records:
         self._directory = directory
 
     @functools.cached_property
-    def _source(self):
+    def _serialized(self):
+        """The records as they lie on disk, each a serialized `tf.train.Example`."""
         import tensorflow_datasets as tfds
 
-        images = [name for name, kind in self.fields.items() if kind == "image"]
         builder = tfds.builder_from_directory(self._directory)
-        decoders = {name: tfds.decode.SkipDecoding() for name in images}
-        return builder.as_data_source("corpus", decoders=decoders)
+        as_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
+        return builder.as_data_source("corpus", deserialize_method=as_bytes)
+
+    @staticmethod
+    def _bytes_of(serialized: bytes, names: Iterable[str]) -> dict[str, bytes]:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        features = tf_example_pb2.Example.FromString(serialized).features.feature
+        return {name: features[name].bytes_list.value[0] for name in names}
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._serialized)
 
     def __getitem__(self, index: int) -> dict[str, str | bytes]:
-        record = self._source[int(index)]
+        record = self._bytes_of(self._serialized[int(index)], ("id", *self.fields))
         return {
             name: value if self.fields.get(name) == "image" else value.decode()
             for name, value in record.items()
         }
 
-    @functools.cached_property
-    def _raw(self):
-        import tensorflow_datasets as tfds
-
-        builder = tfds.builder_from_directory(self._directory)
-        raw_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
-        return builder.as_data_source("corpus", deserialize_method=raw_bytes)
-
     def texts(self, fields: Sequence[str], rows: Iterable[int]) -> dict[str, list[str]]:
-        """Text fields of many records at once, ten times as fast as one by one; nothing else of
-        the records is decoded."""
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        texts: dict[str, list[str]] = {field: [] for field in fields}
-        for raw in self._raw.__getitems__([int(row) for row in rows]):
-            record = tf_example_pb2.Example.FromString(raw).features.feature
-            for field, found in texts.items():
-                found.append(record[field].bytes_list.value[0].decode())
-        return texts
+        """Text fields of many records at once, faster than one by one."""
+        serialized = self._serialized.__getitems__([int(row) for row in rows])
+        records = [self._bytes_of(one, fields) for one in serialized]
+        return {field: [record[field].decode() for record in records] for field in fields}
 
     def __iter__(self) -> Iterator[dict[str, str | bytes]]:
         return (self[i] for i in range(len(self)))
@@ -211,3 +209,88 @@ class RankedStore:
                 f"{', '.join(pairs)}"
             )
         return cfg
+
+
+def sha256(path: Path) -> str:
+    """The file's checksum in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def files_of(directory: Path) -> dict[str, Path]:
+    """{path below `directory`: path} of every file but the checksums themselves, sorted."""
+    found = sorted(path for path in directory.rglob("*") if path.is_file())
+    named = {path.relative_to(directory).as_posix(): path for path in found}
+    named.pop(CHECKSUMS, None)
+    return named
+
+
+def write_checksums(directory: Path) -> None:
+    """Notes what every file below `directory` is now."""
+    lines = []
+    with _progress(directory, "checksums") as bar:
+        for name, path in files_of(directory).items():
+            lines.append(f"{sha256(path)}  {name}\n")
+            bar.update(path.stat().st_size)
+    (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+
+
+def read_checksums(directory: Path) -> dict[str, str]:
+    """{path below `directory`: checksum}.
+
+    Raises:
+        DataError: there are none, or their file is damaged itself.
+    """
+    path = directory / CHECKSUMS
+    try:
+        lines = [line.split("  ", 1) for line in path.read_text("utf-8").splitlines()]
+        return {name: digest for digest, name in lines}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); prepare the store again") from None
+
+
+def damaged_files(directory: Path) -> list[str]:
+    """One line "PATH: what is wrong" for every file that is not as the checksums say.
+
+    Raises:
+        DataError: there are none, or their file is damaged itself.
+    """
+    expected, present = read_checksums(directory), files_of(directory)
+    wrong = []
+    with _progress(directory, "verify") as bar:
+        for name, digest in expected.items():
+            try:
+                if name not in present:
+                    wrong.append(f"{name}: missing")
+                    continue
+                if sha256(present[name]) != digest:
+                    wrong.append(f"{name}: content has changed")
+                bar.update(present[name].stat().st_size)
+            except OSError as error:
+                wrong.append(f"{name}: cannot be read: {error.strerror}")
+    return wrong + [f"{name}: not in the manifest" for name in present if name not in expected]
+
+
+def _progress(directory: Path, description: str):
+    size = sum(path.stat().st_size for path in files_of(directory).values())
+    return logs.progress(size, unit="B", description=description)
+
+
+def locked(building: Path) -> contextlib.AbstractContextManager:
+    """Makes the folder `building`, for this process alone until the result is left or released;
+    waits for another process that works there. Whoever holds it may remove the folder."""
+    while True:
+        building.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # whoever held it has removed the folder
+            return filelock.FileLock(building / "lock").acquire()
+
+
+def is_locked(building: Path) -> bool:
+    """Whether another process works in the folder `building`."""
+    try:
+        filelock.FileLock(building / "lock").acquire(blocking=False).lock.release()
+    except FileNotFoundError:
+        return False
+    except filelock.Timeout:
+        return True
+    return False

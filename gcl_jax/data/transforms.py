@@ -4,6 +4,7 @@ open_clip resizes and crops an image in the mode of its file and converts the re
 matters: transparent pixels, palettes and CMYK would be resized to other colours after conversion.
 """
 
+import base64
 import io
 import math
 
@@ -21,6 +22,7 @@ except ImportError:  # There is no wheel for this machine; Pillow does it, four 
 
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
 MAX_RESIZED = 2**24
+THUMBNAIL = 160  # pixels of the longer side
 _PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CROP_RATIO = (3 / 4, 4 / 3)
@@ -61,6 +63,21 @@ def _draft_size(image_size: tuple[int, int], crop_size: int, min_area: float) ->
     shortest = min(width, height, math.sqrt(min_area * width * height * CROP_RATIO[0]))
     scale = 2 * crop_size / shortest
     return math.ceil(scale * width), math.ceil(scale * height)
+
+
+def thumbnail(encoded: bytes) -> str:
+    """A small version of an encoded image as a data URI; empty if the image is missing.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    if not encoded:
+        return ""
+    image = decode_image(encoded)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    file = io.BytesIO()
+    image.save(file, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 class ImageTransform:

@@ -15,8 +15,7 @@ from jax.experimental import multihost_utils
 
 from gcl_jax import distributed
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.locks import is_locked
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import RankedStore, is_locked
 from gcl_jax.embed import vectors
 from gcl_jax.embed.embedder import Corpus, Embedder
 from gcl_jax.embed.task import Task, key

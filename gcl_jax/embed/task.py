@@ -7,9 +7,8 @@ import json
 import numpy as np
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.data import checksums
 from gcl_jax.data.pipeline import Side
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import RankedStore, read_checksums
 from gcl_jax.errors import DataError
 
 FORMAT = 2
@@ -78,7 +77,7 @@ def fingerprint(store: RankedStore, side: Side) -> str:
     """Changes with the records of that side of the store, not with its pairs."""
     folder = store.directory / ("documents" if side == "document" else "queries")
     try:
-        known = checksums.read_manifest(store.directory)
+        known = read_checksums(store.directory)
     except DataError:  # removed by hand: what tells a changed file then
         stats = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
         known = {

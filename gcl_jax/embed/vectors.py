@@ -26,8 +26,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gcl_jax import distributed
-from gcl_jax.data import checksums
-from gcl_jax.data.locks import locked
+from gcl_jax.data.store import locked, sha256
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.embed.exports import EMBEDDINGS, IDS
 from gcl_jax.embed.task import FORMAT, Task, key
@@ -138,7 +137,7 @@ def _checksums(folder: Path) -> dict[str, str]:
     """{array's file: its SHA-256}."""
     paths = sorted(folder.rglob("*.npy"))
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        found = list(threads.map(checksums.sha256, paths))
+        found = list(threads.map(sha256, paths))
     return {path.relative_to(folder).as_posix(): x for path, x in zip(paths, found, strict=True)}
 
 

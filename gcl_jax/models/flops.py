@@ -12,7 +12,7 @@ from gcl_jax.config import ModelConfig, TextConfig, TrainConfig, VisionConfig
 from gcl_jax.errors import ConfigError
 
 Kinds = Mapping[str, Mapping[str, str]]
-Contexts = Mapping[str, Mapping[str, int]]
+TextLengths = Mapping[str, Mapping[str, int]]
 
 
 def tower_flops(
@@ -73,7 +73,7 @@ def _block_flops(cfg: VisionConfig | TextConfig, tokens: int, queries: int) -> f
 def pair_flops(
     cfg: TrainConfig,
     kinds: Kinds | None = None,
-    contexts: Contexts | None = None,
+    text_lengths: TextLengths | None = None,
     *,
     training: bool = False,
 ) -> float:
@@ -84,7 +84,7 @@ def pair_flops(
         cfg: with its fields spelled out, as `RankedStore.resolve` does.
         kinds: {"query" and "document": {field: "image" or "text"}}, as a store has them; by
             default the field called "image" is one.
-        contexts: {"query" and "document": {field: tokens}}, where a text is padded to less than
+        text_lengths: {"query" and "document": {field: tokens}}, where a text is padded to less than
             the context length.
     """
     data = cfg.data
@@ -98,19 +98,19 @@ def pair_flops(
         for field in fields:
             default = "image" if field == "image" else "text"
             kind = kinds[side][field] if kinds else default
-            tokens = contexts[side].get(field) if contexts else None
+            tokens = text_lengths[side].get(field) if text_lengths else None
             total += rows[side] * tower_flops(cfg.model, kind, training=training, tokens=tokens)
     return total
 
 
 def train_flops(
-    cfg: TrainConfig, kinds: Kinds | None = None, contexts: Contexts | None = None
+    cfg: TrainConfig, kinds: Kinds | None = None, text_lengths: TextLengths | None = None
 ) -> float:
     """Of the towers in one training step of the whole global batch: forward, and twice that
     backward, which is what model FLOP utilisation counts. What `remat` and `chunks` compute again
     is not in it, nor that frozen layers need less, nor the loss (`loss_flops`). Arguments: as in
     `pair_flops`."""
-    return 3 * pair_flops(cfg, kinds, contexts, training=True) * cfg.optim.batch_size
+    return 3 * pair_flops(cfg, kinds, text_lengths, training=True) * cfg.optim.batch_size
 
 
 def loss_flops(cfg: TrainConfig) -> float:

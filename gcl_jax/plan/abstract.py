@@ -97,7 +97,7 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
 
 def abstract_batch(cfg: TrainConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
     """A global batch (`gcl_jax.data.pipeline`) as ShapeDtypeStructs, rows over all devices;
-    texts as long as they may be, of which a run may need less (`gcl_jax.data.contexts`)."""
+    texts as long as they may be, of which a run may need less (`pipeline.longest_texts`)."""
     n, split = cfg.optim.batch_size, batch_sharding(mesh)
 
     def rows(dtype, *shape: int) -> jax.ShapeDtypeStruct:

@@ -13,8 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from gcl_jax import logs
-from gcl_jax.data import checksums, store
-from gcl_jax.data.locks import locked
+from gcl_jax.data import store
 from gcl_jax.data.negatives import save_negatives
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.prepare.bad_rows import BadRows
@@ -99,7 +98,7 @@ def write_store(
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.with_name(f"{out.name}.incomplete")
-    with locked(building):
+    with store.locked(building):
         try:
             if existing := finished_store(out, plan):
                 shutil.rmtree(building)
@@ -204,9 +203,7 @@ def _write_rest(
     }
     bad_rows.write(out / "skipped.jsonl")
     (out / "store.json").write_text(json.dumps(info, indent=2) + "\n")
-    size = sum(path.stat().st_size for path in checksums.files(out))
-    with logs.progress(size, unit="B", description="checksums") as bar:
-        checksums.write_manifest(out, bar.update)
+    store.write_checksums(out)
 
 
 def _write_pairs(pairs: store.Pairs, folder: Path) -> None:

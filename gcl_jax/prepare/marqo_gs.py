@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from gcl_jax.data.checksums import sha256
+from gcl_jax.data.store import sha256
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.bad_rows import BadRows, RowError
 from gcl_jax.prepare.builder import Split

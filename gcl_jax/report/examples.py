@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.overview import thumbnail
 from gcl_jax.data.store import RankedStore, Records
+from gcl_jax.data.transforms import thumbnail
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate.judgements import Judgements, load_judgements
 from gcl_jax.search.searcher import SearchIndex, fields_of_kind

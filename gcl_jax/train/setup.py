@@ -17,8 +17,7 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.retention import require_metric
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.contexts import longest_texts, padded_length
-from gcl_jax.data.pipeline import pair_weights, train_batches
+from gcl_jax.data.pipeline import longest_texts, padded_length, pair_weights, train_batches
 from gcl_jax.data.sampling import pairs_per_epoch
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError
@@ -66,8 +65,8 @@ def set_up(cfg: TrainConfig) -> Training:
     store = open_store(cfg.data.store)
     cfg = store.resolve(cfg)
     require_metric(cfg)
-    contexts = text_contexts(cfg, store)
-    batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), contexts)
+    lengths = text_lengths(cfg, store)
+    batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), lengths)
     pairs = store.pairs(cfg.data.train_split)
     epoch = pairs_per_epoch(cfg, pairs)
     if epoch < len(pairs):
@@ -95,11 +94,11 @@ def set_up(cfg: TrainConfig) -> Training:
         tx,
         train_step,
         constants,
-        flops.train_flops(cfg, kinds, contexts),
+        flops.train_flops(cfg, kinds, lengths),
     )
 
 
-def text_contexts(cfg: TrainConfig, store: RankedStore) -> dict[str, dict[str, int]]:
+def text_lengths(cfg: TrainConfig, store: RankedStore) -> dict[str, dict[str, int]]:
     """{"query" and "document": {field: tokens}} of the text fields that need less than the context
     length in this run; the processes share the search, and its result."""
 

@@ -14,9 +14,8 @@ import pytest
 from conftest import TinySource
 from towers import SMALL, random_fields, random_params
 
-from gcl_jax.data import contexts
-from gcl_jax.data.contexts import longest_texts, padded_length
-from gcl_jax.data.pipeline import train_batches
+from gcl_jax.data import pipeline
+from gcl_jax.data.pipeline import longest_texts, padded_length, train_batches
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import DataError
 from gcl_jax.losses.contrastive import gcl_loss_reference
@@ -68,7 +67,7 @@ def test_the_longest_text_of_the_training_split(cfg, store):
 
 
 def test_each_of_two_hosts_looks_at_its_share(cfg, store, monkeypatch):
-    monkeypatch.setattr(contexts, "BLOCK", 1)
+    monkeypatch.setattr(pipeline, "BLOCK", 1)
     shares = [longest_texts(cfg, store, shard, 2)["query"]["query"] for shard in range(2)]
     assert shares == [4, 12]
     # More hosts than texts: the last has none to look at.
@@ -78,7 +77,7 @@ def test_each_of_two_hosts_looks_at_its_share(cfg, store, monkeypatch):
 
 def test_hosts_agree_and_ask_equally_often(cfg, store, monkeypatch):
     """Two hosts as threads; the second finds in its first block that nothing longer can come."""
-    monkeypatch.setattr(contexts, "BLOCK", 1)
+    monkeypatch.setattr(pipeline, "BLOCK", 1)
     cfg.model.text.context_length = 5
     meeting, told = threading.Barrier(2, timeout=60), [[], []]
 
@@ -108,7 +107,7 @@ def test_prefixes_count_and_hard_negatives_do(cfg, store):
 
 def test_reading_ends_where_nothing_longer_can_come(cfg, store, monkeypatch):
     read, texts = [], type(store.queries).texts
-    monkeypatch.setattr(contexts, "BLOCK", 2)
+    monkeypatch.setattr(pipeline, "BLOCK", 2)
     monkeypatch.setattr(
         type(store.queries),
         "texts",
@@ -131,7 +130,7 @@ def test_what_keeps_the_whole_context(cfg, store, tiny_store):
     assert longest_texts(siglip, store) == nothing
     siglip.model.text.pool, siglip.model.text.causal = "argmax", False
     assert longest_texts(siglip, store) == nothing
-    assert setup.text_contexts(siglip, store) == nothing
+    assert setup.text_lengths(siglip, store) == nothing
     # Reading a title of the other store would read its image.
     cfg.data.document_fields = {"title": 1.0}
     assert longest_texts(cfg, tiny_store) == {"query": {"query": 4}, "document": {}}
@@ -155,7 +154,7 @@ def test_a_text_that_does_not_fit_is_never_cut(cfg, store):
         {"query": {"query": 11}, "document": {}},
         {"query": {}, "document": {"title": 3}},
     ):
-        batches = train_batches(cfg, store, contexts=fields)
+        batches = train_batches(cfg, store, text_lengths=fields)
         with pytest.raises(DataError, match=r"record '\w+', field '\w+': more tokens than the"):
             collections.deque(itertools.islice(batches, 4))
         batches.close()
@@ -181,7 +180,7 @@ def test_loss_and_gradients_are_those_of_the_whole_context(name):
     ours, theirs = (loss(params, tokens) for tokens in (cut, full))
     assert max(jnp.abs(x).max() for x in jax.tree.leaves(theirs[1])) > 0.01
     close = jax.tree.map(lambda x, y: np.allclose(x, y, rtol=1e-6, atol=1e-6), ours, theirs)
-    assert jax.tree.all(close) == contexts.ignores_padding(model.text) == (name != "siglip")
+    assert jax.tree.all(close) == pipeline.ignores_padding(model.text) == (name != "siglip")
 
 
 def test_a_run_cuts_what_is_padding_in_all_its_texts(cfg, store, capsys):
