@@ -3,7 +3,6 @@ makes; `emoji/LICENSES.md` names every source."""
 
 import hashlib
 from collections.abc import Callable
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
