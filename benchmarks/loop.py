@@ -23,7 +23,7 @@ from gcl_jax import logs
 from gcl_jax.checkpoints import state
 from gcl_jax.config import TrainConfig
 from gcl_jax.train import setup
-from gcl_jax.train.__main__ import train
+from gcl_jax.train.loop import train
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +44,7 @@ class Stopwatch:
 
 
 def run_bare(cfg: TrainConfig) -> None:
-    training = setup.set_up(cfg)
+    training = setup.make_training(cfg)
     train_state = state.init_state(training.cfg, training.tx, training.mesh)
     metrics = None
     for _ in range(training.steps):

@@ -159,7 +159,9 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         # In a joined run jax itself catches SIGTERM, and tells the other processes.
-        caught = (signal.SIGINT,) if self._joined else (signal.SIGINT, signal.SIGTERM)
+        caught = [signal.SIGINT] if self._joined else [signal.SIGINT, signal.SIGTERM]
+        if threading.current_thread() is not threading.main_thread():
+            caught = []  # Python lets the main thread alone catch them
         self._previous = {s: signal.signal(s, self._catch) for s in caught}
         return self
 

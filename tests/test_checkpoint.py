@@ -12,13 +12,13 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gcl_jax import sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
-from gcl_jax.checkpoints.retention import require_metric
 from gcl_jax.checkpoints.saved import Saved
 from gcl_jax.checkpoints.state import TrainState, abstract_state, averaged_params
 from gcl_jax.config import CheckpointConfig, MeshConfig
 from gcl_jax.errors import ConfigError, DataError, UserError
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.optim import make_optimizer
+from gcl_jax.train.setup import require_metric
 from gcl_jax.validation import validate
 
 

@@ -28,7 +28,7 @@ from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate.__main__ import evaluate_workdir
 from gcl_jax.models import clip
-from gcl_jax.train.__main__ import train
+from gcl_jax.train.loop import train
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.prepare.emoji import EmojiLanguagesSource
 from gcl_jax.stores import open_store
-from gcl_jax.train import __main__ as train
+from gcl_jax.train.flags import parse_flags
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -82,11 +82,11 @@ def test_the_config_cuts_fewer_than_one_name_in_a_hundred(store):
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # absl's
 def test_the_config_takes_the_languages_to_train_on(capsys):
     path = CONFIGS / "emoji_languages.py"
-    train.parse_flags(["train", f"--config={path}:en,ja", "--workdir=x"])
+    parse_flags(["train", f"--config={path}:en,ja", "--workdir=x"])
     cfg = flags.FLAGS.config
     flags.FLAGS.unparse_flags()
     assert cfg.data.query_fields == {"en": 1.0, "ja": 1.0}
     assert len(cfg.eval.query_fields) == 9
     with pytest.raises(SystemExit):
-        train.parse_flags(["train", "--config=nowhere.py:en", "--workdir=x"])
+        parse_flags(["train", "--config=nowhere.py:en", "--workdir=x"])
     assert "nowhere.py: no such file" in capsys.readouterr().err

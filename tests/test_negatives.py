@@ -24,8 +24,8 @@ from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare.builder import Split, write_store
 from gcl_jax.sharding import to_global
 from gcl_jax.train import step
-from gcl_jax.train.__main__ import train
 from gcl_jax.train.gradient_cache import cached_value_and_grad
+from gcl_jax.train.loop import train
 
 PAIRS = [
     {"query": "red thing", "id": "a", "score": 100, "title": "A", "no": ["c", "b", "c"]},

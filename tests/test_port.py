@@ -724,7 +724,7 @@ def test_a_model_is_imported_and_exported_again(tmp_path, tiny_store, capsys, cl
 def test_an_import_is_exported_without_its_store_and_never_trained_in_place(
     tmp_path, tiny_store, tiny_config, clip_params
 ):
-    from gcl_jax.train.__main__ import train
+    from gcl_jax.train.loop import train
 
     exported(tmp_path, "bert", "hugging_face")
     workdir, store = tmp_path / "run", tmp_path / "store"

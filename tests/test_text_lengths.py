@@ -184,7 +184,7 @@ def test_loss_and_gradients_are_those_of_the_whole_context(name):
 
 
 def test_a_run_cuts_what_is_padding_in_all_its_texts(cfg, store, capsys):
-    training = setup.set_up(cfg)
+    training = setup.make_training(cfg)
     lines = capsys.readouterr().err
     assert "query field 'query': 16 of 24 tokens\n" in lines
     assert "document field 'title': 8 of 24 tokens\n" in lines

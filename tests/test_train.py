@@ -25,7 +25,7 @@ from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.models import clip, flops
 from gcl_jax.prepare.builder import write_store
 from gcl_jax.runs import load_run
-from gcl_jax.train.__main__ import Interrupted, train
+from gcl_jax.train.loop import Interrupted, train
 from gcl_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from absl import app, flags
 
 from gcl_jax.errors import ConfigError, reported_in_one_line
-from gcl_jax.train.__main__ import parse_flags
+from gcl_jax.train.flags import CONFIG, parse_flags
 from gcl_jax.validation import validate
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from gcl_jax.plan.planner import Plan
     from gcl_jax.plan.topology import Topology
 
+flags.declare_key_flag("config")
 _TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v6e:16x16, v5p:8x8x8, h100:8, cpu:8.")
 _FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Search the largest batch that fits.")
 _IMAGES = flags.DEFINE_list("image_fields", ["image"], "Fields that are images, without a store.")
@@ -185,7 +186,7 @@ def run(cfg: "TrainConfig") -> bool:
 
 def main(_argv: list[str]) -> None:
     with reported_in_one_line():
-        cfg = flags.FLAGS.config
+        cfg = CONFIG.value
         validate(cfg)
         fits = run(cfg)
     sys.exit(0 if fits else 1)

@@ -44,7 +44,7 @@ class Monitor:
     the device's.
 
     Attributes:
-        sick: the steps up to the newest one looked at that were skipped in a row.
+        nonfinite: the steps up to the newest one looked at that were skipped in a row.
         rollbacks: how often the run went back to a checkpoint.
     """
 
@@ -54,12 +54,12 @@ class Monitor:
         self._training, self._workdir, self._writer, self._bar = training, workdir, writer, bar
         self._spikes = SpikeAlarm(training.cfg.nonfinite)
         self._pending: _Dispatched | None = None
-        self.sick: list[int] = []
+        self.nonfinite: list[int] = []
         self.rollbacks = 0
 
     def start_at(self, step: int) -> None:
         """`step` steps are done, and what was logged of later ones is forgotten."""
-        self._pending, self.sick = None, []
+        self._pending, self.nonfinite = None, []
         self._writer.restart(step)
         self._bar.n = self._bar.initial = step
         self._bar.refresh()
@@ -106,22 +106,22 @@ class Monitor:
         loss, norm = (float(vital[name]) for name in ("loss", "gradient_norm"))
         self._bar.update(step - self._bar.n)
         if not (math.isfinite(loss) and math.isfinite(norm)):
-            self.sick.append(step)
+            self.nonfinite.append(step)
             self._note(step, loss, norm, rows)
         else:
-            self.sick = []
+            self.nonfinite = []
             if alarm := self._spikes.hear(step, loss):
                 distributed.announce(f"\n{alarm}")
         if step % self._training.cfg.log_every == 0 or step == self._training.steps:
             self._log(step, jax.device_get(metrics))
 
     def _note(self, step: int, loss: float, norm: float, rows: Batch) -> None:
-        """One line in sick_steps.jsonl with the pairs of all hosts, to look for the culprit."""
+        """A line in nonfinite_steps.jsonl with the pairs of all hosts, to look for the culprit."""
         ids = {name: np.asarray(rows[name]) for name in ("query_id", "document_id")}
         ids = multihost_utils.process_allgather(ids, tiled=True)
         if not distributed.is_first():
             return
-        path = self._workdir / "sick_steps.jsonl"
+        path = self._workdir / "nonfinite_steps.jsonl"
         line = {"step": step, "loss": repr(loss), "gradient_norm": repr(norm)}
         with path.open("a") as file:
             file.write(json.dumps(line | {name: x.tolist() for name, x in ids.items()}) + "\n")
@@ -211,8 +211,8 @@ class Trace:
             self._running = False
 
 
-def diagnosis(sick: Sequence[int], params: Params, workdir: Path) -> str:
-    """Why a run cannot go on after the skipped steps `sick`, in one line."""
+def diagnosis(skipped: Sequence[int], params: Params, workdir: Path) -> str:
+    """Why a run cannot go on after the steps `skipped`, in one line."""
     finite = jax.jit(lambda params: jax.tree.map(lambda x: jnp.isfinite(x).all(), params))(params)
     flat = traverse_util.flatten_dict(jax.device_get(finite), sep=".")
     bad = [name for name, is_finite in flat.items() if not is_finite]
@@ -223,8 +223,9 @@ def diagnosis(sick: Sequence[int], params: Params, workdir: Path) -> str:
         "config.optim.lr"
     )
     return (
-        f"the loss or its gradients were not finite in {len(sick)} steps in a row, {sick[0]} to "
-        f"{sick[-1]} ({workdir / 'sick_steps.jsonl'} has their pairs); {found}"
+        f"the loss or its gradients were not finite in {len(skipped)} steps in a row, "
+        f"{skipped[0]} to {skipped[-1]} ({workdir / 'nonfinite_steps.jsonl'} has their pairs); "
+        f"{found}"
     )
 
 

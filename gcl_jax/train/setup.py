@@ -9,24 +9,26 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from gcl_jax import config, distributed, optim, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
-from gcl_jax.checkpoints.retention import require_metric
+from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import longest_texts, padded_length, pair_weights, train_batches
 from gcl_jax.data.sampling import pairs_per_epoch
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError
+from gcl_jax.evaluate.results import SUMMARY
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.models import flops
-from gcl_jax.models.clip import abstract_model
+from gcl_jax.models.clip import abstract_model, abstract_params
+from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
-from gcl_jax.train.init_from import warm_start
 from gcl_jax.train.step import Metrics, known_weights, make_train_step
 
 
@@ -52,7 +54,7 @@ class Training:
         return sharding.to_global(rows, self.mesh) | self.constants
 
 
-def set_up(cfg: TrainConfig) -> Training:
+def make_training(cfg: TrainConfig) -> Training:
     """Everything but the state, which takes memory, and the directory of the run.
 
     Raises:
@@ -115,6 +117,15 @@ def text_lengths(cfg: TrainConfig, store: RankedStore) -> dict[str, dict[str, in
     return found
 
 
+def require_metric(cfg: TrainConfig) -> None:
+    """Raises `ConfigError` unless evaluation in training gives the metric that says which
+    checkpoints are best. `cfg` is resolved for its store."""
+    best = cfg.checkpoint.best
+    names = [f"{split}/{name}" for split in cfg.eval.splits for name in SUMMARY]
+    if best and best not in names:
+        raise ConfigError(f"config.checkpoint.best={best!r} must be one of {', '.join(names)}")
+
+
 def start_or_continue(
     training: Training, checkpointer: Checkpointer, workdir: Path
 ) -> tuple[int, TrainState]:
@@ -133,7 +144,7 @@ def start_or_continue(
         )
     latest = checkpointer.latest_step()
     if latest is None:
-        start = warm_start(cfg, training.mesh) if cfg.init_from else {}
+        start = load_init_from(cfg, training.mesh) if cfg.init_from else {}
         distributed.announce(f"starting from {cfg.init_from or 'random parameters'}")
         return 0, init_state(cfg, training.tx, training.mesh, start)
     if latest == 0:
@@ -150,6 +161,41 @@ def start_or_continue(
     training.batches.set_state(position)
     distributed.announce(f"continuing {workdir} from step {step} of {steps}")
     return step, state
+
+
+def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
+    """The parameters that `cfg.init_from` gives to the model `cfg.model`, placed on `mesh`.
+
+    It is the workdir of another run (its moving averages, if it has any), or whatever
+    `gcl_jax.port.convert.load_pretrained` reads. LoRA's matrices, the temperature and the logits'
+    bias are left out where it lacks them: they start as the configuration says.
+
+    Raises:
+        ConfigError, DataError: no such source, or parameters that are missing, left over or of
+            another shape, all named.
+    """
+    abstract = abstract_params(cfg.model, mesh)
+    wanted = traverse_util.flatten_dict(abstract, sep=".")
+    optional = [n for n in wanted if n.endswith((".lora_a", ".lora_b")) or n.startswith("logit_")]
+    source = Path(cfg.init_from)
+    if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
+        with Checkpointer(source, cfg.checkpoint, read_only=True) as checkpointer:
+            return checkpointer.restore_params(abstract, optional)
+    from gcl_jax.port.convert import load_pretrained  # with all that reads other libraries' files
+
+    base = dataclasses.replace(cfg.model, lora_rank=0)
+    found = traverse_util.flatten_dict(load_pretrained(cfg.init_from, base), sep=".")
+    wanted = {name: x for name, x in wanted.items() if name in found or name not in optional}
+    require_fit(cfg.init_from, wanted, found)
+    placed = {name: _placed(found[name], x) for name, x in wanted.items()}
+    return traverse_util.unflatten_dict(placed, sep=".")
+
+
+def _placed(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
+    """`array` in the dtype of `target`; a device gets its own shard only."""
+    return jax.make_array_from_callback(
+        target.shape, target.sharding, lambda index: np.asarray(array[index], target.dtype)
+    )
 
 
 def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> None:

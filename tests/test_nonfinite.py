@@ -17,7 +17,7 @@ from gcl_jax.config import NonFiniteConfig
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.sharding import to_global
 from gcl_jax.train import setup, step
-from gcl_jax.train.__main__ import SickRun, train
+from gcl_jax.train.loop import NonFiniteRun, train
 from gcl_jax.train.monitor import SpikeAlarm
 
 POISON = 13.0
@@ -46,7 +46,7 @@ def poisonable(monkeypatch):
     monkeypatch.setattr(step, "multi_field_loss", with_poison)
 
 
-def test_a_sick_step_changes_nothing_but_the_count(tiny_config, poisonable):
+def test_a_nonfinite_step_changes_nothing_but_the_count(tiny_config, poisonable):
     """NaN in the rows of one device, or in a gradient beside a finite loss; with averages."""
     cfg = tiny_config
     cfg.optim.ema_decay, cfg.log_every = 0.5, 2
@@ -65,10 +65,10 @@ def test_a_sick_step_changes_nothing_but_the_count(tiny_config, poisonable):
         return jax.device_get(state), seen
 
     well, _ = run(None, None)
-    sick, seen = run(None, np.nan, POISON, None)
-    assert int(sick.step) == 4
+    survived, seen = run(None, np.nan, POISON, None)
+    assert int(survived.step) == 4
     for part in ("params", "opt_state", "ema"):
-        jax.tree.map(np.testing.assert_array_equal, getattr(sick, part), getattr(well, part))
+        jax.tree.map(np.testing.assert_array_equal, getattr(survived, part), getattr(well, part))
     assert [metrics["skipped_steps"] for metrics in seen] == [0, 1, 2, 2]
     assert [np.isfinite(metrics["loss"]) for metrics in seen] == [True, False, True, True]
     assert [np.isfinite(metrics["gradient_norm"]) for metrics in seen] == [True, False, False, True]
@@ -85,7 +85,7 @@ def compiled():
 
 @pytest.fixture
 def trained(tiny_config, tiny_store, tmp_path, monkeypatch, compiled):
-    """trained(sick draws, patience, rollbacks): a run of 8 steps, saved every 2, and its lines."""
+    """trained(bad draws, patience, rollbacks): a run of 8 steps, saved every 2, and its lines."""
     cfg = tiny_config
     cfg.data.store = str(tiny_store.directory)
     cfg.optim.steps, cfg.log_every, cfg.checkpoint.every = 8, 1, 2
@@ -94,24 +94,26 @@ def trained(tiny_config, tiny_store, tmp_path, monkeypatch, compiled):
     def make_once(*args):
         return compiled.setdefault("step", make(*args))
 
-    def run(sick, patience=3, rollbacks=1):
+    def run(draws, patience=3, rollbacks=1):
         cfg.nonfinite = NonFiniteConfig(patience, rollbacks)
         monkeypatch.setattr(setup, "make_train_step", make_once)
-        monkeypatch.setattr(setup, "train_batches", lambda *args: Injected(batches(*args), sick))
+        monkeypatch.setattr(setup, "train_batches", lambda *args: Injected(batches(*args), draws))
         train(cfg, tmp_path)
         return logged(tmp_path)
 
     return run
 
 
-def sick_lines(workdir):
-    return [json.loads(line) for line in (workdir / "sick_steps.jsonl").read_text().splitlines()]
+def nonfinite_lines(workdir):
+    return [
+        json.loads(line) for line in (workdir / "nonfinite_steps.jsonl").read_text().splitlines()
+    ]
 
 
-def test_one_sick_batch_is_skipped_and_named(trained, tmp_path, tiny_store, capsys):
+def test_one_nonfinite_batch_is_skipped_and_named(trained, tmp_path, tiny_store, capsys):
     rows = trained({3})
     assert [row["skipped_steps"] for row in rows] == [0, 0, 1, 1, 1, 1, 1, 1]
-    (line,) = sick_lines(tmp_path)
+    (line,) = nonfinite_lines(tmp_path)
     assert (line["step"], line["loss"]) == (3, "nan")
     assert len(line["query_id"]) == len(line["document_id"]) == 8
     assert max(line["document_id"]) < len(tiny_store.documents)
@@ -119,27 +121,27 @@ def test_one_sick_batch_is_skipped_and_named(trained, tmp_path, tiny_store, caps
 
 
 def test_many_in_a_row_go_back_to_the_last_sound_checkpoint(trained, tmp_path, capsys):
-    """Steps 4 to 6 are sick, so nothing is saved at 4 and 6, and the run goes on from 2 with the
-    data that follow."""
+    """Steps 4 to 6 are not finite, so nothing is saved at 4 and 6, and the run goes on from 2 with
+    the data that follow."""
     rows = trained({4, 5, 6})
     assert "in 3 steps in a row, 4 to 6" in (errors := capsys.readouterr().err)
     assert "going back to step 2" in errors
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert [row.get("rollbacks") for row in rows] == [None] * 2 + [1] * 6
     assert rows[-1]["skipped_steps"] == 0
-    assert len(sick_lines(tmp_path)) == 3
+    assert len(nonfinite_lines(tmp_path)) == 3
 
 
 def test_a_run_that_does_not_recover_stops_with_a_diagnosis(trained, tmp_path, capsys):
     with pytest.raises(
-        SickRun, match=r"in 4 steps in a row, 5 to 8 .*sick_steps.*are finite: look"
+        NonFiniteRun, match=r"in 4 steps in a row, 5 to 8 .*nonfinite_steps.*are finite: look"
     ):
         trained(range(5, 100))
     assert capsys.readouterr().err.count("going back to step 4") == 1
 
 
-def test_a_run_that_is_sick_from_the_start_stops(trained):
-    with pytest.raises(SickRun, match="in a row, 1 to 4"):
+def test_a_run_that_is_never_finite_stops(trained):
+    with pytest.raises(NonFiniteRun, match="in a row, 1 to 4"):
         trained(range(1, 100))
 
 
@@ -148,16 +150,16 @@ def test_nan_on_one_host_is_skipped_by_both(config_file, tmp_path):
     program = (
         "import sys, jax\n"
         "from gcl_jax import distributed\n"
-        "from gcl_jax.train import __main__ as train, setup\n"
+        "from gcl_jax.train import loop, setup\n"
         "from gcl_jax.config import load\n"
         "from pathlib import Path\n"
         "from injected import Injected\n"
         "if __name__ == '__main__':\n"
         "    batches = setup.train_batches\n"
         "    with distributed.joined(graceful=True):\n"
-        "        sick = {2} if jax.process_index() == 1 else set()\n"
-        "        setup.train_batches = lambda *args: Injected(batches(*args), sick)\n"
-        "        train.train(load(Path(sys.argv[1])), Path(sys.argv[2]))\n"
+        "        draws = {2} if jax.process_index() == 1 else set()\n"
+        "        setup.train_batches = lambda *args: Injected(batches(*args), draws)\n"
+        "        loop.train(load(Path(sys.argv[1])), Path(sys.argv[2]))\n"
     )
     script, workdir = tmp_path / "program.py", tmp_path / "run"
     script.write_text(program)
@@ -166,7 +168,7 @@ def test_nan_on_one_host_is_skipped_by_both(config_file, tmp_path):
     errors = run.communicate(timeout=PATIENCE_SECONDS)[1]
     assert run.returncode == 0, errors
     assert [row["skipped_steps"] for row in logged(workdir) if "loss" in row] == [0, 1, 1]
-    (line,) = sick_lines(workdir)
+    (line,) = nonfinite_lines(workdir)
     assert len(line["query_id"]) == 8
 
 

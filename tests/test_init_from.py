@@ -18,7 +18,7 @@ from gcl_jax.errors import DataError
 from gcl_jax.models.clip import abstract_model, abstract_params
 from gcl_jax.optim import make_optimizer, with_part
 from gcl_jax.port import convert
-from gcl_jax.train.init_from import warm_start
+from gcl_jax.train.setup import load_init_from
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_from_the_averages_of_a_run(cfg):
     params = draw_params(cfg)
     ema = {"text": jax.tree.map(lambda x: x + 1, params["text"])}
     save_run(cfg, params, ema)
-    started = warm_start(cfg, MESH)
+    started = load_init_from(cfg, MESH)
     jax.tree.map(np.testing.assert_array_equal, started, with_part(params, ema))
     expected = abstract_params(cfg.model, MESH)
     assert jax.tree.map(lambda x: x.sharding, started) == jax.tree.map(
@@ -71,7 +71,7 @@ def test_lora_begins_where_its_base_ended(cfg, monkeypatch, pretrained):
         save_run(cfg, params)
     cfg.model = dataclasses.replace(cfg.model, lora_rank=2)
     tx = make_optimizer(cfg.optim, 1, abstract_model(cfg.model)[1])
-    state = init_state(cfg, tx, MESH, warm_start(cfg, MESH))
+    state = init_state(cfg, tx, MESH, load_init_from(cfg, MESH))
     flat = traverse_util.flatten_dict(jax.device_get(state.params), sep=".")
     for name, x in traverse_util.flatten_dict(params, sep=".").items():
         np.testing.assert_array_equal(flat.pop(name), x, err_msg=name)
@@ -88,7 +88,7 @@ def test_pretrained_weights_take_the_models_dtype_and_lack_no_more_than_a_temper
     del params["logit_scale"]
     give(monkeypatch, params)
     cfg.model.param_dtype = "bfloat16"
-    started = warm_start(cfg, MESH)
+    started = load_init_from(cfg, MESH)
     to_bfloat16 = lambda x: x.astype(ml_dtypes.bfloat16)
     jax.tree.map(np.testing.assert_array_equal, started, jax.tree.map(to_bfloat16, params))
     kernel = started["text"]["transformer"]["blocks"]["attn"]["in_proj"]["kernel"]
@@ -101,14 +101,14 @@ def test_pretrained_weights_take_the_models_dtype_and_lack_no_more_than_a_temper
         r"no text.token_embedding; surplus head; visual.proj has shape \(16, 4\), not \(16, 16\)"
     )
     with pytest.raises(DataError, match=message):
-        warm_start(cfg, MESH)
+        load_init_from(cfg, MESH)
 
 
 def test_a_run_of_another_shape_is_refused(cfg):
     save_run(cfg, draw_params(cfg))
     cfg.model.text.layers = 3
     with pytest.raises(DataError, match="kernel has shape") as refusal:
-        warm_start(cfg, MESH)
+        load_init_from(cfg, MESH)
     assert "\n" not in str(refusal.value)
 
 
@@ -117,4 +117,4 @@ def test_a_run_without_a_checkpoint_is_refused(cfg):
     for folder in Path(cfg.init_from, "checkpoints").iterdir():
         folder.rename(Path(cfg.init_from) / "elsewhere")
     with pytest.raises(DataError, match="holds no complete checkpoint"):
-        warm_start(cfg, MESH)
+        load_init_from(cfg, MESH)

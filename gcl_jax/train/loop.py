@@ -1,0 +1,125 @@
+"""The training loop: fetch, step, look, evaluate, save; and stop as it is told to."""
+
+import contextlib
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+
+from gcl_jax import config, distributed, logs, registry
+from gcl_jax.checkpoints.checkpointer import Checkpointer
+from gcl_jax.checkpoints.state import abstract_state, averaged_params
+from gcl_jax.config import TrainConfig
+from gcl_jax.embed.embedder import Embedder
+from gcl_jax.errors import ConfigError, UserError
+from gcl_jax.evaluate.ranked import evaluate_in_training
+from gcl_jax.train.monitor import Monitor, Trace, diagnosis
+from gcl_jax.train.setup import make_training, start_or_continue
+from gcl_jax.validation import validate
+
+
+class Interrupted(Exception):
+    """The run stopped early on a signal, after saving."""
+
+    def __init__(self, signum: int, step: int):
+        super().__init__(f"saved step {step}; run the same command to continue")
+        self.exit_code = 128 + signum
+
+
+class NonFiniteRun(UserError):
+    """Step after step the loss or its gradients were not finite."""
+
+
+def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> dict[str, float]:
+    """Trains to the end of the schedule, from the newest checkpoint in `workdir` if there is one:
+    the same call continues a run that was interrupted, and leaves a finished one as it is.
+
+    Args:
+        cfg: what to train; it is not changed. WORKDIR/config.json has it with all that depends on
+            the data spelled out.
+        workdir: where checkpoints, metrics and the configuration are written; see
+            `gcl_jax.runs.load_run` to open it.
+        profile: steps to write a trace of, for TensorBoard's profiler or Perfetto.
+
+    Returns:
+        What was logged last: "step", "loss", "learning_rate" and so on, a line of metrics.jsonl.
+
+    Raises:
+        ConfigError, DataError: bad configuration or data.
+        NonFiniteRun: step after step the loss or its gradients were not finite.
+        Interrupted: SIGINT or SIGTERM came; everything is saved. (In the main thread alone.)
+    """
+    if not isinstance(cfg, TrainConfig):
+        raise ConfigError(f"config is a {type(cfg).__name__}; give a gcl_jax.config.TrainConfig")
+    validate(cfg)
+    logs.quiet_libraries()
+    workdir = Path(workdir)
+    training = make_training(cfg)
+    cfg, batches, steps = training.cfg, training.batches, training.steps
+    cfg.extensions = tuple(dict.fromkeys((*cfg.extensions, *registry.extensions)))
+    first = distributed.is_first()
+    if first:
+        workdir.mkdir(parents=True, exist_ok=True)
+    # Unclosed, the threads that prefetch from an endless data set outlive the training.
+    with (
+        contextlib.closing(batches),
+        Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer,
+        distributed.StopSignals() as signals,
+        distributed.Watchdog(cfg.hang_seconds) as watchdog,
+    ):
+        step, state = start_or_continue(training, checkpointer, workdir)
+        if first:
+            config.save(cfg, workdir / "config.json")
+        embedder = Embedder(cfg, state.params, training.mesh)
+        settings = dataclasses.asdict(cfg)
+        with (
+            logs.progress(steps, unit="step", description="train", quiet=not first) as bar,
+            logs.MetricWriter(workdir, cfg.wandb, settings, quiet=not first) as writer,
+            Trace(workdir, profile) as trace,
+        ):
+            monitor = Monitor(training, workdir, writer, bar)
+            monitor.start_at(step)
+            while step < steps:
+                # The step before is still running: meanwhile the next batch is fetched and sent.
+                with monitor.waiting():
+                    rows = next(batches)
+                batch = training.to_devices(rows)
+                with trace.of(step + 1), jax.transfer_guard("disallow"):
+                    state, metrics = training.train_step(state, batch)
+                step += 1
+                monitor.dispatched(step, metrics, rows)
+
+                signum = signals.requested()
+                watchdog.alive()
+                evaluating = cfg.eval.every and step % cfg.eval.every == 0 and step < steps
+                saving = signum or step % cfg.checkpoint.every == 0 or step == steps
+                if evaluating or saving:
+                    monitor.settle()
+                checkpointer.check_for_errors()
+                if len(monitor.nonfinite) >= cfg.nonfinite.patience and not signum:
+                    reason = diagnosis(monitor.nonfinite, state.params, workdir)
+                    del state  # with the restored one it may not fit into memory
+                    abstract = abstract_state(cfg, training.tx, training.mesh)
+                    allowed = monitor.rollbacks < cfg.nonfinite.rollbacks
+                    restored = checkpointer.restore(abstract) if allowed else None
+                    if not restored:
+                        raise NonFiniteRun(reason)
+                    step, state, _ = restored
+                    distributed.announce(f"\n{reason}; going back to step {step}")
+                    monitor.roll_back(step)
+                    continue
+                summaries: dict[str, float] = {}
+                if evaluating:
+                    with monitor.pause():
+                        averaged = embedder.with_params(averaged_params(state))
+                        summaries = evaluate_in_training(cfg, training.store, averaged)
+                    writer.write(step, summaries)
+                # What a rollback returns to must be sound, so not in the midst of skipped steps.
+                if saving and (signum or step == steps or not monitor.nonfinite):
+                    checkpointer.save(step, state, batches.get_state(), summaries)
+                if signum and step < steps:
+                    raise Interrupted(signum, step)
+    logged = workdir / "metrics.jsonl"
+    lines = logged.read_text().splitlines() if logged.exists() else []
+    return json.loads(lines[-1]) if lines else {}
