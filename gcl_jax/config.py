@@ -21,7 +21,7 @@ from gcl_jax.errors import ConfigError
 @dataclasses.dataclass(frozen=True)
 class Option:
     """What an option means, and which values it takes. Bounds of a tuple or a dict hold for each of
-    its numbers."""
+    its numbers; choices of a dict are its names."""
 
     meaning: str
     choices: Collection[str] = ()
@@ -32,9 +32,13 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        """The choices or the bounds in words; empty if any value of the type will do."""
-        if self.choices:
-            return "one of " + ", ".join(self.choices)
+        """The choices and the bounds in words; empty if any value of the type will do."""
+        choices = "one of " + ", ".join(self.choices) if self.choices else ""
+        return "; ".join(filter(None, (choices, self.bounds)))
+
+    @property
+    def bounds(self) -> str:
+        """Such as "0 or more, below 1"; empty if there are none."""
         if self.at_least is not None and self.at_most is not None:
             return f"from {self.at_least:g} to {self.at_most:g}"
         ends = [(self.at_least, "{:g} or more"), (self.above, "above {:g}")]
@@ -353,7 +357,10 @@ class LossConfig:
     default the score-weighted contrastive loss alone (arXiv 2404.08535)."""
 
     objectives: ObjectivesConfig = option(
-        ObjectivesConfig(), "weight of each objective, 0 leaves it out", at_least=0
+        ObjectivesConfig(),
+        "weight of each objective, by name; 0 leaves it out",
+        registry.OBJECTIVES,
+        at_least=0,
     )
     score_to_weight: str = option(
         "inverse",

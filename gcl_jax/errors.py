@@ -1,6 +1,7 @@
 """Errors that a user can mend, and how every command reports them: one line, no traceback."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 
@@ -23,6 +24,8 @@ def reported_in_one_line() -> Iterator[None]:
     code 2; Ctrl-C into exit code 130."""
     try:
         yield
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -16,9 +16,9 @@ from typing import Any
 from gcl_jax import registry
 from gcl_jax.config import (
     RENAMED,
+    Described,
     ModelConfig,
     ObjectivesConfig,
-    Option,
     TrainConfig,
     described,
     nested,
@@ -40,9 +40,9 @@ def require(condition: bool, message: str) -> None:
 def validate(cfg: TrainConfig) -> None:
     """Raises `ConfigError`, one line that names the key, when `cfg` cannot work."""
     _check_parts(cfg, TrainConfig)
-    for key, hint, default, option in described():
-        if cfg.model.vision is not None or not key.startswith("model.vision."):
-            _check(key, functools.reduce(getattr, key.split("."), cfg), hint, default, option)
+    for one in described():
+        if cfg.model.vision is not None or not one.key.startswith("model.vision."):
+            check(one.key, functools.reduce(getattr, one.key.split("."), cfg), one)
     _validate_model(cfg)
     _validate_data(cfg)
     _validate_loss(cfg)
@@ -66,19 +66,23 @@ def _check_parts(part: Any, kind: type, key: str = "") -> None:
             _check_parts(value, inner, f"{name}.")
 
 
-def _check(key: str, value: Any, hint: Any, default: Any, option: Option) -> None:
-    """One option: the type of its value, its choices and its bounds."""
+def check(key: str, value: Any, one: Described) -> None:
+    """Raises `ConfigError` unless `value` has the type, the choices and the bounds of an option."""
+    option = one.option
     if option.choices and isinstance(value, str):
         require(value in option.choices, f"{key}={value!r} must be one of {tuple(option.choices)}")
-    require(_is_of(value, hint), f"{key}={value!r} must be {_in_words(hint)}, such as {default!r}")
+    require(
+        _is_of(value, one.type),
+        f"{key}={value!r} must be {in_words(one.type)}, such as {one.default!r}",
+    )
     weights = isinstance(value, dict)
     for name, x in _numbers(key, value):
         must = f"{name}={x} must be " + ("a weight of " if weights else "")
-        require(math.isfinite(x), f"{must}{option.allowed or 'a finite number'}")
-        require(option.at_least is None or x >= option.at_least, must + option.allowed)
-        require(option.above is None or x > option.above, must + option.allowed)
-        require(option.at_most is None or x <= option.at_most, must + option.allowed)
-        require(option.below is None or x < option.below, must + option.allowed)
+        require(math.isfinite(x), f"{must}{option.bounds or 'a finite number'}")
+        require(option.at_least is None or x >= option.at_least, must + option.bounds)
+        require(option.above is None or x > option.above, must + option.bounds)
+        require(option.at_most is None or x <= option.at_most, must + option.bounds)
+        require(option.below is None or x < option.below, must + option.bounds)
         require(not isinstance(x, int) or x <= LARGEST, f"{must}at most {LARGEST}")
 
 
@@ -131,11 +135,12 @@ _WORDS = {
 _MANY = {int: "whole numbers", float: "numbers", str: "texts"}
 
 
-def _in_words(hint: Any) -> str:
+def in_words(hint: Any) -> str:
+    """The type of an option, such as "a number" or "a tuple of 2 numbers"."""
     args = typing.get_args(hint)
     kind = typing.get_origin(hint) or hint
     if kind in (types.UnionType, typing.Union):
-        return " or ".join(map(_in_words, args))
+        return " or ".join(map(in_words, args))
     if kind is tuple:
         return f"a tuple of {'' if args[-1] is ... else f'{len(args)} '}{_MANY[args[0]]}"
     if kind in (dict, ObjectivesConfig):
@@ -213,7 +218,7 @@ def _set_option(part: Any, name: str, hint: Any, key: str, rest: list[str], text
         default = next(one.default for one in described() if f"{key}.".startswith(f"{one.key}."))
         example = "1.0" if rest else _as_text(default) or "a,b"
         raise ConfigError(
-            f"config.{key}={text!r} must be {_in_words(hint)}; write for example "
+            f"config.{key}={text!r} must be {in_words(hint)}; write for example "
             f"--config.{key}={example}"
         )
     if rest:
@@ -252,6 +257,31 @@ def _parsed(text: str, hint: Any) -> Any:
             value = (text if args[0] is str else value,)
         return tuple(value)
     return value
+
+
+def take_overrides(argv: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """(the other arguments, the (key, text) of `override`) of a command line: --config.KEY=TEXT or
+    --config.KEY TEXT; of a yes-or-no option also --config.KEY and --noconfig.KEY.
+
+    Raises:
+        ConfigError: a key without a text.
+    """
+    rest: list[str] = []
+    found: list[tuple[str, str]] = []
+    yes_or_no = {one.key for one in described() if one.type is bool}
+    words = iter(argv)
+    for word in words:
+        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", word, re.DOTALL)
+        if not match:
+            rest.append(word)
+            continue
+        no, key, text = match.groups()
+        if text is None:
+            text = str(not no) if key in yes_or_no else next(words, None)
+        if text is None:
+            raise ConfigError(f"{word}: write {word}=VALUE")
+        found.append((key, text))
+    return rest, found
 
 
 def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainConfig:

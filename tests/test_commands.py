@@ -1,9 +1,15 @@
 """Every command answers --help, and what it cannot do, before jax is loaded: that takes seconds."""
 
+import functools
+import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from gcl_jax import config, validation
 
 COMMANDS = (
     "data",
@@ -61,3 +67,61 @@ def test_a_missing_run_is_told_before_jax_is_loaded(args, tmp_path):
     assert done.stderr.startswith("error: ")
     assert "gone" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+FIRST_VERSION = json.loads((Path(__file__).parent / "commands_0_1.json").read_text())
+
+
+@pytest.mark.parametrize("command", [name for name in FIRST_VERSION if name != "config"])
+def test_every_flag_of_the_first_version_is_still_one(command):
+    done = subprocess.run(
+        [sys.executable, "-m", "gcl_jax", *command.split(), "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    offered = set(re.findall(r"--([a-z][a-z_]*)", done.stdout))
+    assert set(FIRST_VERSION[command]) <= offered
+
+
+@pytest.mark.parametrize("key", FIRST_VERSION["config"])
+def test_every_option_of_the_first_version_can_still_be_set(key):
+    cfg = config.TrainConfig()
+    value = functools.reduce(getattr, key.split("."), cfg)
+    is_dict = isinstance(value, dict)
+    validation.override(cfg, f"{key}.a" if is_dict else key, "0.5" if is_dict else str(value))
+    assert functools.reduce(getattr, key.split("."), cfg) == ({"a": 0.5} if is_dict else value)
+
+
+def test_the_commands_are_listed_and_their_own_doors():
+    done = subprocess.run(
+        [sys.executable, "-m", "gcl_jax"], capture_output=True, text=True, check=True
+    )
+    listed = re.findall(r"^  ([a-z]+) ", done.stdout, re.MULTILINE)
+    assert sorted(listed) == sorted([*COMMANDS, "config"])
+    for args, message in (["frobnicate"], "is no command"), (["config", "optim.z"], "no key"):
+        done = subprocess.run(
+            [sys.executable, "-m", "gcl_jax", *args], capture_output=True, text=True
+        )
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
+def test_config_lists_key_type_default_choices_and_meaning():
+    done = subprocess.run(
+        [sys.executable, "-m", "gcl_jax", "config", "model.remat"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("model.remat = 'none'\n")
+    text = " ".join(done.stdout.split())
+    assert "to save memory" in text
+    assert "a text; one of none, full, dots" in text
+
+
+def test_every_option_says_what_it_means():
+    for one in config.described():
+        assert len(one.option.meaning) > 5, one.key
+        validation.check(one.key, one.default, one)

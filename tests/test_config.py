@@ -1,6 +1,9 @@
 """Configuration: presets, round trip through JSON, clear refusals."""
 
 import dataclasses
+import functools
+import json
+import re
 import runpy
 from pathlib import Path
 
@@ -8,9 +11,10 @@ import pytest
 
 from gcl_jax import config
 from gcl_jax.config import LossConfig, ObjectivesConfig, TrainConfig
+from gcl_jax.data.score_weights import KINDS
 from gcl_jax.errors import ConfigError
 from gcl_jax.models import presets
-from gcl_jax.validation import validate
+from gcl_jax.validation import override, read_config, take_overrides, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -124,4 +128,161 @@ def test_samplers_that_exclude_each_other_are_refused(key, value):
     setattr(cfg.data, key, value)
     with pytest.raises(ConfigError, match=rf"config\.data\.pairs_per_query=2 .*{key}") as error:
         validate(cfg)
+    assert "\n" not in str(error.value)
+
+
+def cfg_with(*flags: str) -> TrainConfig:
+    rest, overrides = take_overrides([*flags, "--workdir=x"])
+    assert rest == ["--workdir=x"]
+    cfg = TrainConfig()
+    for key, text in overrides:
+        override(cfg, key, text)
+    return cfg
+
+
+def test_options_are_set_from_texts():
+    cfg = cfg_with(
+        "--config.optim.lr=3e-4",
+        "--config.optim.steps",
+        "7",
+        "--config.data.unique_queries",
+        "--noconfig.model.text.causal",
+        "--config.optim.betas=0.8,0.95",
+        '--config.optim.freeze=("visual","text")',
+        "--config.eval.splits=in_domain,zero_shot",
+        "--config.model.init_logit_bias=-10",
+        "--config.data.store=123",
+    )
+    assert (cfg.optim.lr, cfg.optim.steps, cfg.data.unique_queries) == (3e-4, 7, True)
+    assert cfg.model.text.causal is False
+    assert cfg.optim.betas == (0.8, 0.95)
+    assert cfg.optim.freeze == ("visual", "text")
+    assert cfg.eval.splits == ("in_domain", "zero_shot")
+    assert cfg.model.init_logit_bias == -10
+    assert cfg.data.store == "123"
+    validate(cfg)
+
+
+def test_entries_of_a_dict_that_the_file_does_not_name_are_set():
+    cfg = cfg_with(
+        "--config.data.document_fields.image=0.9",
+        "--config.data.document_fields.alt.text=0.1",
+        "--config.loss.pair_weights.query:image=2",
+        "--config.loss.objectives.sigmoid=0.5",
+        "--config.data.query_fields={'en': 1, 'de': 2}",
+        "--config.optim.options.nesterov=True",
+    )
+    assert cfg.data.document_fields == {"image": 0.9, "alt.text": 0.1}
+    assert cfg.loss.pair_weights == {"query:image": 2}
+    assert cfg.loss.objectives == {"gcl": 1.0, "sigmoid": 0.5}
+    assert cfg.loss.objectives.sigmoid == 0.5
+    assert cfg.data.query_fields == {"en": 1, "de": 2}
+    assert cfg.optim.options == {"nesterov": True}
+
+
+def test_models_and_their_parts_are_set_by_preset():
+    cfg = cfg_with("--config.model.dtype=bfloat16", "--config.model=ViT-L-14")
+    assert cfg.model == dataclasses.replace(presets.preset("ViT-L-14"), dtype="bfloat16")
+    cfg = cfg_with("--config.model.text=all-MiniLM-L6-v2", "--config.model.vision=none")
+    assert cfg.model.text == presets.preset("all-MiniLM-L6-v2").text
+    assert cfg.model.vision is None
+
+
+def test_the_model_comes_before_its_options_wherever_it_stands(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text("from gcl_jax.config import TrainConfig as get_config\n")
+    texts = [("model.vision.width", "64"), ("model", "ViT-B-16"), ("model.vision", "ViT-L-14")]
+    cfg = read_config(str(path), texts)
+    assert (cfg.model.vision.width, cfg.model.vision.layers) == (64, 24)
+    assert cfg.model.text == presets.preset("ViT-B-16").text
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("optim.lerning_rate=1", "did you mean config.optim.layer_decay?"),
+        ("optim.lr=abc", "config.optim.lr='abc' must be a number; write for example"),
+        ("optim.steps=1.5", "must be a whole number"),
+        ("optim.betas=3", "must be a tuple of 2 numbers; write for example --config.optim.betas="),
+        ("optim.betas=(1,2,3)", "must be a tuple of 2 numbers"),
+        ("optim.lr.x=3", "lr has no parts"),
+        ("optim=adam", "set its options one by one"),
+        ("model=ViT-B-33", "config.model=ViT-B-33: "),
+        ("data.document_fields=image", "must be a dict of names and weights"),
+        ("data.document_fields.image=much", "must be a number"),
+        ("data.unique_queries=maybe", "must be True or False"),
+    ],
+)
+def test_a_wrong_text_is_answered_in_one_line(flag, message):
+    with pytest.raises(ConfigError) as error:
+        cfg_with(f"--config.{flag}")
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"write --config\.optim\.lr=VALUE"):
+        take_overrides(["--config.optim.lr"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("optim.betas", 3),
+        ("optim.betas", ("a",)),
+        ("optim.betas", (2.0, 2.0)),
+        ("optim.freeze", (1,)),
+        ("optim.weight_decay", -1.0),
+        ("optim.eps", float("nan")),
+        ("optim.lr", True),
+        ("seed", -1),
+        ("seed", 2**31),
+        ("model.preprocess.mean", (2.0, 2.0)),
+        ("model.init_logit_scale", -float("inf")),
+        ("model.text", None),
+        ("data.document_fields", {1: 1.0}),
+        ("loss.merged", -1.0),
+        ("loss.thresholds", ("x",)),
+        ("hang_seconds", 1e12),
+        ("extensions", "my_module"),
+    ],
+)
+def test_values_of_a_wrong_type_or_without_sense_are_refused(key, value):
+    cfg = TrainConfig()
+    *path, name = key.split(".")
+    setattr(functools.reduce(getattr, path, cfg), name, value)
+    with pytest.raises(ConfigError, match=rf"config\.{re.escape(key)}") as error:
+        validate(cfg)
+    assert "\n" not in str(error.value)
+
+
+def test_names_of_the_first_version_are_understood(tmp_path):
+    cfg = cfg_with("--config.sick.patience=3", "--config.optim.chunks=4")
+    assert (cfg.nonfinite.patience, cfg.optim.grad_cache_chunks) == (3, 4)
+    cfg.sick.patience, cfg.optim.chunks = 5, 2
+    assert (cfg.nonfinite.patience, cfg.optim.grad_cache_chunks) == (5, 2)
+    saved = dataclasses.asdict(cfg)
+    saved["sick"], saved["optim"]["chunks"] = saved.pop("nonfinite"), 8
+    del saved["optim"]["grad_cache_chunks"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    loaded = config.load(tmp_path / "config.json")
+    assert (loaded.nonfinite.patience, loaded.optim.grad_cache_chunks) == (5, 8)
+
+
+def test_score_weights_are_those_that_can_be_chosen():
+    assert config.choices("loss.score_to_weight") == KINDS
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(): return 1", "must return a gcl_jax.TrainConfig"),
+        ("import nothing_like_this", "ModuleNotFoundError: No module named"),
+        ("x = (", "SyntaxError"),
+        ("def get_config(size): pass", "TypeError"),
+    ],
+)
+def test_a_config_file_that_fails_is_answered_in_one_line(text, message, tmp_path):
+    path = tmp_path / "c.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        read_config(str(path))
+    assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
