@@ -24,7 +24,8 @@ import bm25s
 import numpy as np
 
 from gcl_jax.data.store import RankedStore
-from gcl_jax.evaluate.judgements import judged_metrics, sample_judgements
+from gcl_jax.evaluate.judgements import sample_judgements
+from gcl_jax.evaluate.ranked import judged_metrics
 from gcl_jax.evaluate.results import summary
 from gcl_jax.stores import open_store
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax.evaluate.judgements import KS
 from gcl_jax.evaluate.metrics import (
+    KS,
     PERSISTENCE,
     evaluate_rankings,
     evaluate_run,
@@ -100,11 +100,11 @@ def main() -> None:
 
     def arrays() -> dict[str, np.ndarray]:
         ranked = np.take_along_axis(found, trec_order(scores, found), axis=1)
-        return evaluate_rankings(lookup_grades(ranked, judged, grades), grades, KS)
+        return evaluate_rankings(lookup_grades(ranked, judged, grades), grades)
 
     ways: dict[str, Callable[[], object]] = {
         "arrays": arrays,
-        "tables": lambda: evaluate_run(qrels, run, KS),
+        "tables": lambda: evaluate_run(qrels, run),
         "python_loop": lambda: loop(qrels, run),
     }
     try:

@@ -131,7 +131,13 @@ OBJECTIVES = Registry(
         "mixed": "gcl_jax.losses.mixed",
     },
 )
-METRICS = Registry("metric", {})
+METRICS = Registry(
+    "metric",
+    dict.fromkeys(
+        ("NDCG", "MAP", "MRR", "ERR", "RBP7", "RBP8", "RBP9", "Recall", "P", "Accuracy"),
+        "gcl_jax.evaluate.metrics",
+    ),
+)
 SOURCES = Registry("source", {})
 VISION_TOWERS = Registry("image tower", {"vit": "gcl_jax.models.vision"})
 TEXT_TOWERS = Registry(

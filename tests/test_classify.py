@@ -19,7 +19,7 @@ from gcl_jax.data.store import Pairs
 from gcl_jax.embed import embedder as embedding
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.evaluate import classify, recall
+from gcl_jax.evaluate import classify, ranked
 from gcl_jax.port.export import export_pretrained
 from gcl_jax.prepare.builder import Split
 
@@ -225,9 +225,9 @@ def test_recall_is_clip_benchmarks():
     image_of = np.concatenate([np.repeat(np.arange(39), 5), [3, 3]])
     texts = images[image_of] + rng.normal(0, 2, (len(image_of), 6)).astype(np.float32)
     texts[7] = texts[101]
-    found = recall.recall_at(texts, images, image_of)
+    found = ranked.recall_at(texts, images, image_of)
     positive = image_of[:, None] == np.arange(40)
-    for k in recall.KS:
+    for k in ranked.RECALL_KS:
         both = {
             "text_to_image": clip_benchmark_recall(texts @ images.T, positive, k),
             "image_to_text": clip_benchmark_recall(images[:39] @ texts.T, positive.T[:39], k),
@@ -239,7 +239,7 @@ def test_recall_is_clip_benchmarks():
 
 def test_recall_of_fewer_than_k():
     one = np.eye(2, dtype=np.float32)
-    assert recall.recall_at(one, one, np.array([0, 1]))["image_to_text"]["R@10"] == 1.0
+    assert ranked.recall_at(one, one, np.array([0, 1]))["image_to_text"]["R@10"] == 1.0
 
 
 def test_the_recall_command(tmp_path, monkeypatch, capsys):

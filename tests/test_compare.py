@@ -11,8 +11,8 @@ from scipy import stats
 
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.evaluate.compare import compare, difference
 from gcl_jax.evaluate.metrics import paired_bootstrap
+from gcl_jax.evaluate.results import compare, difference
 
 
 def write(directory, split, queries, **columns):

@@ -26,7 +26,7 @@ from gcl_jax import config, distributed, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
-from gcl_jax.evaluate.__main__ import evaluate_workdir
+from gcl_jax.evaluate.ranked import evaluate_workdir
 from gcl_jax.models import clip
 from gcl_jax.train.loop import train
 

@@ -10,9 +10,8 @@ from gcl_jax.data.store import Pairs
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.embed.embedder import Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
-from gcl_jax.evaluate import metrics
-from gcl_jax.evaluate.judgements import judged_metrics, sample_judgements
-from gcl_jax.evaluate.ranked import evaluate_splits
+from gcl_jax.evaluate.judgements import rescale_scores, sample_judgements
+from gcl_jax.evaluate.ranked import evaluate_splits, judged_metrics
 from gcl_jax.prepare.builder import write_store
 from gcl_jax.search.index import exact_top_k
 
@@ -20,7 +19,7 @@ from gcl_jax.search.index import exact_top_k
 def test_judgements_are_the_rescaled_pairs(tiny_store):
     judgements = sample_judgements(tiny_store, "novel_document", 100)
     pairs, corpus = tiny_store.pairs("novel_document"), tiny_store.corpus("novel_document")
-    grade = metrics.rescale_scores(pairs.score)
+    grade = rescale_scores(pairs.score)
     expected = {(q, d): g for q, d, g in zip(pairs.query, pairs.document, grade, strict=True)}
     got = {
         (query, corpus[document]): g

@@ -16,10 +16,11 @@ from gcl_jax.errors import DataError
 from gcl_jax.evaluate import metrics
 from gcl_jax.evaluate.judgements import (
     ground_truth_of,
-    judged_metrics,
     load_judgements,
+    rescale_scores,
     sample_judgements,
 )
+from gcl_jax.evaluate.ranked import judged_metrics
 from tests.test_prepare import tree
 from tests.test_sources import SPLITS, image, marqo, rows_of, write_layout_1, write_layout_2
 
@@ -125,7 +126,7 @@ def test_the_sample_is_the_authors(source, mark):
         pairs=lambda _: Pairs(query, document, score),
         corpus=lambda _: np.arange(4),
     )
-    grade = metrics.rescale_scores(score)
+    grade = rescale_scores(score)
     frame = pandas.DataFrame({"key": [texts[q] + mark for q in query], "grade": grade})
     sums = frame.groupby("key")["grade"].sum()
     drawn = sums.sample(n=5, weights=sums, random_state=1).sort_values(ascending=False)

@@ -13,7 +13,7 @@ from test_results import random_result
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import UserError
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.evaluate import compare, groups, metrics, results
+from gcl_jax.evaluate import judgements, metrics, results
 from gcl_jax.evaluate.ranked import evaluate_splits
 from gcl_jax.prepare.builder import Split, write_store
 
@@ -57,14 +57,14 @@ def cfg(tiny_config, store):
 
 
 def test_who_is_in_which_group(cfg, store):
-    found = groups.query_groups(cfg, store, np.arange(8))
+    found = judgements.query_groups(cfg, store, np.arange(8))
     assert found == {
         "length": ["1", "2", "3", "4+", "no text", "2", "1", "1"],
         # Half of the 12 pairs are those of query 0.
         "frequency": ["head", "tail", "tail", "tail", *["unseen"] * 4],
         "category": [*["animal", "colour"] * 2, "animal", "(none)", "animal", "colour"],
     }
-    some = groups.query_groups(cfg, store, np.array([5, 0]), ["words", "category"])
+    some = judgements.query_groups(cfg, store, np.array([5, 0]), ["words", "category"])
     assert some["frequency"] == ["unseen", "head"]
     assert some["words"] == ["一 猫", "cat"]
     assert list(some) == ["length", "frequency", "words", "category"]
@@ -72,24 +72,25 @@ def test_who_is_in_which_group(cfg, store):
 
 def test_equally_frequent_queries_are_all_head(tiny_store):
     """Each has six pairs in the training split, or none."""
-    labels = groups.frequencies(tiny_store, "in_domain")
+    labels = judgements.frequencies(tiny_store, "in_domain")
     assert labels.tolist() == ["head"] * 4 + ["unseen"] * 4
 
 
 def test_fields_that_cannot_group(cfg, store, monkeypatch):
     for field in ("picture", "no_such"):
         with pytest.raises(UserError, match=f"--group_by={field}: .* words, category"):
-            groups.query_groups(cfg, store, np.arange(8), [field])
-    monkeypatch.setattr(groups, "MOST_VALUES", 2)
+            judgements.query_groups(cfg, store, np.arange(8), [field])
+    monkeypatch.setattr(judgements, "MOST_GROUPS", 2)
     with pytest.raises(UserError, match="--group_by=words: 6 values are too many"):
-        groups.query_groups(cfg, store, np.arange(8), ["words"])
-    assert "category" not in groups.query_groups(cfg, store, np.arange(8)), "nobody asked for it"
+        judgements.query_groups(cfg, store, np.arange(8), ["words"])
+    unasked = judgements.query_groups(cfg, store, np.arange(8))
+    assert "category" not in unasked, "nobody asked for it"
 
 
 def test_groups_are_told_in_order():
-    assert list(groups.members(["4+", "1", "no text", "1"])) == ["no text", "1", "4+"]
-    assert list(groups.members(["unseen", "tail"])) == ["tail", "unseen"]
-    members = groups.members(["b", "a", "b"])
+    assert list(judgements.group_members(["4+", "1", "no text", "1"])) == ["no text", "1", "4+"]
+    assert list(judgements.group_members(["unseen", "tail"])) == ["tail", "unseen"]
+    members = judgements.group_members(["b", "a", "b"])
     assert {name: rows.tolist() for name, rows in members.items()} == {"b": [0, 2], "a": [1]}
 
 
@@ -130,7 +131,7 @@ def test_the_report_has_every_group_and_its_interval(cfg, store, tmp_path):
         zip(*(table[name].to_pylist() for name in ("query_id", "group:length")), strict=True)
     )
     assert lengths["q3"] == "4+"
-    assert compare.compare(tmp_path, tmp_path)["test"]["NDCG@10"].difference == 0
+    assert results.compare(tmp_path, tmp_path)["test"]["NDCG@10"].difference == 0
     lines = results.format_groups({"test": report}).splitlines()
     (row,) = [line for line in lines if line.startswith("test") and "length" in line]
     assert "no text" in row

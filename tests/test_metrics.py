@@ -9,6 +9,7 @@ import pytest
 import pytrec_eval
 
 from gcl_jax.errors import DataError
+from gcl_jax.evaluate.judgements import rescale_scores, sample_queries
 from gcl_jax.evaluate.metrics import (
     evaluate_rankings,
     evaluate_run,
@@ -16,8 +17,6 @@ from gcl_jax.evaluate.metrics import (
     lookup_grades,
     mean_rank_variance,
     paired_bootstrap,
-    rescale_scores,
-    sample_queries,
     summarize,
     trec_order,
 )
@@ -75,14 +74,51 @@ def test_queries_and_order_are_those_of_trec_eval():
 
 def test_nothing_to_evaluate():
     for qrels, run in [({}, {}), ({"a": {"x": 1}}, {}), ({}, {"a": {"x": 1.0}})]:
-        metrics = evaluate_run(qrels, run)
-        assert all(values.shape == (0,) for values in metrics.values())
-        with pytest.raises(DataError, match="no query"):
-            summarize(metrics)
+        with pytest.raises(DataError, match="no query with both"):
+            evaluate_run(qrels, run)
+    nobody = evaluate_rankings(np.zeros((0, 3)), np.zeros((0, 2)))
+    assert all(values.shape == (0,) for values in nobody.values())
+    with pytest.raises(DataError, match="no query"):
+        summarize(nobody)
     nothing_retrieved = summarize(evaluate_run({"a": {"x": 1}}, {"a": {}}))
     assert set(nothing_retrieved.values()) == {0.0}
     nothing_relevant = summarize(evaluate_run({"a": {"x": 0}}, {"a": {"x": 1.0}}))
     assert set(nothing_relevant.values()) == {0.0}
+
+
+GOOD = {"q": {"d": 1}}
+
+
+@pytest.mark.parametrize(
+    ("qrels", "run", "message"),
+    [
+        ([("q", "d", 1)], GOOD, "qrels is a list, not a dict {query: {document: grade}}"),
+        (GOOD, None, "run is a NoneType, not a dict {query: {document: score}}"),
+        (GOOD, {"q": ["d"]}, "run['q'] is a list, not a dict {document: score}"),
+        ({"q": 1}, GOOD, "qrels['q'] is a int, not a dict {document: grade}"),
+        (GOOD, {"q": {"d": "0.5"}}, "run['q']['d'] is '0.5', not a finite number"),
+        (GOOD, {"q": {"e": 1, "d": None}}, "run['q']['d'] is None, not a finite number"),
+        ({"q": {"d": math.nan}}, GOOD, "qrels['q']['d'] is nan, not a finite number"),
+        (GOOD, {"q": {"d": 10**400}}, "run['q']['d'] is 1000"),
+        ({1: {"d": 1}}, GOOD, "qrels[1]: ids of queries and documents must be strings"),
+        (GOOD, {"q": {5: 1.0}}, "run['q']: ids of queries and documents must be strings"),
+        (GOOD, {"q": {"\ud800": 1.0}}, "half a character"),
+        ({"q": {}}, GOOD, "no query with both judgements in qrels and a ranking in run"),
+    ],
+)
+def test_tables_of_another_form_are_refused_in_one_line(qrels, run, message):
+    with pytest.raises(DataError) as error:
+        evaluate_run(qrels, run)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_of_any_kind_are_scores():
+    qrels = {"q": {"d": np.int64(2), "e": True, "f": 0}}
+    run = {"q": {"e": np.float32(0.5), "d": Fraction(1, 4), "f": np.float64(1)}}
+    as_floats = [{"q": {d: float(x) for d, x in table["q"].items()}} for table in (qrels, run)]
+    for key, values in evaluate_run(qrels, run).items():
+        np.testing.assert_array_equal(values, evaluate_run(*as_floats)[key])
 
 
 def test_worked_out_by_hand():

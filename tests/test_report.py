@@ -18,8 +18,8 @@ from test_search import HostileSource, untrained_run
 from gcl_jax import config
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.evaluate import compare
 from gcl_jax.evaluate.judgements import sample_judgements
+from gcl_jax.evaluate.results import compare
 from gcl_jax.logs import MetricWriter
 from gcl_jax.report import __main__ as report
 from gcl_jax.report import charts, comparison, evaluated, examples
@@ -273,7 +273,7 @@ def test_comparison_of_three_runs(workdir, others, content, monkeypatch):
         f"Largest {kind} of {name}" for name in ("images", "titles") for kind in ("gains", "losses")
     ]
     for other in others:
-        for split, metrics in compare.compare(workdir, other).items():
+        for split, metrics in compare(workdir, other).items():
             for d in metrics.values():
                 for text in (f"{d.a:.4f}", f"{d.b:.4f}", f"[{d.low:+.3f}, {d.high:+.3f}]"):
                     assert text in parsed.text, split

@@ -7,13 +7,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from gcl_jax.evaluate import metrics, results
-from gcl_jax.evaluate.judgements import KS
+from gcl_jax.evaluate.metrics import KS
 
 
 def random_result(languages: bool) -> results.SplitResult:
     def values(count: int) -> dict[str, np.ndarray]:
         grades = rng.integers(0, 2, (count, 1000)) * rng.integers(0, 101, (count, 1000))
-        return metrics.evaluate_rankings(grades, grades, KS)
+        return metrics.evaluate_rankings(grades, grades)
 
     rng = np.random.default_rng(0)
     return results.SplitResult(
@@ -55,7 +55,10 @@ def test_report_and_table_of_several_languages():
     lines = results.format_tables({"zero_shot": result}).splitlines()
     (row,) = (line.split() for line in lines if line.split()[:1] == ["de"])
     assert row[1] == "3"
-    assert row[-1] == f"{result.query_fields['de']['Recall@10'].mean():.4f}"
+    (header,) = (line.split()[2:] for line in lines if "query" in line.split())
+    cells = dict(zip(header, row[1:], strict=True))
+    for k in (1, 5, 10):
+        assert cells[f"Recall@{k}"] == f"{result.query_fields['de'][f'Recall@{k}'].mean():.4f}"
     assert any("MRV" in line and "2.50" in line and "3 queries" in line for line in lines)
     assert "MRV" not in results.format_tables({"zero_shot": random_result(languages=False)})
 

@@ -13,12 +13,13 @@ from ir_measures import AP, RR, P, R, nDCG
 
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate import metrics, trec
-from gcl_jax.evaluate.judgements import KS
-from gcl_jax.evaluate.results import TABLES
-from gcl_jax.evaluate.scoring import score
+from gcl_jax.evaluate.metrics import KS
+from gcl_jax.evaluate.results import score
 from tests.test_metrics import KS as CUTS
 from tests.test_metrics import random_case, trec_eval
 from tests.test_search import untrained_run
+
+TABLES = ("ndcg", "mAP", "recall", "precision", "mrr")
 
 
 @pytest.fixture

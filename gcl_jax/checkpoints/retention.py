@@ -7,7 +7,7 @@ from orbax.checkpoint import checkpoint_managers
 
 from gcl_jax.config import CheckpointConfig, TrainConfig
 from gcl_jax.errors import ConfigError
-from gcl_jax.evaluate.results import SUMMARY
+from gcl_jax.evaluate import metrics
 
 Score = Callable[[int], float | None]
 
@@ -45,6 +45,6 @@ def require_metric(cfg: TrainConfig) -> None:
     """Raises `ConfigError` unless evaluation in training gives the metric that says which
     checkpoints are best. `cfg` is resolved for its store."""
     best = cfg.checkpoint.best
-    names = [f"{split}/{name}" for split in cfg.eval.splits for name in SUMMARY]
+    names = [f"{split}/{name}" for split in cfg.eval.splits for name in metrics.names()]
     if best and best not in names:
         raise ConfigError(f"config.checkpoint.best={best!r} must be one of {', '.join(names)}")

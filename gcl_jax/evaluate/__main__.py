@@ -16,14 +16,12 @@ the whole corpus of its split exactly, top 1000.
 """
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 from gcl_jax import config, distributed, runs
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.evaluate import compare, scoring
-from gcl_jax.evaluate.results import as_report, format_groups, format_tables, write, write_ranking
-from gcl_jax.runs import NEWEST
+from gcl_jax.evaluate import results
+from gcl_jax.registry import load_extensions
 from gcl_jax.stores import one_store
 
 # What each way of calling the command has of its own.
@@ -31,51 +29,11 @@ RANKED = ("max_queries", "write_runs", "groups", "group_by")
 OPTIONS = {
     "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify"),
     "classify": ("classnames", "templates"),
-    "qrels": ("run", "out"),
+    "qrels": ("run", "out", "extensions"),
 }
 
 
-def evaluate_workdir(
-    workdir: Path,
-    max_queries: int | None = None,
-    embed_dim: int | None = None,
-    write_runs: bool = False,
-    group_by: Sequence[str] | None = None,
-    checkpoint: str = NEWEST,
-) -> str:
-    """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` is that
-    of `evaluate_splits`."""
-    from gcl_jax.embed.cache import EmbeddingCache
-    from gcl_jax.embed.embedder import Embedder
-    from gcl_jax.evaluate.judgements import ground_truth_of
-    from gcl_jax.evaluate.ranked import evaluate_splits
-    from gcl_jax.runs import load_run
-
-    cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
-    max_queries = max_queries or cfg.eval.max_queries
-    results = evaluate_splits(
-        cfg,
-        store,
-        Embedder(cfg, params, mesh),
-        max_queries,
-        rankings=write_runs,
-        group_by=group_by,
-        cache=EmbeddingCache(workdir, step),
-    )
-    if not distributed.is_first():
-        return ""
-    reports = {split: as_report(split, step, result) for split, result in results.items()}
-    for split, result in results.items():
-        reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
-        path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
-        write(path, reports[split], result)
-        if result.ranking is not None:
-            write_ranking(path, result.ranking)
-    groups = "" if group_by is None else f"\n\n{format_groups(reports)}"
-    return format_tables(results) + groups
-
-
-def evaluate_run(args: argparse.Namespace) -> str:
+def of_workdir(args: argparse.Namespace) -> str:
     """What is asked of a run, as a table."""
     # What may be missing is told before jax and the model are loaded.
     if args.classify is None:
@@ -83,16 +41,17 @@ def evaluate_run(args: argparse.Namespace) -> str:
     else:
         config.load(args.workdir / "config.json")
 
-    from gcl_jax.evaluate import classify, recall
+    from gcl_jax.evaluate import classify, ranked
 
+    model = {"embed_dim": args.embed_dim, "checkpoint": args.checkpoint}
     if args.classify is not None:
         inputs = args.classify, args.classnames, args.templates
-        return classify.classify_run(args.workdir, *inputs, args.embed_dim, args.checkpoint)
+        return classify.classify_workdir(args.workdir, *inputs, **model)
     if args.recall:
-        return recall.recall_run(args.workdir, args.embed_dim, args.checkpoint)
+        return ranked.recall_workdir(args.workdir, **model)
     group_by = args.group_by if args.groups or args.group_by else None
-    settings = args.max_queries, args.embed_dim, args.write_runs
-    return evaluate_workdir(args.workdir, *settings, group_by, args.checkpoint)
+    settings = args.max_queries, args.write_runs, group_by
+    return ranked.evaluate_workdir(args.workdir, *settings, **model)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -114,6 +73,12 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--run", type=Path, help="with --qrels: what a system found")
     add("--out", type=Path, help="with --qrels: directory to write the scores to")
+    add(
+        "--extensions",
+        type=lambda text: text.split(","),
+        metavar="MODULE[,MODULE]",
+        help="with --qrels: modules or Python files that add metrics",
+    )
     add("--max_queries", type=runs.count, help="sampled test queries per split (default: config)")
     add(
         "--embed_dim",
@@ -168,15 +133,16 @@ def main() -> None:
             raise UserError(f"--{min(surplus)} does not go with --{min(alone)}")
         if args.workdir is not None:
             with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
-                if text := evaluate_run(args):
+                if text := of_workdir(args):
                     print(text)
         elif args.qrels is not None:
             if args.run is None:
                 raise UserError("--qrels needs --run: the results to score")
-            print(scoring.score_files(args.qrels, args.run, args.out))
+            load_extensions(args.extensions or ())
+            print(results.score_files(args.qrels, args.run, args.out))
         else:
             a, b = args.compare
-            print(compare.as_text(a, b, compare.compare(a, b)))
+            print(results.format_comparison(a, b, results.compare(a, b)))
 
 
 if __name__ == "__main__":

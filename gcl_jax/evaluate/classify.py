@@ -129,7 +129,7 @@ def classify(embedder: Embedder, data: Labelled, templates: Sequence[str] = TEMP
     return {"images": len(records), "classes": len(data.classnames), **result}
 
 
-def classify_run(
+def classify_workdir(
     workdir: Path,
     path: Path,
     classnames: Path | None = None,

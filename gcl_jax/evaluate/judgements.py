@@ -1,18 +1,31 @@
-"""Test queries with the grades of their documents, and how a ranking fares with them (protocol of
-arXiv 2404.08535 and its evaluation code; see `gcl_jax.evaluate`)."""
+"""Test queries of a split, the grades of their documents, and groups of such queries.
 
+Scale of the grades and sample of the queries: arXiv 2404.08535 and its evaluation code; the
+protocol is in `gcl_jax.evaluate`. Groups of `--groups [--group_by=FIELD]`:
+
+length      words of the query's first text field that is not empty, split at blanks: 1, 2, 3, 4+
+frequency   pairs of the training split that the query is in: "head" are the queries with most,
+            that together have half of all these pairs (equals stay together), "tail" the
+            other training queries, "unseen" has none
+FIELD       the values of a text field of the queries; "category" is taken unasked
+"""
+
+import collections
 import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.store import Pairs, RankedStore, Records
-from gcl_jax.errors import DataError
-from gcl_jax.evaluate import metrics
-from gcl_jax.evaluate.trec import SEPARATOR, Table
+from gcl_jax.data.store import Pairs, RankedStore
+from gcl_jax.errors import DataError, UserError
+from gcl_jax.evaluate.metrics import lookup_grades
+from gcl_jax.evaluate.trec import SEPARATOR
 
-KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
+MOST_GROUPS = 50
+UNASKED = "category"
+LENGTHS = ("no text", "1", "2", "3", "4+")
+FREQUENCIES = ("head", "tail", "unseen")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -30,14 +43,9 @@ class Judgements:
     def take(self, rows: np.ndarray) -> "Judgements":
         return Judgements(self.queries[rows], self.documents[rows], self.grades[rows])
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ranking:
-    """What queries were judged by, and what they found: tables {query id: {document id: value}} of
-    grades, and of scores from the best document down."""
-
-    qrels: Table
-    run: Table
+    def of(self, ranked: np.ndarray) -> np.ndarray:
+        """Grades (q, k), 0 where unjudged, of ranked documents, by positions in the corpus."""
+        return lookup_grades(ranked, self.documents, self.grades)
 
 
 def ground_truth_of(cfg: TrainConfig, store: RankedStore, split: str) -> str:
@@ -70,10 +78,49 @@ def load_judgements(
     return _judgements(given, np.asarray(given.score, np.float64), store.corpus(split), every)
 
 
+def rescale_scores(scores: np.ndarray) -> np.ndarray:
+    """Maps scores (N,) of an evaluated split linearly to int64 1..100; equal scores become 1.
+
+    Truncates, as the authors do, so rounding can cost 1: keep the order of operations. DataError
+    on a score that is no finite number.
+    """
+    scores = np.asarray(scores, np.float64)
+    if not np.isfinite(scores).all():
+        raise DataError("a score of the evaluated split is not a finite number")
+    if scores.size == 0 or scores.min() == scores.max():
+        return np.ones(scores.shape, np.int64)
+    low, high = scores.min(), scores.max()
+    return ((scores - low) / (high - low) * 99 + 1).astype(np.int64)
+
+
+def sample_queries(summed_scores: np.ndarray, n: int = 2000, seed: int = 1) -> np.ndarray:
+    """Draws min(n, Q) test queries without replacement, in proportion to their summed scores.
+
+    The draw is that of pandas `DataFrame.sample(n, weights=..., random_state=seed)` (version 3
+    refuses a draw with n * max(weights) > sum(weights); this one, as before, does not). It depends
+    on row order: for the authors' sample give the queries sorted by id, as pandas groupby does.
+
+    Args:
+      summed_scores: (Q,) sums > 0 of each query's rescaled scores.
+
+    Returns:
+      int64 indices into summed_scores, by descending sum, equal sums in the order drawn.
+    """
+    sums = np.asarray(summed_scores, np.float64)
+    size = min(n, sums.size)
+    if size == 0:
+        return np.zeros(0, np.int64)
+    # the legacy generator, whose stream is frozen across numpy versions
+    drawn = np.random.RandomState(seed).choice(
+        sums.size, size=size, replace=False, p=sums / sums.sum()
+    )
+    return drawn[np.argsort(-sums[drawn], kind="stable")].astype(np.int64)
+
+
 def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judgements:
     """Protocol steps 1 and 2: rescaled grades, sampled test queries."""
     pairs, corpus = store.pairs(split), store.corpus(split)
-    grade = metrics.rescale_scores(pairs.score)
+    grade = rescale_scores(pairs.score)
     rows, group = np.unique(pairs.query, return_inverse=True)
     # The authors' sample depends on the order of the queries: by their key, which in Marqo-GS
     # is the text and a mark. It decides where one text begins with another.
@@ -81,17 +128,8 @@ def sample_judgements(store: RankedStore, split: str, max_queries: int) -> Judge
     ids = np.array([store.queries.ids[row] + mark for row in rows])
     by_id = np.argsort(ids)
     sums = np.bincount(group, weights=grade)
-    chosen = by_id[metrics.sample_queries(sums[by_id], max_queries)]
+    chosen = by_id[sample_queries(sums[by_id], max_queries)]
     return _judgements(pairs, grade, corpus, chosen)
-
-
-def id_ranks(records: Records) -> np.ndarray:
-    """int64 (n,): each record's place among the sorted ids, which breaks ties."""
-    import pyarrow.compute as pc
-
-    ranks = np.empty(len(records), np.int64)
-    ranks[pc.sort_indices(records.id_column)] = np.arange(len(ranks))
-    return ranks
 
 
 def _judgements(
@@ -112,51 +150,53 @@ def _judgements(
     return Judgements(rows[chosen], documents, grades)
 
 
-def judged_metrics(
-    judgements: Judgements,
-    scores: np.ndarray,
-    found: np.ndarray,
-    document_rank: np.ndarray,
-) -> dict[str, np.ndarray]:
-    """Protocol steps 4 and 5: per-query metrics, float64 (q,), of retrieved documents.
+def query_groups(
+    cfg: TrainConfig, store: RankedStore, rows: np.ndarray, fields: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """{grouping: the group of each query}: of the queries `rows` of the store, by length, by
+    frequency, and by the values of each of `fields`.
 
-    Args:
-        scores, found: (q, k) scores and positions within the corpus of the retrieved documents.
-        document_rank: int (n,), each document's place among the sorted ids, which breaks ties.
+    Raises:
+        UserError: a field is no text field of the queries, or has too many values to group by.
     """
-    grades = ranked_grades(judgements, scores, found, document_rank)
-    return metrics.evaluate_rankings(grades, judgements.grades, KS)
+    texts = [name for name, kind in store.queries.fields.items() if kind == "text"]
+    for field in fields:
+        if field not in texts:
+            raise UserError(
+                f"--group_by={field}: the queries have no such text field; they have "
+                f"{', '.join(texts) or 'none'}"
+            )
+    records = [store.queries[row] for row in rows]
+    searched = [name for name in cfg.data.query_fields if name in texts]
+    words = [next((len(r[name].split()) for name in searched if r[name]), 0) for r in records]
+    groups = {
+        "length": [LENGTHS[min(count, 4)] for count in words],
+        "frequency": frequencies(store, cfg.data.train_split)[rows].tolist(),
+    }
+    for field in dict.fromkeys([*fields, *({UNASKED} & set(texts))]):
+        values = [str(record[field]) or "(none)" for record in records]
+        if (count := len(set(values))) <= MOST_GROUPS:
+            groups[field] = values
+        elif field in fields:
+            raise UserError(f"--group_by={field}: {count} values are too many for groups")
+    return groups
 
 
-def ranked_grades(
-    judgements: Judgements,
-    scores: np.ndarray,
-    found: np.ndarray,
-    document_rank: np.ndarray,
-) -> np.ndarray:
-    """Protocol step 4: grades (q, k), best ranked first, of retrieved documents; see
-    `judged_metrics`."""
-    found = np.take_along_axis(found, metrics.trec_order(scores, document_rank[found]), axis=1)
-    return metrics.lookup_grades(found, judgements.documents, judgements.grades)
+def frequencies(store: RankedStore, split: str) -> np.ndarray:
+    """ "head", "tail" or "unseen" (n,) of every query of the store by its pairs in `split`."""
+    counts = np.bincount(store.pairs(split).query, minlength=len(store.queries))
+    most = np.sort(counts)[::-1]
+    least = most[np.searchsorted(most.cumsum(), counts.sum() / 2)]
+    return np.where(counts == 0, "unseen", np.where(counts >= least, "head", "tail"))
 
 
-def as_ranking(
-    judgements: Judgements,
-    scores: np.ndarray,
-    found: np.ndarray,
-    document_rank: np.ndarray,
-    query_ids: Sequence[str],
-    document_ids: Sequence[str],
-) -> Ranking:
-    """Retrieved documents (see `judged_metrics`) under the ids of the (q,) queries and of the (n,)
-    documents of the corpus."""
-    ids = np.array(document_ids, object)
-    order = metrics.trec_order(scores, document_rank[found])
-    found, scores = (np.take_along_axis(x, order, axis=1) for x in (found, scores))
-    qrels, run = {}, {}
-    for row, query in enumerate(query_ids):
-        judged = judgements.documents[row] >= 0
-        documents, grades = judgements.documents[row, judged], judgements.grades[row, judged]
-        qrels[query] = dict(zip(ids[documents], grades.astype(int).tolist(), strict=True))
-        run[query] = dict(zip(ids[found[row]], scores[row].tolist(), strict=True))
-    return Ranking(qrels, run)
+def group_members(labels: Sequence[str]) -> dict[str, np.ndarray]:
+    """{group: places of its queries} of one of `query_groups`, in the order of the tables: lengths
+    and frequencies as they are named above, others by size."""
+    values = np.array(labels)
+    sizes = collections.Counter(sorted(labels))
+    names = [name for name, _ in sizes.most_common()]
+    for order in (LENGTHS, FREQUENCIES):
+        if set(names) <= set(order):
+            names = sorted(names, key=order.index)
+    return {name: np.flatnonzero(values == name) for name in names}

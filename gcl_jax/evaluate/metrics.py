@@ -1,67 +1,204 @@
 """Ranking metrics, vectorised over queries: trec_eval's, and graded ERR and RBP.
 
-Every metric of a query is a function of two rows: `grades`, the relevance of its ranked documents
-in rank order, and `judged`, the relevance of all its judged documents in any order. Both are
-padded with zeros; an unjudged document counts 0, and so does a negative grade. Keys are
-`NDCG@k`, `MAP@k`, `Recall@k`, `P@k`, `MRR@k`, `ERR`, `RBP7`, `RBP8`, `RBP9`.
+`gcl_jax.METRICS` is the one table of them: every metric in it is computed, averaged, written to
+eval/*.json and .parquet, and shown in tables, groups, comparisons and reports. Add yours in a
+module that `config.extensions` names:
+
+    @metric("Hits", cutoffs=(1, 10))
+    def hits(grades, judged, k):
+        return (grades > 0).any(axis=1)
 
 Sources: trec_eval 9 (m_ndcg_cut, m_map_cut, m_recall, m_P, form_res_rels); ERR and RBP in the
-graded form of arXiv 2404.08535 and its evaluation code; that code's score scale and query sample;
-mean rank variance from arXiv 2406.18254.
+graded form of arXiv 2404.08535 and its evaluation code; mean rank variance from arXiv 2406.18254.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import functools
+import numbers
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
+from typing import Any, Literal
 
 import numpy as np
 
-from gcl_jax.errors import DataError
+from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.registry import METRICS
 
-KS = (1, 3, 5, 10, 100, 1000)
+# The authors' cut-offs.
+KS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 20, 30, 40, 50, 60, 70, 80, 90, 100, 200, 500, 1000)
 PERSISTENCE = (0.7, 0.8, 0.9)  # of RBP
 BOOTSTRAP_BLOCK = 1 << 21  # random numbers at a time
 RUN_BLOCK = 1 << 22  # ranked documents at a time
 
 
+Place = Literal["summary", "brief", "columns"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric and where it is shown. Every mean stands in eval/*.json.
+
+    Attributes:
+      name: key of its values query by query; followed by "@k" for each of `cutoffs`.
+      function: (grades, judged) -> (Q,), or with cut-offs (grades, judged, k) -> (Q,). grades:
+        float64 (Q, K), relevance of the ranked documents, best ranked first, of at most k ranks.
+        judged: float64 (Q, J), relevance of all judged documents, highest first. Both are >= 0 and
+        padded with 0; an unjudged document counts 0.
+      cutoffs: ranks k, if the metric is one of the first k documents.
+      shown: name of its mean in the summary, with "@k" (default: `name`).
+      section: of eval/*.json, where all its means stand under `name` (default: `name`).
+      summary: whether it stands in the summary, or with which cut-offs.
+      brief: whether what is in the summary is also in tables of groups and charts of training.
+      columns: further cut-offs that are kept query by query and compared.
+    """
+
+    name: str
+    function: Callable[..., np.ndarray]
+    cutoffs: Sequence[int] = ()
+    shown: str = ""
+    section: str = ""
+    summary: bool | Sequence[int] = True
+    brief: bool = True
+    columns: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"\w[\w.+-]*", self.name):
+            raise ConfigError(f"metric {self.name!r}: a name has letters, digits and . _ + - only")
+
+    def keys(self, cutoffs: bool | Sequence[int] = True) -> dict[str, str]:
+        """{shown name: key} at some of its cut-offs; True is all of them, False is none."""
+        shown, chosen = self.shown or self.name, self.cutoffs if cutoffs is True else cutoffs or ()
+        if not self.cutoffs:
+            return {shown: self.name} if cutoffs else {}
+        return {f"{shown}@{k}": f"{self.name}@{k}" for k in chosen}
+
+
+def metric(name: str, **declared: Any) -> Callable[[Callable], Callable]:
+    """Decorates a function: adds it to METRICS. `declared`: other attributes of `Metric`.
+
+    Raises:
+      ConfigError: the name is taken, or has other characters than letters, digits and . _ + -
+    """
+
+    def register(function: Callable) -> Callable:
+        METRICS.add(name, Metric(name, function, **declared), function)
+        return function
+
+    return register
+
+
+def table() -> list[Metric]:
+    """All metrics. A bare function that was registered is a metric without cut-offs."""
+    return [x if isinstance(x, Metric) else Metric(name, x) for name, x in METRICS.items()]
+
+
+def names(place: Place = "summary") -> dict[str, str]:
+    """{name shown: key of `evaluate_rankings`} of the means in a place: "summary" (also the names
+    that `config.checkpoint.best` can have after "SPLIT/"), its "brief" form, or the "columns" of
+    the tables query by query."""
+    chosen = [(x, x.summary) for x in table() if x.brief or place != "brief"]
+    if place == "columns":
+        chosen += [(x, x.columns) for x, _ in chosen]
+    found: dict[str, str] = {}
+    for metric, cutoffs in chosen:
+        for shown, key in metric.keys(cutoffs).items():
+            if found.setdefault(shown, key) != key:
+                raise ConfigError(f"two metrics are shown as {shown!r}: {found[shown]} and {key}")
+    return found
+
+
 def evaluate_rankings(
-    grades: np.ndarray, judged: np.ndarray, ks: Sequence[int] = KS
+    grades: np.ndarray, judged: np.ndarray, ks: Sequence[int] = ()
 ) -> dict[str, np.ndarray]:
-    """Returns every metric as a float64 array (Q,), by key.
+    """Returns the values of every metric, float64 (Q,), by key.
 
     A document is relevant if its grade is above 0. A query without a relevant document scores 0
     everywhere. Work and memory grow with Q * K: evaluate very many queries in slices.
 
     Args:
       grades: (Q, K) relevance by rank, best first; 0 where unjudged and after the list's end.
-      judged: (Q, J) relevance of all judged documents; 0 for padding.
-      ks: cut-offs >= 1; above K they see the whole list, though P@k still divides by k.
+        Negative grades count 0.
+      judged: (Q, J) relevance of all judged documents in any order; 0 for padding.
+      ks: cut-offs >= 1 in place of each metric's own; above K they see the whole list, though P@k
+        still divides by k.
+
+    Raises:
+      ConfigError: a metric that was added does not return one finite number per query.
     """
     grades, judged = _gains(grades), -np.sort(-_gains(judged), axis=1)
-    rank = np.arange(1, grades.shape[1] + 1)
-    relevant, num_relevant = grades > 0, (judged > 0).sum(1)
-    hits = relevant.cumsum(1)
-    precisions = np.where(relevant, hits / rank, 0).cumsum(1)
-    dcg, ideal = _discounted(grades), _discounted(judged)
+    found = {}
+    for metric in table():
+        for k in (ks or metric.cutoffs) if metric.cutoffs else [None]:
+            inputs = (grades, judged) if k is None else (grades[:, :k], judged, k)
+            values = np.asarray(metric.function(*inputs), np.float64)
+            if values.shape != (len(grades),) or not np.isfinite(values).all():
+                raise ConfigError(
+                    f"metric {metric.name!r} returns an array of shape {values.shape}, not "
+                    f"{len(grades)} finite numbers"
+                )
+            found[metric.name if k is None else f"{metric.name}@{k}"] = values
+    return found
+
+
+@metric("NDCG", cutoffs=KS, section="ndcg", summary=(10,))
+def ndcg(grades: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
+    return _ratio(_dcg(grades), _dcg(judged[:, :k]))
+
+
+@metric("MAP", cutoffs=KS, shown="mAP", section="mAP", summary=(1000,), brief=False)
+def average_precision(grades: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
+    relevant = grades > 0
+    precision = relevant.cumsum(1) / np.arange(1, grades.shape[1] + 1)
+    return _ratio(np.where(relevant, precision, 0).sum(1), (judged > 0).sum(1))
+
+
+@metric("MRR", cutoffs=KS, shown="mrr", section="mrr", summary=(1000,))
+def reciprocal_rank(grades: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
     first = first_relevant_rank(grades)
+    return np.where(first <= grades.shape[1], 1 / first, 0)
 
-    metrics = {}
-    for k in ks:
-        metrics[f"NDCG@{k}"] = _ratio(_at(dcg, k), _at(ideal, k))
-        metrics[f"MAP@{k}"] = _ratio(_at(precisions, k), num_relevant)
-        metrics[f"Recall@{k}"] = _ratio(_at(hits, k), num_relevant)
-        metrics[f"P@{k}"] = _at(hits, k) / k
-        metrics[f"MRR@{k}"] = np.where(first <= min(k, grades.shape[1]), 1 / first, 0)
 
+@metric("ERR", shown="mERR", section="err")
+def expected_reciprocal_rank(grades: np.ndarray, judged: np.ndarray) -> np.ndarray:
     best = judged[:, :1]  # the maximum over judged documents, retrieved or not
     # (2^rel - 1) / 2^best, in a form exact up to one rounding for any grade
     stop = np.exp2(grades - best) - np.exp2(-best)
     reach = np.cumprod(1 - stop, axis=1)  # probability of going beyond each rank
     reach = np.concatenate([np.ones_like(best), reach[:, :-1]], axis=1)
-    metrics["ERR"] = (reach * stop / rank).sum(1)
-    share = _ratio(grades, best)
-    for p in PERSISTENCE:
-        metrics[f"RBP{round(10 * p)}"] = (1 - p) * (share @ p ** (rank - 1.0))
-    return metrics
+    return (reach * stop / np.arange(1, grades.shape[1] + 1)).sum(1)
+
+
+def rank_biased_precision(grades: np.ndarray, judged: np.ndarray, p: float) -> np.ndarray:
+    weights = (1 - p) * p ** np.arange(grades.shape[1])
+    return _ratio(grades, judged[:, :1]) @ weights
+
+
+def _add_rbp(p: float) -> None:
+    name, function = f"RBP{round(10 * p)}", functools.partial(rank_biased_precision, p=p)
+    found = Metric(name, function, shown=f"m{name}", section="rbp", brief=p == max(PERSISTENCE))
+    METRICS.add(name, found, rank_biased_precision)
+
+
+for _p in PERSISTENCE:
+    _add_rbp(_p)
+
+
+@metric("Recall", cutoffs=KS, section="recall", summary=(), columns=(1, 5, 10, 100))
+def recall(grades: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
+    return _ratio((grades > 0).sum(1), (judged > 0).sum(1))
+
+
+@metric("P", cutoffs=KS, section="precision", summary=())
+def precision(grades: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
+    return (grades > 0).sum(1) / k
+
+
+@metric("Accuracy", cutoffs=KS, section="acc", summary=())
+def accuracy(grades: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
+    return (grades > 0).max(axis=1)
 
 
 def first_relevant_rank(grades: np.ndarray) -> np.ndarray:
@@ -100,66 +237,34 @@ def mean_rank_variance(ranks: np.ndarray) -> dict[str, float]:
     }
 
 
-def paired_bootstrap(
-    a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Returns (mean of a - b, low, high): the percentile interval that holds the mean difference
-    with probability `level` when the queries are drawn anew, with replacement.
-
-    Args:
-      a, b: (Q,) one metric of the same queries, in the same order, by two systems.
-
-    Raises:
-      DataError: the lengths differ, there is no query, or a value is not finite.
-    """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 1 or a.shape != b.shape or not a.size:
-        raise DataError(f"no pairs of values to compare: shapes {a.shape} and {b.shape}")
-    difference = a - b
-    if not np.isfinite(difference).all():
-        raise DataError("a value to compare is not a finite number")
-    low, high = bootstrap_interval(difference, resamples, seed, level)
-    return float(difference.mean()), float(low), float(high)
-
-
-def bootstrap_interval(
-    values: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> tuple[np.ndarray, np.ndarray]:
-    """Returns (low, high), each (...): the percentile intervals of the means over queries that are
-    drawn anew, with replacement; the same draws for all metrics.
-
-    Args:
-      values: (Q, ...) metrics of Q >= 1 queries.
-    """
-    rng, size = np.random.default_rng(seed), len(values)
-    means = []
-    # In blocks: all resamples at once would take resamples * Q numbers.
-    for block in np.array_split(np.arange(resamples), -(-resamples * size // BOOTSTRAP_BLOCK)):
-        drawn = rng.integers(size, size=(len(block), size))
-        drawn += size * np.arange(len(block))[:, None]
-        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
-        means.append(counts @ values / size)
-    tail = (1 - level) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
-    return low, high
-
-
 def evaluate_run(
     qrels: Mapping[str, Mapping[str, float]],
     run: Mapping[str, Mapping[str, float]],
-    ks: Sequence[int] = KS,
+    ks: Sequence[int] = (),
 ) -> dict[str, np.ndarray]:
-    """Returns `evaluate_rankings` of {query: {document: grade}} and {query: {document: score}}.
+    """Returns `evaluate_rankings` of {query: {document: grade}} and {query: {document: score}}:
+    the values of every metric, float64 (Q,), by key, such as "NDCG@10", "MAP@100", "ERR" or "RBP9".
 
     As in trec_eval, scores are compared in float32, ties go by `trec_order`, and the queries are
     those with judgements and a run, even an empty one: (Q,) is in the order of qrels.
+
+    Raises:
+      DataError: qrels or run has another form, a value is not a finite number, or no query is in
+        both.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    _check("qrels", qrels, "grade")
+    _check("run", run, "score")
     queries = [query for query in qrels if qrels[query] and query in run]
+    if not queries:
+        raise DataError("there is no query with both judgements in qrels and a ranking in run")
     tables = [[table[query] for query in queries] for table in (qrels, run)]
-    docs = pa.array([*chain(*chain(*tables))], pa.large_string()).dictionary_encode()
+    try:
+        docs = pa.array([*chain(*chain(*tables))], pa.large_string()).dictionary_encode()
+    except UnicodeEncodeError:
+        raise DataError("an id has half a character (a lone surrogate)") from None
     place = np.empty(len(docs.dictionary), np.int64)  # among the ids sorted as UTF-8 bytes
     place[pc.sort_indices(docs.dictionary)] = np.arange(len(place))
     place = place[docs.indices]
@@ -178,7 +283,7 @@ def evaluate_run(
 
     step = max(1, RUN_BLOCK // max(size.max(initial=1) for size in lengths))
     parts = []
-    for start in range(0, max(1, len(queries)), step):
+    for start in range(0, len(queries), step):
         part = slice(start, start + step)
         judged_docs, judged = padded(0, part, ids[0], -1), padded(0, part, values[0], 0)
         ranked, scores = padded(1, part, ids[1], -1), padded(1, part, values[1], -np.inf)
@@ -186,6 +291,27 @@ def evaluate_run(
         grades = lookup_grades(ranked, judged_docs, judged)
         parts.append(evaluate_rankings(grades, judged, ks))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+
+def _check(name: str, table: object, value: str) -> None:
+    """Raises `DataError` unless `table` is {query: {document: finite number}}."""
+    if not isinstance(table, Mapping):
+        form = f"{{query: {{document: {value}}}}}"
+        raise DataError(f"{name} is a {type(table).__name__}, not a dict {form}")
+    for query, row in table.items():
+        if not isinstance(row, Mapping):
+            form = f"{{document: {value}}}"
+            raise DataError(f"{name}[{query!r}] is a {type(row).__name__}, not a dict {form}")
+        # Looks at the few types and at the sum first, which is faster than at every value.
+        if not all(issubclass(kind, str) for kind in {type(query), *map(type, row)}):
+            raise DataError(f"{name}[{query!r}]: ids of queries and documents must be strings")
+        with contextlib.suppress(TypeError, OverflowError):
+            real = all(issubclass(kind, numbers.Real) for kind in set(map(type, row.values())))
+            if real and abs(sum(row.values())) <= sys.float_info.max:
+                continue
+        for document, x in row.items():
+            if not issubclass(type(x), numbers.Real) or not abs(x) <= sys.float_info.max:
+                raise DataError(f"{name}[{query!r}][{document!r}] is {x!r}, not a finite number")
 
 
 def summarize(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -235,43 +361,48 @@ def lookup_grades(
     return np.where((keys[place] == wanted) & (ranked >= 0), judged[place], 0)
 
 
-def rescale_scores(scores: np.ndarray) -> np.ndarray:
-    """Maps scores (N,) of an evaluated split linearly to int64 1..100; equal scores become 1.
-
-    Truncates, as the authors do, so rounding can cost 1: keep the order of operations. DataError
-    on a score that is no finite number.
-    """
-    scores = np.asarray(scores, np.float64)
-    if not np.isfinite(scores).all():
-        raise DataError("a score of the evaluated split is not a finite number")
-    if scores.size == 0 or scores.min() == scores.max():
-        return np.ones(scores.shape, np.int64)
-    low, high = scores.min(), scores.max()
-    return ((scores - low) / (high - low) * 99 + 1).astype(np.int64)
-
-
-def sample_queries(summed_scores: np.ndarray, n: int = 2000, seed: int = 1) -> np.ndarray:
-    """Draws min(n, Q) test queries without replacement, in proportion to their summed scores.
-
-    The draw is that of pandas `DataFrame.sample(n, weights=..., random_state=seed)` (version 3
-    refuses a draw with n * max(weights) > sum(weights); this one, as before, does not). It depends
-    on row order: for the authors' sample give the queries sorted by id, as pandas groupby does.
+def paired_bootstrap(
+    a: np.ndarray, b: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Returns (mean of a - b, low, high): the percentile interval that holds the mean difference
+    with probability `level` when the queries are drawn anew, with replacement.
 
     Args:
-      summed_scores: (Q,) sums > 0 of each query's rescaled scores.
+      a, b: (Q,) one metric of the same queries, in the same order, by two systems.
 
-    Returns:
-      int64 indices into summed_scores, by descending sum, equal sums in the order drawn.
+    Raises:
+      DataError: the lengths differ, there is no query, or a value is not finite.
     """
-    sums = np.asarray(summed_scores, np.float64)
-    size = min(n, sums.size)
-    if size == 0:
-        return np.zeros(0, np.int64)
-    # the legacy generator, whose stream is frozen across numpy versions
-    drawn = np.random.RandomState(seed).choice(
-        sums.size, size=size, replace=False, p=sums / sums.sum()
-    )
-    return drawn[np.argsort(-sums[drawn], kind="stable")].astype(np.int64)
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.ndim != 1 or a.shape != b.shape or not a.size:
+        raise DataError(f"no pairs of values to compare: shapes {a.shape} and {b.shape}")
+    difference = a - b
+    if not np.isfinite(difference).all():
+        raise DataError("a value to compare is not a finite number")
+    low, high = bootstrap_interval(difference, resamples, seed, level)
+    return float(difference.mean()), float(low), float(high)
+
+
+def bootstrap_interval(
+    values: np.ndarray, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns (low, high), each (...): the percentile intervals of the means over queries that are
+    drawn anew, with replacement; the same draws for all metrics.
+
+    Args:
+      values: (Q, ...) metrics of Q >= 1 queries.
+    """
+    rng, size = np.random.default_rng(seed), len(values)
+    means = []
+    # In blocks: all resamples at once would take resamples * Q numbers.
+    for block in np.array_split(np.arange(resamples), -(-resamples * size // BOOTSTRAP_BLOCK)):
+        drawn = rng.integers(size, size=(len(block), size))
+        drawn += size * np.arange(len(block))[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=drawn.size).reshape(drawn.shape)
+        means.append(counts @ values / size)
+    tail = (1 - level) / 2
+    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0)
+    return low, high
 
 
 def _gains(grades: np.ndarray) -> np.ndarray:
@@ -280,12 +411,8 @@ def _gains(grades: np.ndarray) -> np.ndarray:
     return grades if grades.shape[1] else np.zeros((len(grades), 1))
 
 
-def _discounted(gains: np.ndarray) -> np.ndarray:
-    return (gains / np.log2(np.arange(2, gains.shape[1] + 2))).cumsum(1)
-
-
-def _at(cumulative: np.ndarray, k: int) -> np.ndarray:
-    return cumulative[:, min(k, cumulative.shape[1]) - 1]
+def _dcg(gains: np.ndarray) -> np.ndarray:
+    return gains @ (1 / np.log2(np.arange(2, gains.shape[1] + 2)))
 
 
 def _ratio(a: np.ndarray, b: np.ndarray) -> np.ndarray:

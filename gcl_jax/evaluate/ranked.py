@@ -1,27 +1,36 @@
-"""Ranked evaluation of a model on the splits of a store; the protocol is in `gcl_jax.evaluate`."""
+"""Evaluation of a model on the splits of a store: ranked, or by Recall@k of captions and images.
 
-from collections.abc import Iterable, Mapping, Sequence
+The protocol of the ranked evaluation is in `gcl_jax.evaluate`. Recall@k (`--recall`) is that of
+CLIP on COCO and Flickr30k (arXiv 2103.00020 and CLIP_benchmark): every pair of a split is a caption
+of its image, and an image may have several.
+
+    text to image   the share of captions whose image is among the best k images
+    image to text   the share of images of whose captions any is among the best k captions
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float, Int
 
+from gcl_jax import distributed
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embed.cache import EmbeddingCache
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
-from gcl_jax.evaluate import metrics
-from gcl_jax.evaluate.groups import query_groups
+from gcl_jax.evaluate import metrics, results, trec
 from gcl_jax.evaluate.judgements import (
-    KS,
     Judgements,
-    as_ranking,
-    id_ranks,
-    judged_metrics,
+    ground_truth_of,
     load_judgements,
-    ranked_grades,
+    query_groups,
 )
-from gcl_jax.evaluate.results import SplitResult, summary
+from gcl_jax.evaluate.results import SplitResult
+from gcl_jax.runs import NEWEST, load_run
 from gcl_jax.search.index import exact_top_k
+
+RECALL_KS = (1, 5, 10)
 
 
 def evaluate_splits(
@@ -39,27 +48,28 @@ def evaluate_splits(
     With `rankings` they have what was found, with `group_by` the groups of the queries, these
     fields among them. The documents' embeddings are those of `cache`, if it is given.
     """
+    import pyarrow.compute as pc
+
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
-    judged = {s: load_judgements(cfg, store, s, max_queries) for s in cfg.eval.splits}
+    judged = {split: load_judgements(cfg, store, split, max_queries) for split in corpora}
     groups = {}
     if group_by is not None:
         groups = {s: query_groups(cfg, store, judged[s].queries, group_by) for s in judged}
-    query_fields = dict.fromkeys([*cfg.data.query_fields, *cfg.eval.query_fields])
-
-    def embed(side: Side, fields: Iterable[str], rows: np.ndarray) -> FieldEmbeddings:
-        records = store.queries if side == "query" else store.documents
-        name = "queries" if side == "query" else "documents"
-        return embedder.embed(side, records, list(fields), rows, description=name, quiet=quiet)
-
-    rows = np.unique(np.concatenate(list(corpora.values())))
-    fields = cfg.data.document_fields
+    rows, fields = np.unique(np.concatenate(list(corpora.values()))), cfg.data.document_fields
     if cache:
         documents = cache.documents(cfg, store, embedder, rows)
     else:
-        documents = Corpus(rows, embed("document", fields, rows).searched(fields))
+        embedded = embedder.embed(
+            "document", store.documents, list(fields), rows, description="documents", quiet=quiet
+        )
+        documents = Corpus(rows, embedded.searched(fields))
     query_rows = np.unique(np.concatenate([j.queries for j in judged.values()]))
-    queries = embed("query", query_fields, query_rows)
-    document_rank = id_ranks(store.documents)
+    asked = list(dict.fromkeys([*cfg.data.query_fields, *cfg.eval.query_fields]))
+    queries = embedder.embed(
+        "query", store.queries, asked, query_rows, description="queries", quiet=quiet
+    )
+    document_rank = np.empty(len(store.documents), np.int64)  # the place among the sorted ids
+    document_rank[pc.sort_indices(store.documents.id_column)] = np.arange(len(document_rank))
     return {
         split: evaluate_split(
             cfg,
@@ -91,7 +101,7 @@ def evaluate_split(
     Args:
         queries: of the (q,) test queries, in the order of `judgements` and `query_ids`.
         searched: the split's (n,) documents, {"merged" or a field: (n, e) embeddings};
-            `document_rank` is that of `judged_metrics`.
+            `document_rank` is that of `in_trec_order`.
         document_ids: of the corpus, if the result is to have the ranking.
         groups: {grouping: the group of each query}.
     """
@@ -101,47 +111,184 @@ def evaluate_split(
         for field in (cfg.eval.query_fields if several else ())
         if (rows := np.flatnonzero(queries.present[field])).size
     }
-    asked = queries.merged(cfg.data.query_fields)
+    merged = queries.merged(cfg.data.query_fields)
     alone = [queries.take(rows).merged({field: 1.0}) for field, rows in having.items()]
-    first, *others = _search([asked, *alone], searched["merged"], cfg.eval.top_k)
-    hits = {"merged": first} | {
-        field: exact_top_k(asked, x, cfg.eval.top_k)
-        for field, x in searched.items()
-        if field != "merged"
-    }
-    by_documents = {
-        name: judged_metrics(judgements, *found, document_rank) for name, found in hits.items()
-    }
-    ranking = None
-    if document_ids is not None:
-        ranking = as_ranking(judgements, *first, document_rank, query_ids, document_ids)
+    # All at once, so that the documents go to the devices once.
+    every = exact_top_k(np.concatenate([merged, *alone]), searched["merged"], cfg.eval.top_k)
+    every = in_trec_order(*every, document_rank)
+    ends = np.cumsum([len(merged), *map(len, alone)])[:-1]
+    (scores, *_), (found, *found_alone) = (np.split(x, ends) for x in every)
+    by_documents = {"merged": metrics.evaluate_rankings(judgements.of(found), judgements.grades)}
+    for field, embeddings in searched.items():
+        if field != "merged":
+            hits = exact_top_k(merged, embeddings, cfg.eval.top_k)
+            by_documents[field] = judged_metrics(judgements, *hits, document_rank)
     by_query_field = {}
     ranks = np.full((len(query_ids), len(having)), np.nan)
     for column, (field, rows) in enumerate(having.items()):
         judged = judgements.take(rows)
-        grades = ranked_grades(judged, *others[column], document_rank)
-        by_query_field[field] = metrics.evaluate_rankings(grades, judged.grades, KS)
+        grades = judged.of(found_alone[column])
+        by_query_field[field] = metrics.evaluate_rankings(grades, judged.grades)
         ranks[rows, column] = metrics.first_relevant_rank(grades)
     variance = metrics.mean_rank_variance(ranks)
+    ranking = None
+    if document_ids is not None:
+        ranking = as_ranking(judgements, scores, found, query_ids, document_ids)
     return SplitResult(query_ids, by_documents, by_query_field, variance, ranking, groups or {})
 
 
-def _search(
-    queries: Sequence[np.ndarray], documents: np.ndarray, k: int
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """`exact_top_k` of several sets of queries, for which the documents go to the devices once."""
-    scores, found = exact_top_k(np.concatenate(queries), documents, k)
-    ends = np.cumsum([len(x) for x in queries])[:-1]
-    return list(zip(np.split(scores, ends), np.split(found, ends), strict=True))
+def in_trec_order(
+    scores: np.ndarray, found: np.ndarray, document_rank: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Retrieved documents as trec_eval ranks them.
+
+    Args:
+        scores, found: (q, k) scores and positions within the corpus of the retrieved documents.
+        document_rank: int (n,), each document's place among the sorted ids, which breaks ties.
+    """
+    order = metrics.trec_order(scores, document_rank[found])
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
+
+
+def judged_metrics(
+    judgements: Judgements, scores: np.ndarray, found: np.ndarray, document_rank: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Protocol steps 4 and 5: `metrics.evaluate_rankings` of retrieved documents, which are those
+    of `in_trec_order`."""
+    _, found = in_trec_order(scores, found, document_rank)
+    return metrics.evaluate_rankings(judgements.of(found), judgements.grades)
+
+
+def as_ranking(
+    judgements: Judgements,
+    scores: np.ndarray,
+    found: np.ndarray,
+    query_ids: Sequence[str],
+    document_ids: Sequence[str],
+) -> trec.Ranking:
+    """Ranked documents (see `in_trec_order`) under the ids of the (q,) queries and of the (n,)
+    documents of the corpus."""
+    ids = np.array(document_ids, object)
+    qrels, run = {}, {}
+    for row, query in enumerate(query_ids):
+        judged = judgements.documents[row] >= 0
+        documents, grades = judgements.documents[row, judged], judgements.grades[row, judged]
+        qrels[query] = dict(zip(ids[documents], grades.astype(int).tolist(), strict=True))
+        run[query] = dict(zip(ids[found[row]], scores[row].tolist(), strict=True))
+    return trec.Ranking(qrels, run)
 
 
 def evaluate_in_training(
     cfg: TrainConfig, store: RankedStore, embedder: Embedder
 ) -> dict[str, float]:
     """{"SPLIT/METRIC": value} of the merged documents on a sample of the queries."""
-    results = evaluate_splits(cfg, store, embedder, cfg.eval.max_queries_in_training, quiet=True)
+    found = evaluate_splits(cfg, store, embedder, cfg.eval.max_queries_in_training, quiet=True)
     return {
         f"{split}/{name}": value
-        for split, result in results.items()
-        for name, value in summary(result.merged).items()
+        for split, result in found.items()
+        for name, value in results.summary(result.merged).items()
     }
+
+
+def evaluate_workdir(
+    workdir: Path,
+    max_queries: int | None = None,
+    write_runs: bool = False,
+    group_by: Sequence[str] | None = None,
+    embed_dim: int | None = None,
+    checkpoint: str = NEWEST,
+) -> str:
+    """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` is that
+    of `evaluate_splits`."""
+    cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
+    found = evaluate_splits(
+        cfg,
+        store,
+        Embedder(cfg, params, mesh),
+        max_queries or cfg.eval.max_queries,
+        rankings=write_runs,
+        group_by=group_by,
+        cache=EmbeddingCache(workdir, step),
+    )
+    if not distributed.is_first():
+        return ""
+    reports = {}
+    for split, result in found.items():
+        reports[split] = results.as_report(split, step, result)
+        reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
+        path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
+        results.write(path, reports[split], result)
+        if result.ranking is not None:
+            trec.write_ranking(path, result.ranking)
+    groups = "" if group_by is None else f"\n\n{results.format_groups(reports)}"
+    return results.format_tables(found) + groups
+
+
+def recall_at(
+    texts: Float[np.ndarray, "t e"],
+    images: Float[np.ndarray, "n e"],
+    image_of: Int[np.ndarray, " t"],
+) -> dict[str, dict[str, float]]:
+    """{"text_to_image" or "image_to_text": {"R@1": share, ...}} over the texts, and over the images
+    that have a text; the others are only in the way. `image_of`: each text's image."""
+    _, best_images = exact_top_k(texts, images, max(RECALL_KS))
+    described = np.unique(image_of)
+    _, best_texts = exact_top_k(images[described], texts, max(RECALL_KS))
+    hits = {
+        "text_to_image": best_images == image_of[:, None],
+        "image_to_text": image_of[best_texts] == described[:, None],
+    }
+    return {
+        direction: {f"R@{k}": float(hit[:, :k].any(axis=1).mean()) for k in RECALL_KS}
+        for direction, hit in hits.items()
+    }
+
+
+def recall_splits(
+    cfg: TrainConfig, store: RankedStore, embedder: Embedder, cache: EmbeddingCache
+) -> dict[str, dict]:
+    """{split: `recall_at` with the numbers of "captions" and "images"} of `cfg.eval.splits`."""
+    corpora = {split: store.corpus(split) for split in cfg.eval.splits}
+    rows = np.unique(np.concatenate(list(corpora.values())))
+    documents = cache.documents(cfg, store, embedder, rows)
+    shares = {}
+    for split, corpus in corpora.items():
+        pairs = store.pairs(split)
+        asked, text_of = np.unique(pairs.query, return_inverse=True)
+        weights = cfg.data.query_fields
+        queries = embedder.embed("query", store.queries, list(weights), asked, description=split)
+        texts = queries.merged(weights)[text_of]
+        image_of = np.searchsorted(corpus, pairs.document)
+        counts = {"captions": len(texts), "images": len(corpus)}
+        shares[split] = counts | recall_at(texts, documents.of(corpus)["merged"], image_of)
+    return shares
+
+
+def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str = NEWEST) -> str:
+    """Writes WORKDIR/eval/recall/SPLIT.json for a checkpoint of a run and returns the table."""
+    cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
+    cache = EmbeddingCache(workdir, step)
+    shares = recall_splits(cfg, store, Embedder(cfg, params, mesh), cache)
+    if not distributed.is_first():
+        return ""
+    for split, found in shares.items():
+        name = split if embed_dim is None else f"{split}@{embed_dim}"
+        results.write_json(workdir / "eval" / "recall" / f"{name}.json", {"step": step, **found})
+    return format_recall(shares)
+
+
+def format_recall(shares: dict[str, dict]) -> str:
+    """One row per split."""
+    names = [f"R@{k}" for k in RECALL_KS]
+    lines = [f"{'':<34}{'text to image':>24}{'image to text':>26}"]
+    columns = "".join(f"{name:>8}" for name in names)
+    lines.append(f"{'split':<16}{'captions':>9}{'images':>9}{columns}  {columns}")
+    lines.append("-" * len(lines[-1]))
+    for split, found in shares.items():
+        cells = (
+            "".join(f"{found[direction][name]:>8.4f}" for name in names)
+            for direction in ("text_to_image", "image_to_text")
+        )
+        counts = f"{found['captions']:>9}{found['images']:>9}"
+        lines.append(f"{split:<16}{counts}{'  '.join(cells)}")
+    return "\n".join(lines)

@@ -1,207 +1,363 @@
-"""What a ranked evaluation found, and how it is written and printed."""
+"""Results of evaluations: written, printed, and compared with those of another system.
+
+`score` and `score_files` make the results of any system from its files (`--qrels GT --run RUN`),
+`compare` reads two evaluations again (`--compare RUN_A RUN_B`).
+"""
 
 import dataclasses
 import json
-import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from gcl_jax.evaluate import groups, metrics, trec
-from gcl_jax.evaluate.judgements import Ranking
+from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.evaluate import metrics, trec
+from gcl_jax.evaluate.judgements import group_members
 
-PerQuery = Mapping[str, np.ndarray]
+# {key of `metrics.evaluate_rankings`: float64 (q,)}
+MetricValues = Mapping[str, np.ndarray]
 
-TABLES = {"ndcg": "NDCG", "mAP": "MAP", "recall": "Recall", "precision": "P", "mrr": "MRR"}
-SUMMARY = {
-    "NDCG@10": "NDCG@10",
-    "mAP@1000": "MAP@1000",
-    "mrr@1000": "MRR@1000",
-    "mERR": "ERR",
-    "mRBP7": "RBP7",
-    "mRBP8": "RBP8",
-    "mRBP9": "RBP9",
-}
-RECALL = {f"Recall@{k}": f"Recall@{k}" for k in (1, 5, 10)}
-QUERY_FIELD_SUMMARY = SUMMARY | RECALL
-# Before a grouping's name, in the tables query by query.
-GROUP_COLUMN = "group:"
-IN_GROUP_TABLE = ("NDCG@10", "mrr@1000", "mERR")
-PER_QUERY = QUERY_FIELD_SUMMARY | {"Recall@100": "Recall@100"}
+# Beyond so few queries an interval means little.
+SMALL_GROUP = 30
+GROUP_COLUMN = "group:"  # before a grouping's name, in the tables query by query
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SplitResult:
-    """Per-query metrics, float64 (q,), of one split under `metrics.evaluate_rankings`'s names.
+    """What the evaluation of one split found.
 
-    documents: those of "merged" and of each document field alone, in the order of `query_ids`.
+    documents: metrics of "merged" and of each document field alone, in the order of `query_ids`.
     query_fields: those of each query field alone, on the queries that have it; empty if there is
     but one field. rank_variance: `metrics.mean_rank_variance` over the query fields.
     ranking: if it was asked for. groups: {grouping: the group of each query}, likewise.
     """
 
     query_ids: list[str]
-    documents: Mapping[str, PerQuery]
-    query_fields: Mapping[str, PerQuery]
+    documents: Mapping[str, MetricValues]
+    query_fields: Mapping[str, MetricValues]
     rank_variance: Mapping[str, float]
-    ranking: Ranking | None = None
+    ranking: trec.Ranking | None = None
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
 
     @property
-    def merged(self) -> PerQuery:
+    def merged(self) -> MetricValues:
         return self.documents["merged"]
 
 
-def summary(values: PerQuery, names: Mapping[str, str] = SUMMARY) -> dict[str, float]:
-    """Means over the queries under the authors' names; `names` maps these to ours."""
-    return metrics.summarize({name: values[key] for name, key in names.items()})
+def summary(values: MetricValues, place: metrics.Place = "summary") -> dict[str, float]:
+    """Means over the queries of the metrics in a place, see `metrics.names`."""
+    named = metrics.names(place)
+    return metrics.summarize({shown: values[key] for shown, key in named.items()})
 
 
-def intervals(values: PerQuery) -> dict[str, list[float]]:
+def intervals(values: MetricValues) -> dict[str, list[float]]:
     """{metric of `summary`: [low, high]}, the 95% bootstrap intervals of the means."""
-    low, high = metrics.bootstrap_interval(np.stack([values[x] for x in SUMMARY.values()], axis=1))
-    return {name: [float(a), float(b)] for name, a, b in zip(SUMMARY, low, high, strict=True)}
-
-
-def group_summaries(result: SplitResult) -> dict[str, dict[str, dict]]:
-    """{grouping: {group: {"queries", "small", "summary", "intervals"}}} of merged; a group is
-    small if its intervals mean little."""
-    return {
-        grouping: {
-            group: {
-                "queries": len(rows),
-                "small": len(rows) < groups.SMALL,
-                "summary": summary(values := {k: x[rows] for k, x in result.merged.items()}),
-                "intervals": intervals(values),
-            }
-            for group, rows in groups.members(labels).items()
-        }
-        for grouping, labels in result.groups.items()
-    }
-
-
-def means(values: PerQuery) -> dict[str, dict[str, float]]:
-    """Means over the queries in the authors' tables."""
-    by_name = metrics.summarize(values)
-    tables = {
-        table: {key: mean for key, mean in by_name.items() if key.startswith(f"{prefix}@")}
-        for table, prefix in TABLES.items()
-    }
-    found = {key.replace("MRR", "Accuracy"): values[key] > 0 for key in tables["mrr"]}
-    return {"summary": summary(values)} | tables | {"acc": metrics.summarize(found)}
+    named = metrics.names()
+    ends = metrics.bootstrap_interval(np.stack([values[key] for key in named.values()], axis=1))
+    return dict(zip(named, np.stack(ends, axis=1).tolist(), strict=True))
 
 
 def as_report(split: str, step: int, result: SplitResult) -> dict:
-    """One split's means at training step `step`: all of merged, with intervals of its summary, the
-    summary of each document field and of each query field alone, and that of each group."""
-    report: dict = {"split": split, "step": step, **means(result.merged)}
+    """What eval/SPLIT.json holds of the model at training step `step`: the means of merged, all of
+    them and the summary with intervals; the summary of each document field, each query field and
+    each group alone. A group is "small" if its intervals mean little.
+
+    Raises:
+        ConfigError, DataError: as `with_sections`.
+    """
+    report: dict = {"split": split, "step": step, "summary": summary(result.merged)}
     report["intervals"] = intervals(result.merged)
     report["fields"] = {
         name: summary(values) for name, values in result.documents.items() if name != "merged"
     }
     report["query_fields"] = {
-        field: summary(values, QUERY_FIELD_SUMMARY) | {"queries": _count(values)}
+        field: summary(values, "columns") | {"queries": _count(values)}
         for field, values in result.query_fields.items()
     }
     report["rank_variance"] = dict(result.rank_variance)
     if result.groups:
-        report["groups"] = group_summaries(result)
-    return report
+        report["groups"] = {
+            grouping: {
+                group: {
+                    "queries": len(rows),
+                    "small": len(rows) < SMALL_GROUP,
+                    "summary": summary(values := {k: x[rows] for k, x in result.merged.items()}),
+                    "intervals": intervals(values),
+                }
+                for group, rows in group_members(labels).items()
+            }
+            for grouping, labels in result.groups.items()
+        }
+    return with_sections(report, result.merged)
+
+
+def with_sections(report: dict, values: MetricValues) -> dict:
+    """`report` with the means of every metric, in the section that the metric declares.
+
+    Raises:
+        ConfigError: the section of a metric is another entry of `report`.
+        DataError: there is no query.
+    """
+    sections: dict[str, dict[str, float]] = {}
+    for metric in metrics.table():
+        section = metric.section or metric.name
+        if section in report:
+            raise ConfigError(f"metric {metric.name!r}: section {section!r} has another meaning")
+        means = metrics.summarize({key: values[key] for key in metric.keys().values()})
+        sections.setdefault(section, {}).update(means)
+    return report | sections
 
 
 def write(path: Path, report: dict, result: SplitResult) -> None:
-    """PATH.json, the report, and PATH.parquet, one row per test query: `query_id`, the `PER_QUERY`
-    metrics of merged and its groups. Each is complete or as it was."""
+    """PATH.json, the report, and PATH.parquet, one row per test query: `query_id`, the metrics of
+    merged that are "columns", and its groups. Each is complete or as it was."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(exist_ok=True)
-    columns = {name: result.merged[key] for name, key in PER_QUERY.items()}
+    columns = {name: result.merged[key] for name, key in metrics.names("columns").items()}
     columns |= {GROUP_COLUMN + name: pa.array(x) for name, x in result.groups.items()}
     unfinished = path.with_name(f"{path.name}.incomplete")
     pq.write_table(pa.table({"query_id": result.query_ids, **columns}), unfinished)
-    os.replace(unfinished, path.with_name(f"{path.name}.parquet"))
+    unfinished.replace(path.with_name(f"{path.name}.parquet"))
     write_json(path.with_name(f"{path.name}.json"), report)
 
 
 def write_json(path: Path, report: dict) -> None:
     """Writes `report`; the file is complete or as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f"{path.name}.incomplete")
-    unfinished.write_text(json.dumps(report, indent=2) + "\n")
-    unfinished.replace(path)
-
-
-def write_ranking(path: Path, ranking: Ranking) -> None:
-    """PATH.qrels.trec and PATH.run.trec, and the same as the authors' evaluation names and writes
-    it, PATH.gt_results.json and PATH.retrieval.json. Raises `DataError` as `trec.write_qrels`."""
-
-    def file(suffix: str) -> Path:
-        return path.with_name(f"{path.name}.{suffix}")
-
-    trec.write_json(file("gt_results.json"), ranking.qrels)
-    trec.write_json(file("retrieval.json"), ranking.run)
-    trec.write_qrels(file("qrels.trec"), ranking.qrels)
-    trec.write_run(file("run.trec"), ranking.run, tag="gcl_jax")
+    trec.write_lines(path, [json.dumps(report, indent=2) + "\n"])
 
 
 def format_tables(results: Mapping[str, SplitResult]) -> str:
     """One row per split and kind of document; then, where there are several, one per query field
     and the rank variance over them."""
-    header = f"{'split':<16}{'documents':<12}" + "".join(f"{name:>10}" for name in SUMMARY)
-    lines = [header, "-" * len(header)]
+    rows: list[tuple[str, str, Mapping[str, float]]] = []
     for split, result in results.items():
         for name, values in result.documents.items():
-            shown = split if name == "merged" else ""
-            lines.append(f"{shown:<16}{name:<12}{_cells(summary(values))}")
+            rows.append((split if name == "merged" else "", name, summary(values)))
             if name == "merged":
+                ends = intervals(values)
                 for i, end in enumerate(("95% from", "95% to")):
-                    ends = {metric: x[i] for metric, x in intervals(values).items()}
-                    lines.append(f"{'':<16}{end:<12}{_cells(ends)}")
+                    rows.append(("", end, {metric: x[i] for metric, x in ends.items()}))
+    lines = _table("documents", list(metrics.names()), rows)
     if any(result.query_fields for result in results.values()):
-        names = {"NDCG@10": "NDCG@10", "mrr@1000": "MRR@1000", **RECALL}
-        columns = "".join(f"{name:>10}" for name in ("queries", *names))
-        header = f"{'split':<16}{'query':<12}{columns}"
-        lines += ["", header, "-" * len(header)]
+        hidden = metrics.names().keys() - metrics.names("brief")
+        shown = ["queries", *(x for x in metrics.names("columns") if x not in hidden)]
+        rows = []
         for split, result in results.items():
             for field, values in ({"merged": result.merged} | dict(result.query_fields)).items():
-                shown = split if field == "merged" else ""
-                cells = f"{_count(values):>10}{_cells(summary(values, names))}"
-                lines.append(f"{shown:<16}{field:<12}{cells}")
-            if variance := result.rank_variance:
-                lines.append(
-                    f"{'':<16}mean rank variance (MRV) {variance['MRV']:.2f}, MRV_std "
-                    f"{variance['MRV_std']:.2f}, over {variance['instances']} queries"
-                )
+                means = {"queries": _count(values), **summary(values, "columns")}
+                rows.append((split if field == "merged" else "", field, means))
+        lines += ["", *_table("query", shown, rows)]
+        lines += [
+            f"{split}: mean rank variance (MRV) {variance['MRV']:.2f}, MRV_std "
+            f"{variance['MRV_std']:.2f}, over {variance['instances']} queries"
+            for split, result in results.items()
+            if (variance := result.rank_variance)
+        ]
     return "\n".join(lines)
+
+
+def _table(
+    kind: str, names: Sequence[str], rows: Sequence[tuple[str, str, Mapping[str, float]]]
+) -> list[str]:
+    """Lines of (split, `kind`, {name: value}), whole numbers as they are."""
+    widths = [max(10, len(name) + 2) for name in names]
+    columns = zip(names, widths, strict=True)
+    header = f"{'split':<16}{kind:<12}" + "".join(f"{name:>{width}}" for name, width in columns)
+    lines = [header, "-" * len(header)]
+    for split, of, values in rows:
+        numbers = [values[name] for name in names]
+        texts = [str(x) if isinstance(x, int) else f"{x:.4f}" for x in numbers]
+        cells = (f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
+        lines.append(f"{split:<16}{of:<12}" + "".join(cells))
+    return lines
 
 
 def format_groups(reports: Mapping[str, dict]) -> str:
     """One row per split and group of {split: `as_report`}: queries, means, 95% intervals."""
+    named = metrics.names("brief")
     header = f"{'split':<16}{'group':<28}{'queries':>8}  "
-    lines = [header + "".join(f"{name:<26}" for name in IN_GROUP_TABLE).rstrip()]
-    lines.append("-" * (len(header) + 26 * len(IN_GROUP_TABLE)))
+    lines = [header + "".join(f"{name:<26}" for name in named).rstrip()]
+    lines.append("-" * (len(header) + 26 * len(named)))
     for split, report in reports.items():
         for grouping, found in report["groups"].items():
             for group, values in found.items():
                 name = f"{grouping} {group}"
                 name = name if len(name) <= 27 else f"{name[:26]}…"
                 cells = []
-                for metric in IN_GROUP_TABLE:
+                for metric in named:
                     low, high = values["intervals"][metric]
                     cells.append(f"{values['summary'][metric]:.4f} [{low:.4f}, {high:.4f}]")
                 mark = "*" if values["small"] else " "
                 row = f"{split:<16}{name:<28}{values['queries']:>8}{mark} "
                 lines.append(row + "".join(f"{cell:<26}" for cell in cells).rstrip())
                 split = ""
-    lines.append(f"* fewer than {groups.SMALL} queries. The intervals: 10,000 bootstrap samples.")
+    lines.append(f"* fewer than {SMALL_GROUP} queries. The intervals: 10,000 bootstrap samples.")
     return "\n".join(lines)
 
 
-def _cells(values: Mapping[str, float]) -> str:
-    return "".join(f"{value:>10.4f}" for value in values.values())
+def _count(values: MetricValues) -> int:
+    return len(next(iter(values.values())))
 
 
-def _count(values: PerQuery) -> int:
-    return len(values["NDCG@10"])
+def score(qrels: trec.Table, run: trec.Table) -> tuple[SplitResult, dict[str, int]]:
+    """The metrics of every judged query, in the order of `qrels`, and how many queries there were.
+
+    As with trec_eval's option -c, a judged query that the run lacks scores 0. Queries of the run
+    that nobody judged are left out, and so are queries of `qrels` without a document.
+
+    Returns:
+        the result, and {"queries", "queries_without_results", "queries_without_judgements"}.
+    """
+    judged = [query for query, documents in qrels.items() if documents]
+    lacking = sum(query not in run for query in judged)
+    counts = {
+        "queries": len(judged),
+        "queries_without_results": lacking,
+        "queries_without_judgements": len(run) - (len(judged) - lacking),
+    }
+    values = metrics.evaluate_run(qrels, {query: run.get(query, {}) for query in judged})
+    return SplitResult(judged, {"merged": values}, {}, {}), counts
+
+
+def score_files(qrels: Path, run: Path, out: Path | None = None) -> str:
+    """The scores of the results in `run` by the judgements in `qrels` (formats: `trec.py`), as
+    a table; with `out` also OUT/output.json, .csv (the summary) and .parquet (query by query).
+
+    Raises:
+        DataError: a file cannot be read, or the two have no query in common.
+    """
+    judged, ranked = trec.read(qrels, "qrels"), trec.read(run, "run")
+    if not any(documents and query in ranked for query, documents in judged.items()):
+        raise DataError(f"{run}: none of its queries is judged in {qrels}")
+    result, counts = score(judged, ranked)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        means = summary(result.merged)
+        report = {"qrels": str(qrels), "run": str(run), **counts, "summary": means}
+        write(out / "output", with_sections(report, result.merged), result)
+        rows = (",".join(row) + "\n" for row in (means.keys(), map(repr, means.values())))
+        trec.write_lines(out / "output.csv", rows)
+    shown = summary(result.merged, "columns")
+    lines = [f"{name:<12}{mean:>8.4f}" for name, mean in shown.items()]
+    lines.append(f"over {counts['queries']} judged queries")
+    if lacking := counts["queries_without_results"]:
+        lines.append(f"{lacking} of them are not in the run and count 0")
+    if unjudged := counts["queries_without_judgements"]:
+        lines.append(f"{unjudged} queries of the run have no judgements and are left out")
+    return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Difference:
+    """One metric of a split in two systems, a and b: means over the queries, mean of b - a with its
+    95% paired bootstrap interval, and the p-value of the two-sided paired t-test (1 if the queries
+    do not differ at all, nan for a single query)."""
+
+    a: float
+    b: float
+    difference: float
+    low: float
+    high: float
+    p: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> Difference:
+    """Compares one metric (q,) of the same queries in the same order.
+
+    Raises:
+        DataError: as `metrics.paired_bootstrap`.
+    """
+    from scipy import stats
+
+    mean, low, high = metrics.paired_bootstrap(b, a)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # all queries differ alike: p is 0
+        p = 1.0 if np.array_equal(a, b) else float(stats.ttest_rel(a, b).pvalue)
+    return Difference(float(a.mean()), float(b.mean()), mean, low, high, p)
+
+
+def compare(a: Path, b: Path) -> dict[str, dict[str, Difference]]:
+    """{split: {metric: difference}} of the evaluations in two directories, joined by query id:
+    DIR/eval/SPLIT.parquet of training runs, or what `--out` wrote. SPLIT@DIM, of shortened
+    embeddings, is compared where both have it.
+
+    Raises:
+        DataError: there is no evaluation, or splits, metrics or queries differ.
+    """
+    ours, theirs = _evaluations(a), _evaluations(b)
+    for directory, found in ((a, ours), (b, theirs)):
+        lacking = (ours.keys() | theirs.keys()) - found.keys()
+        if only := sorted(split for split in lacking if "@" not in split):
+            raise DataError(f"{directory} has no evaluation of {', '.join(only)}")
+    both = [split for split in ours if split in theirs]
+    if not both:
+        raise DataError(f"{a} and {b} have no evaluation in common")
+    return {split: _compare_tables(split, ours[split], theirs[split]) for split in both}
+
+
+def format_comparison(a: Path, b: Path, comparison: Mapping[str, Mapping[str, Difference]]) -> str:
+    """One row per split and metric."""
+    wide = max(12, *(len(name) + 1 for found in comparison.values() for name in found))
+    lines = [f"A: {a}", f"B: {b}", ""]
+    columns = f"{'A':>9}{'B':>9}{'B - A':>10}{'95% interval':>22}{'p':>10}"
+    lines.append(f"{'split':<20}{'metric':<{wide}}{columns}")
+    lines.append("-" * len(lines[-1]))
+    for split, found in comparison.items():
+        for shown, (name, d) in zip([split] + [""] * len(found), found.items(), strict=False):
+            interval = f"[{d.low:+.4f}, {d.high:+.4f}]"
+            values = f"{d.a:>9.4f}{d.b:>9.4f}{d.difference:>+10.4f}{interval:>22}{d.p:>10.2g}"
+            lines.append(f"{shown:<20}{name:<{wide}}{values}{' *' if d.excludes_zero else ''}")
+    lines += ["", "* the interval excludes 0. p: two-sided paired t-test, not corrected for their"]
+    return "\n".join(
+        [*lines, "  number. The interval: 10,000 paired bootstrap samples of the queries."]
+    )
+
+
+def _evaluations(directory: Path) -> dict[str, Path]:
+    folder = directory / "eval" if (directory / "eval").is_dir() else directory
+    files = {path.name.removesuffix(".parquet"): path for path in sorted(folder.glob("*.parquet"))}
+    if not files:
+        raise DataError(
+            f"{directory} has no evaluation: python -m gcl_jax.evaluate --workdir={directory}"
+        )
+    return files
+
+
+def _compare_tables(split: str, a: Path, b: Path) -> dict[str, Difference]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def read(path: Path):
+        """Without the columns of groups, which two runs need not share."""
+        table = pq.read_table(path)
+        chosen = [name for name in table.column_names if not name.startswith(GROUP_COLUMN)]
+        return table.select(chosen).sort_by("query_id")
+
+    try:
+        tables = [read(path) for path in (a, b)]
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"split {split}: {a} or {b} is no evaluation ({error})") from None
+    names = [table.column_names for table in tables]
+    if sorted(names[0]) != sorted(names[1]):
+        raise DataError(f"{a} and {b} have different metrics: evaluate both anew")
+    ids = [set(table["query_id"].to_pylist()) for table in tables]
+    if ids[0] != ids[1]:
+        raise DataError(
+            f"split {split}: the queries differ, {len(ids[0] - ids[1])} are only in {a}, "
+            f"{len(ids[1] - ids[0])} only in {b}; evaluate both with the same ground truth and "
+            "--max_queries"
+        )
+    return {
+        name: difference(*(table[name].to_numpy() for table in tables))
+        for name in names[0]
+        if name != "query_id"
+    }

@@ -10,10 +10,10 @@ A table is {query: {document: value}}; in qrels the values are grades, in a run 
 Any of them may be compressed by gzip. The content decides, not the file's name.
 """
 
+import dataclasses
 import gzip
 import json
 import math
-import os
 import re
 import zlib
 from collections import Counter
@@ -25,6 +25,16 @@ from gcl_jax.errors import DataError
 
 Kind = Literal["qrels", "run"]
 Table = Mapping[str, Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Ranking:
+    """What queries were judged by, and what they found: tables {query id: {document id: value}} of
+    grades, and of scores from the best document down."""
+
+    qrels: Table
+    run: Table
+
 
 COLUMNS = {
     "qrels": ["query", "0", "document", "grade"],
@@ -147,13 +157,13 @@ def write_qrels(path: Path, qrels: Table) -> None:
                     f"query {query!r} is {grade}"
                 )
             lines.append(f"{_in_a_column(query)} 0 {_in_a_column(document)} {int(grade)}\n")
-    _write(path, lines)
+    write_lines(path, lines)
 
 
 def write_run(path: Path, run: Table, tag: str) -> None:
     """Writes a TREC run, ranks in the order of `run`. Scores keep float32's nine digits, and blanks
     and "%" in ids become %20, %25 and so on: the columns stand between blanks."""
-    _write(
+    write_lines(
         path,
         (
             f"{_in_a_column(query)} Q0 {_in_a_column(document)} {rank} {score:.9g} {tag}\n"
@@ -165,15 +175,25 @@ def write_run(path: Path, run: Table, tag: str) -> None:
 
 def write_json(path: Path, table: Table) -> None:
     """Writes a table as the authors' evaluation does, ids as they are."""
-    _write(path, [json.dumps(table, ensure_ascii=False)])
+    write_lines(path, [json.dumps(table, ensure_ascii=False)])
 
 
-def _write(path: Path, lines: Iterable[str]) -> None:
-    """The file is complete or as it was."""
+def write_ranking(path: Path, ranking: Ranking) -> None:
+    """Writes PATH.qrels.trec and PATH.run.trec, and the same as the authors' evaluation names and
+    writes it, PATH.gt_results.json and PATH.retrieval.json. Raises `DataError` as `write_qrels`."""
+    file = f"{path}.{{}}".format
+    write_json(Path(file("gt_results.json")), ranking.qrels)
+    write_json(Path(file("retrieval.json")), ranking.run)
+    write_qrels(Path(file("qrels.trec")), ranking.qrels)
+    write_run(Path(file("run.trec")), ranking.run, tag="gcl_jax")
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Writes a text file, which is complete or as it was."""
     unfinished = path.with_name(f"{path.name}.incomplete")
     with unfinished.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(lines)
-    os.replace(unfinished, path)
+    unfinished.replace(path)
 
 
 def _in_a_column(name: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.evaluate.compare import compare
+from gcl_jax.evaluate.results import compare
 from gcl_jax.report.charts import compared_charts, interval_chart
 from gcl_jax.report.evaluated import SPLIT_NOTES, EvaluatedRun, essentials, open_index, read_run
 from gcl_jax.report.examples import EXTREME_PER_SPLIT, Chosen, answer_all, highest, make_section

@@ -22,7 +22,7 @@ from gcl_jax.data.pipeline import longest_texts, padded_length, pair_weights, tr
 from gcl_jax.data.sampling import pairs_per_epoch
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError
-from gcl_jax.evaluate.results import SUMMARY
+from gcl_jax.evaluate import metrics
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.models import flops
@@ -121,7 +121,7 @@ def require_metric(cfg: TrainConfig) -> None:
     """Raises `ConfigError` unless evaluation in training gives the metric that says which
     checkpoints are best. `cfg` is resolved for its store."""
     best = cfg.checkpoint.best
-    names = [f"{split}/{name}" for split in cfg.eval.splits for name in SUMMARY]
+    names = [f"{split}/{name}" for split in cfg.eval.splits for name in metrics.names()]
     if best and best not in names:
         raise ConfigError(f"config.checkpoint.best={best!r} must be one of {', '.join(names)}")
 
