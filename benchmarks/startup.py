@@ -45,7 +45,6 @@ def answered(args: list[str], repeats: int, fails: bool) -> float:
         begun = time.perf_counter()
         done = subprocess.run(command(*args), cwd=ROOT, capture_output=True, text=True)
         seconds.append(time.perf_counter() - begun)
-        # absl prints its help with exit code 1.
         if fails and (not done.returncode or "Traceback" in done.stderr):
             raise SystemExit(f"{args} should have ended with one line:\n{done.stderr}")
     return statistics.median(seconds)

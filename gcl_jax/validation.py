@@ -1,23 +1,17 @@
-"""Checks a configuration before anything is built, and sets its options from texts. An error is one
-line that names the key and says what to write."""
+"""Checks a configuration before anything is built; an error is one line that names the key."""
 
-import ast
 import dataclasses
-import difflib
 import functools
 import math
 import re
 import types
 import typing
-from collections.abc import Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 from gcl_jax import registry
 from gcl_jax.config import (
-    RENAMED,
     Described,
-    ModelConfig,
     ObjectivesConfig,
     TrainConfig,
     described,
@@ -25,10 +19,8 @@ from gcl_jax.config import (
 )
 from gcl_jax.data.score_weights import score_to_weight
 from gcl_jax.errors import ConfigError
-from gcl_jax.models.presets import preset
 
 LARGEST = 2**31 - 1  # whole number: what a device counts with
-NUMERICS = ("dtype", "param_dtype", "attention", "remat", "lora_rank", "lora_alpha")
 
 
 def require(condition: bool, message: str) -> None:
@@ -72,7 +64,7 @@ def check(key: str, value: Any, one: Described) -> None:
     if option.choices and isinstance(value, str):
         require(value in option.choices, f"{key}={value!r} must be one of {tuple(option.choices)}")
     require(
-        _is_of(value, one.type),
+        is_of(value, one.type),
         f"{key}={value!r} must be {in_words(one.type)}, such as {one.default!r}",
     )
     weights = isinstance(value, dict)
@@ -98,21 +90,21 @@ def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:
             yield from _numbers(f"{key}.{name}", x)
 
 
-def _is_of(value: Any, hint: Any) -> bool:
+def is_of(value: Any, hint: Any) -> bool:
     """Whether `value` is of the type `hint` of an option; a whole number is a float, too."""
     args = typing.get_args(hint)
     match typing.get_origin(hint) or hint:
         case types.UnionType | typing.Union:
-            return any(_is_of(value, arg) for arg in args)
+            return any(is_of(value, arg) for arg in args)
         case kind if kind is tuple:
             items = isinstance(value, tuple | list)
             if items and args[-1] is not ...:
-                return len(value) == len(args) and all(map(_is_of, value, args))
-            return items and all(_is_of(x, args[0]) for x in value)
+                return len(value) == len(args) and all(map(is_of, value, args))
+            return items and all(is_of(x, args[0]) for x in value)
         case kind if kind is dict or kind is ObjectivesConfig:
             inner = args[1] if args else float
             return isinstance(value, dict) and all(
-                isinstance(name, str) and _is_of(x, inner) for name, x in value.items()
+                isinstance(name, str) and is_of(x, inner) for name, x in value.items()
             )
         case kind if kind is Any:
             return True
@@ -146,176 +138,6 @@ def in_words(hint: Any) -> str:
     if kind in (dict, ObjectivesConfig):
         return f"a dict of {'names and values' if Any in args else 'names and weights'}"
     return _WORDS[kind]
-
-
-def override(cfg: TrainConfig, key: str, text: str) -> None:
-    """Sets one option from a text, as the command line gives it.
-
-    A tuple is written as in Python or with commas; an entry of a dict has a key of its own
-    (data.document_fields.image). `model` takes the name of a preset or an open_clip JSON file, and
-    so do `model.vision`, `model.text` and `model.preprocess`, which take that part of it;
-    `model.vision` also takes "none".
-
-    Raises:
-        ConfigError: no such key, or a text that is no value of it.
-    """
-    for old, new in RENAMED.items():
-        if key == old or key.startswith(f"{old}."):
-            key = new + key.removeprefix(old)
-    part, names = cfg, key.split(".")
-    for i, name in enumerate(names):
-        hints = typing.get_type_hints(type(part))
-        if name not in hints:
-            _refuse_key(cfg, key)
-        inner = nested(hints[name])
-        if inner is None:
-            _set_option(part, name, hints[name], key, names[i + 1 :], text)
-            return
-        if i == len(names) - 1:
-            setattr(part, name, _of_preset(cfg, key, text))
-            return
-        if getattr(part, name) is None:
-            setattr(part, name, inner())
-        part = getattr(part, name)
-
-
-def _refuse_key(cfg: TrainConfig, key: str) -> typing.NoReturn:
-    keys = [one.key for one in described()]
-    parts = {key.rpartition(".")[0] for key in keys} - {""}
-    near = difflib.get_close_matches(key, keys, 1, 0.5)
-    if key in parts:
-        hint = f"set its options one by one: `python -m gcl_jax config {key}` lists them"
-    elif near:
-        hint = f"did you mean config.{near[0]}? `python -m gcl_jax config` lists all keys"
-    else:
-        hint = "`python -m gcl_jax config` lists all keys"
-    raise ConfigError(f"config.{key}: there is no such key; {hint}")
-
-
-def _of_preset(cfg: TrainConfig, key: str, text: str) -> Any:
-    if not key.startswith("model"):
-        _refuse_key(cfg, key)
-    if key == "model.vision" and text.lower() == "none":
-        return None
-    try:
-        found = preset(text)
-    except ConfigError as error:
-        raise ConfigError(f"config.{key}={text}: {error}") from None
-    if key != "model":
-        return getattr(found, key.removeprefix("model."))
-    # How a model computes is not a matter of which model it is.
-    return dataclasses.replace(found, **{name: getattr(cfg.model, name) for name in NUMERICS})
-
-
-def _set_option(part: Any, name: str, hint: Any, key: str, rest: list[str], text: str) -> None:
-    args = typing.get_args(hint)
-    is_dict = (typing.get_origin(hint) or hint) in (dict, ObjectivesConfig)
-    if rest and not is_dict:
-        raise ConfigError(f"config.{key}: there is no such key; {name} has no parts")
-    hint = (args[1] if args else float) if rest else hint
-    value = _parsed(text, hint)
-    if not _is_of(value, hint):
-        default = next(one.default for one in described() if f"{key}.".startswith(f"{one.key}."))
-        example = "1.0" if rest else _as_text(default) or "a,b"
-        raise ConfigError(
-            f"config.{key}={text!r} must be {in_words(hint)}; write for example "
-            f"--config.{key}={example}"
-        )
-    if rest:
-        getattr(part, name)[".".join(rest)] = value
-    else:
-        setattr(part, name, ObjectivesConfig(value) if hint is ObjectivesConfig else value)
-
-
-def _as_text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
-
-
-def _parsed(text: str, hint: Any) -> Any:
-    """What `text` says, as a value of the type `hint` if it can be one."""
-    args = typing.get_args(hint)
-    kind = typing.get_origin(hint) or hint
-    if kind in (types.UnionType, typing.Union):
-        if text.lower() == "none":
-            return None
-        return _parsed(text, args[0])
-    if kind is str:
-        return text
-    if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text)
-    try:
-        value = ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, RecursionError, MemoryError):
-        try:
-            value = float(text)  # 3e-4 is a literal, nan and inf are not
-        except ValueError:
-            value = text
-    if kind is tuple:
-        if isinstance(value, str):
-            value = tuple(filter(None, (x.strip() for x in text.strip("()[]").split(","))))
-        elif not isinstance(value, tuple | list):
-            value = (text if args[0] is str else value,)
-        return tuple(value)
-    return value
-
-
-def take_overrides(argv: Iterable[str]) -> tuple[list[str], list[tuple[str, str]]]:
-    """(the other arguments, the (key, text) of `override`) of a command line: --config.KEY=TEXT or
-    --config.KEY TEXT; of a yes-or-no option also --config.KEY and --noconfig.KEY.
-
-    Raises:
-        ConfigError: a key without a text.
-    """
-    rest: list[str] = []
-    found: list[tuple[str, str]] = []
-    yes_or_no = {one.key for one in described() if one.type is bool}
-    words = iter(argv)
-    for word in words:
-        match = re.fullmatch(r"--?(no)?config\.([^=]+)(?:=(.*))?", word, re.DOTALL)
-        if not match:
-            rest.append(word)
-            continue
-        no, key, text = match.groups()
-        if text is None:
-            text = str(not no) if key in yes_or_no else next(words, None)
-        if text is None:
-            raise ConfigError(f"{word}: write {word}=VALUE")
-        found.append((key, text))
-    return rest, found
-
-
-def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainConfig:
-    """The configuration that a Python file makes, with options set from texts; sub-configurations
-    by preset first, then in their order.
-
-    Args:
-        file: path of a file with `get_config()`; what follows a colon is its argument.
-        overrides: (key, text) of `override`.
-
-    Raises:
-        ConfigError: no such file, one that fails, or what `override` raises.
-    """
-    path, colon, argument = file.partition(":")
-    if not Path(path).is_file():
-        raise ConfigError(f"--config={file}: no such file")
-    try:
-        made = registry.load_file(Path(path)).get_config(*[argument] if colon else [])
-    except (Exception, SystemExit) as error:
-        reason = str(error).strip().splitlines()[:1] or [""]
-        raise ConfigError(f"--config={file}: {type(error).__name__}: {reason[0]}") from None
-    if not isinstance(made, TrainConfig):
-        raise ConfigError(f"--config={file}: get_config() must return a gcl_jax.TrainConfig")
-    overrides = list(overrides)
-    whole = {key for key, _ in overrides if key in ("model", *_parts_of_model())}
-    for key, text in sorted(overrides, key=lambda one: one[0] not in whole):
-        override(made, key, text)
-    registry.load_extensions(made.extensions)
-    return made
-
-
-def _parts_of_model() -> list[str]:
-    hints = typing.get_type_hints(ModelConfig)
-    return [f"model.{name}" for name, hint in hints.items() if nested(hint)]
 
 
 def _validate_model(cfg: TrainConfig) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from gcl_jax import config, validation
+from gcl_jax.train import flags
 
 COMMANDS = (
     "data",
@@ -89,7 +90,7 @@ def test_every_option_of_the_first_version_can_still_be_set(key):
     cfg = config.TrainConfig()
     value = functools.reduce(getattr, key.split("."), cfg)
     is_dict = isinstance(value, dict)
-    validation.override(cfg, f"{key}.a" if is_dict else key, "0.5" if is_dict else str(value))
+    flags.override(cfg, f"{key}.a" if is_dict else key, "0.5" if is_dict else str(value))
     assert functools.reduce(getattr, key.split("."), cfg) == ({"a": 0.5} if is_dict else value)
 
 

@@ -14,7 +14,8 @@ from gcl_jax.config import LossConfig, ObjectivesConfig, TrainConfig
 from gcl_jax.data.score_weights import KINDS
 from gcl_jax.errors import ConfigError
 from gcl_jax.models import presets
-from gcl_jax.validation import override, read_config, take_overrides, validate
+from gcl_jax.train.flags import override, read_config, take_overrides
+from gcl_jax.validation import validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 

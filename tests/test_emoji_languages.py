@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from absl import flags
 
 from gcl_jax.data.store import RankedStore
 from gcl_jax.data.tokenizer import load_tokenizer
+from gcl_jax.errors import ConfigError
 from gcl_jax.prepare.emoji import EmojiLanguagesSource
 from gcl_jax.stores import open_store
-from gcl_jax.train.flags import parse_flags
+from gcl_jax.train.flags import read_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 
@@ -79,14 +79,10 @@ def test_the_config_cuts_fewer_than_one_name_in_a_hundred(store):
     store.resolve(cfg)
 
 
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # absl's
-def test_the_config_takes_the_languages_to_train_on(capsys):
+def test_the_config_takes_the_languages_to_train_on():
     path = CONFIGS / "emoji_languages.py"
-    parse_flags(["train", f"--config={path}:en,ja", "--workdir=x"])
-    cfg = flags.FLAGS.config
-    flags.FLAGS.unparse_flags()
+    cfg = read_config(f"{path}:en,ja")
     assert cfg.data.query_fields == {"en": 1.0, "ja": 1.0}
     assert len(cfg.eval.query_fields) == 9
-    with pytest.raises(SystemExit):
-        parse_flags(["train", "--config=nowhere.py:en", "--workdir=x"])
-    assert "nowhere.py: no such file" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"nowhere\.py:en: no such file"):
+        read_config("nowhere.py:en")

@@ -21,7 +21,7 @@ from gcl_jax.plan.abstract import bytes_per_device
 from gcl_jax.port.convert import to_state_dict
 from gcl_jax.port.files import is_hub_id
 from gcl_jax.search import __main__ as search
-from gcl_jax.train.flags import CONFIG, parse_flags
+from gcl_jax.train.flags import read_config
 from gcl_jax.train.loop import train
 from gcl_jax.validation import validate
 from tests.test_ground_truth import write_ground_truth
@@ -70,11 +70,10 @@ def test_e5_has_prefixes_and_mean_pooling():
     assert text.pool == "mean"
 
 
-def test_a_variant_is_named_behind_a_colon(tmp_path):
+def test_a_variant_is_named_behind_a_colon():
     """On the command line, where the file is looked for first."""
-    command = ["train", f"--config={plan.CONFIGS}/vit_b32.py:fashion_5m", f"--workdir={tmp_path}"]
-    parse_flags(command)
-    assert CONFIG.value.data.store == "stores/marqo_gs_fashion_5m"
+    cfg = read_config(f"{plan.CONFIGS}/vit_b32.py:fashion_5m")
+    assert cfg.data.store == "stores/marqo_gs_fashion_5m"
 
 
 @pytest.mark.parametrize("shape", [(8, 1), (4, 2)], ids="{0[0]}x{0[1]}".format)

@@ -1,10 +1,12 @@
-"""Will it fit, and how will it talk? `python -m gcl_jax.plan --config=FILE --topology=v5e:16x16`.
+"""What a training step needs: `python -m gcl_jax.plan --config=FILE --topology=v5e:16x16`.
 
 Compiles the training step of a configuration for devices that are not here, and prints what one of
-them holds, computes and sends. Needs no data and no accelerator: for TPUs libtpu (the [tpu] extra),
-for GPUs the CUDA plugin of jax (the [cuda] extra). Exits with 0 if it fits, with 1 if it does not.
+them holds, computes and sends to the others. Needs no data and no accelerator, but libtpu for TPUs
+(the [tpu] extra) and jax's CUDA plugin for GPUs (the [cuda] extra). Exits with 0 if it fits, with 1
+if it does not.
 """
 
+import argparse
 import dataclasses
 import json
 import os
@@ -12,11 +14,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from absl import app, flags
-
 from gcl_jax.errors import ConfigError, reported_in_one_line
-from gcl_jax.train.flags import CONFIG, parse_flags
-from gcl_jax.validation import validate
+from gcl_jax.train import flags
 
 if TYPE_CHECKING:
     from gcl_jax.config import TrainConfig
@@ -24,19 +23,12 @@ if TYPE_CHECKING:
     from gcl_jax.plan.planner import Plan
     from gcl_jax.plan.topology import Topology
 
-flags.declare_key_flag("config")
-_TOPOLOGY = flags.DEFINE_string("topology", None, "v5e:16x16, v6e:16x16, v5p:8x8x8, h100:8, cpu:8.")
-_FIND_BATCH = flags.DEFINE_bool("find_batch", False, "Search the largest batch that fits.")
-_IMAGES = flags.DEFINE_list("image_fields", ["image"], "Fields that are images, without a store.")
-_UTILISATION = flags.DEFINE_float(
-    "utilisation", 0.4, "Share of the peak FLOP/s that the projection assumes.", 0.01, 1.0
-)
-_JSON = flags.DEFINE_string("json", None, "File to write all figures to.")
-
 GIB = 2**30
 
 
-def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology") -> str:
+def report(
+    cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology", utilisation: float
+) -> str:
     """All figures of `plan`, for people."""
     from gcl_jax.plan import planner
 
@@ -84,8 +76,7 @@ def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology")
     lines += ["", *_program(plan)]
     if topology.chip is None:
         return "\n".join(lines)
-    share = _UTILISATION.value
-    times = planner.project(cfg, plan, topology, share)
+    times = planner.project(cfg, plan, topology, utilisation)
     pairs = plan.batch / times.overlapped, plan.batch / times.exposed
     return "\n".join(
         [
@@ -94,8 +85,8 @@ def report(cfg: "TrainConfig", data: "Data", plan: "Plan", topology: "Topology")
             f"projection, not a measurement: {times.overlapped:.3g} s a step ({pairs[0]:,.0f} "
             f"pairs/s) if communication hides behind computation, {times.exposed:.3g} s "
             f"({pairs[1]:,.0f} pairs/s) if none does",
-            f"  towers {times.towers:.3g} s and loss {times.loss:.3g} s at an assumed {share:.0%} "
-            f"of {topology.chip.flops / 1e12:.0f} TFLOP/s, recomputation included",
+            f"  towers {times.towers:.3g} s and loss {times.loss:.3g} s at an assumed "
+            f"{utilisation:.0%} of {topology.chip.flops / 1e12:.0f} TFLOP/s, with recomputation",
             f"  {plan.sent / 2**20:,.0f} MiB in {times.communication:.3g} s, all links of the chip "
             f"busy ({topology.chip.link / 1e9:.0f} GB/s); reading memory, latencies and data are "
             "not counted",
@@ -142,7 +133,7 @@ def figures(cfg: "TrainConfig", plan: "Plan", topology: "Topology", utilisation:
     return found
 
 
-def run(cfg: "TrainConfig") -> bool:
+def run(cfg: "TrainConfig", args: argparse.Namespace) -> bool:
     """Plans, prints and writes; returns whether it fits."""
     # The devices are described, not driven: whatever is plugged in here is left alone.
     os.environ["JAX_PLATFORMS"] = "cpu"
@@ -154,14 +145,14 @@ def run(cfg: "TrainConfig") -> bool:
 
     logs.quiet_libraries()
     jax.config.update("jax_platforms", "cpu")
-    topology = open_topology(str(_TOPOLOGY.value))
+    topology = open_topology(args.topology)
     if cfg.model.attention == "cudnn" and topology.platform != "gpu":
         raise ConfigError(
             f"config.model.attention='cudnn' is of NVIDIA GPUs, not of --topology={topology.name}; "
             "use 'xla'"
         )
-    cfg, data = abstract.resolve(cfg, _IMAGES.value)
-    if _FIND_BATCH.value:
+    cfg, data = abstract.resolve(cfg, args.image_fields)
+    if args.find_batch:
 
         def tell(plan: "Plan") -> None:
             verdict = "fits" if plan.fits else "does not fit"
@@ -176,22 +167,54 @@ def run(cfg: "TrainConfig") -> bool:
         print(f"largest batch that fits: {plan.batch:,}, to an eighth\n")
     else:
         plan = planner.compile_plan(cfg, data, topology)
-    print(report(cfg, data, plan, topology))
-    if _JSON.value:
-        Path(_JSON.value).write_text(
-            json.dumps(figures(cfg, plan, topology, _UTILISATION.value), indent=2) + "\n"
-        )
+    print(report(cfg, data, plan, topology, args.utilisation))
+    if args.json:
+        rows = figures(cfg, plan, topology, args.utilisation)
+        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
     return plan.fits
 
 
-def main(_argv: list[str]) -> None:
+def share(text: str) -> float:
+    """The type of --utilisation."""
+    if not 0.01 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must lie in [0.01, 1]")
+    return float(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_jax.plan",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:8x8x8, h100:8, cpu:8")
+    parser.add_argument(
+        "--find_batch", action="store_true", help="search the largest batch that fits"
+    )
+    parser.add_argument(
+        "--image_fields",
+        type=lambda text: text.split(","),
+        default=["image"],
+        metavar="FIELD,...",
+        help="fields that are images, where there is no store to ask (image)",
+    )
+    parser.add_argument(
+        "--utilisation",
+        type=share,
+        default=0.4,
+        help="share of the peak FLOP/s that the projection assumes (0.4)",
+    )
+    parser.add_argument("--json", metavar="FILE", help="file to write all figures to")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
     with reported_in_one_line():
-        cfg = CONFIG.value
-        validate(cfg)
-        fits = run(cfg)
+        args, cfg = flags.parse(make_parser(), argv)
+        fits = run(cfg, args)
     sys.exit(0 if fits else 1)
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "topology"])
-    app.run(main, flags_parser=parse_flags)
+    main()

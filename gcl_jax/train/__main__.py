@@ -1,45 +1,20 @@
 """Trains a model: `python -m gcl_jax.train --config=configs/emoji_tiny.py --workdir=runs/demo`.
 
 The same command continues a run that was interrupted. On several hosts it is the same command on
-each (docs/pods.md). Every leaf of the config is a flag, e.g.
---config.optim.lr=3e-4 or --config.data.store=stores/mine.
+each (docs/pods.md). Every option of the configuration is a flag, such as --config.optim.lr=3e-4 or
+--config.data.store=stores/mine: `python -m gcl_jax config` lists them.
 """
 
+import argparse
 import sys
-from collections.abc import Callable
-
-from absl import app, flags
 
 from gcl_jax import distributed
 from gcl_jax.errors import ConfigError, reported_in_one_line
-from gcl_jax.train.flags import CONFIG, parse_flags
-from gcl_jax.validation import validate
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: all it writes goes there.")
-_PROFILE = flags.DEFINE_string(
-    "profile", "", "FIRST:LAST steps to write a trace of, for TensorBoard's profiler or Perfetto."
-)
-_DEFINE: dict[type, Callable] = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
-flags.declare_key_flag("config")
-_PROCESSES = [_DEFINE[kind](name, None, text) for name, (kind, text) in distributed.FLAGS.items()]
+from gcl_jax.train import flags
 
 
-def main(_argv: list[str]) -> None:
-    with reported_in_one_line():
-        validate(CONFIG.value)
-        profile = _steps(_PROFILE.value)
-        distributed.keep_compiled()
-        with distributed.joined(*(flag.value for flag in _PROCESSES), graceful=True):
-            from gcl_jax.train.loop import Interrupted, train
-
-            try:
-                train(CONFIG.value, str(_WORKDIR.value), profile)
-            except Interrupted as stop:
-                distributed.announce(str(stop))
-                sys.exit(stop.exit_code)
-
-
-def _steps(text: str) -> range:
+def steps(text: str) -> range:
+    """The steps of --profile; `ConfigError` if there are none."""
     first, _, last = text.partition(":")
     if not text:
         return range(0)
@@ -48,6 +23,41 @@ def _steps(text: str) -> range:
     return range(int(first), int(last) + 1)
 
 
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m gcl_jax.train",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--workdir", required=True, help="directory of the run: all that it writes goes there"
+    )
+    parser.add_argument(
+        "--profile",
+        default="",
+        metavar="FIRST:LAST",
+        help="steps to write a trace of, for TensorBoard's profiler or Perfetto",
+    )
+    distributed.add_arguments(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    with reported_in_one_line():
+        args, cfg = flags.parse(make_parser(), argv)
+        profile = steps(args.profile)
+        distributed.keep_compiled()
+        processes = (getattr(args, name) for name in distributed.FLAGS)
+        with distributed.joined(*processes, graceful=True):
+            from gcl_jax.train.loop import Interrupted, train
+
+            try:
+                train(cfg, args.workdir, profile)
+            except Interrupted as stop:
+                distributed.announce(str(stop))
+                sys.exit(stop.exit_code)
+
+
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main, flags_parser=parse_flags)
+    main()
