@@ -46,7 +46,7 @@ from gcl_jax.config import (
 from gcl_jax.models import clip, flops
 from gcl_jax.models.presets import preset
 from gcl_jax.port.convert import from_state_dict
-from gcl_jax.port.foreign import to_open_clip_config
+from gcl_jax.port.open_clip import to_open_clip_config
 from gcl_jax.train.step import make_train_step
 
 open_clip = import_open_clip()

@@ -17,7 +17,7 @@ from gcl_jax.config import MeshConfig
 from gcl_jax.errors import DataError
 from gcl_jax.models.clip import abstract_model, abstract_params
 from gcl_jax.optim import make_optimizer, with_part
-from gcl_jax.port import convert
+from gcl_jax.port import pretrained
 from gcl_jax.train.setup import load_init_from
 
 
@@ -44,7 +44,7 @@ def give(monkeypatch, params):
     """Has `load_pretrained` return `params`; it notes what it was asked for."""
     asked = []
     read = lambda source, cfg: asked.append((source, cfg)) or params
-    monkeypatch.setattr(convert, "load_pretrained", read)
+    monkeypatch.setattr(pretrained, "load_pretrained", read)
     return asked
 
 

@@ -19,7 +19,7 @@ from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.plan import abstract, planner
 from gcl_jax.plan.abstract import bytes_per_device
 from gcl_jax.port.convert import to_state_dict
-from gcl_jax.port.files import is_hub_id
+from gcl_jax.port.hugging_face import is_hub_id
 from gcl_jax.search import __main__ as search
 from gcl_jax.train.flags import read_config
 from gcl_jax.train.loop import train

@@ -17,8 +17,8 @@ from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import abstract_model, merge
 from gcl_jax.models.open_clip import BERT, LARGE, XLM_ROBERTA
 from gcl_jax.models.presets import OPEN_CLIP, PRESETS, preset
+from gcl_jax.port import hugging_face, sentence_transformers
 from gcl_jax.port.convert import expected_shapes, from_state_dict, to_state_dict
-from gcl_jax.port.foreign import to_hugging_face_config
 
 
 def relative_error(actual, expected) -> float:
@@ -251,7 +251,7 @@ def test_two_towers_equal_transformers(transformers, name):
     cfg = reduced(name)
     rng = np.random.default_rng(2)
     pixels, tokens = random_images(rng, cfg, 5), random_tokens(rng, cfg.text, 5)
-    config = to_hugging_face_config(cfg, 1.0)
+    config = hugging_face.to_files(cfg)["config.json"]
     kind = transformers.SiglipModel if cfg.vision.pool == "map" else transformers.CLIPModel
     theirs = seeded(kind(kind.config_class.from_dict(config)))
     embed = lambda: (
@@ -296,7 +296,7 @@ def test_berts_equal_transformers(transformers, name):
     cfg = ModelConfig(text.width, None, text)
     rng = np.random.default_rng(3)
     queries, documents = random_tokens(rng, text, 5), random_tokens(rng, text, 5)[::-1].copy()
-    config = to_hugging_face_config(cfg, 1.0)
+    config = sentence_transformers.to_files(cfg, 1.0)["config.json"]
     kind = transformers.BertModel if text.first_position == 0 else transformers.XLMRobertaModel
     theirs = seeded(kind(kind.config_class.from_dict(config), add_pooling_layer=False))
     embed = lambda: [bert_embeddings(theirs, tokens, text) for tokens in (queries, documents)]
@@ -311,9 +311,8 @@ def test_xlm_roberta_vit_equals_open_clip(open_clip, transformers):
     cfg = reduced("xlm-roberta-base-ViT-B-32")
     text = dataclasses.replace(SMALL_XLM_R, pool="mean", proj="mlp")
     cfg = dataclasses.replace(cfg, text=text)
-    config = to_hugging_face_config(
-        ModelConfig(96, None, dataclasses.replace(text, proj="none")), 1.0
-    )
+    alone = ModelConfig(96, None, dataclasses.replace(text, proj="none"))
+    config = sentence_transformers.to_files(alone, 1.0)["config.json"]
     theirs = open_clip_model(
         open_clip, dataclasses.replace(cfg, text=TextConfig(width=64, layers=1)), custom=True
     )
@@ -373,7 +372,8 @@ def test_presets_with_a_tower_from_the_hub_have_transformers_parameters(transfor
     cfg = preset(name)
     shape = LARGE if "large" in name else {}
     text = dataclasses.replace(cfg.text, proj="none")
-    config = to_hugging_face_config(ModelConfig(text.width, None, text), 1.0)
+    alone = ModelConfig(text.width, None, text)
+    config = sentence_transformers.to_files(alone, 1.0)["config.json"]
     assert config["hidden_size"] == shape.get("width", 768)
     with torch.device("meta"):
         bert = transformers.XLMRobertaModel(

@@ -20,21 +20,21 @@ from towers import SMALL, WRITTEN, assert_same_params, random_fields, random_par
 from gcl_jax import config
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.models.clip import abstract_model, init_params, merge
+from gcl_jax.models.clip import abstract_model, init_params, merge, merge_lora
 from gcl_jax.models.open_clip import from_open_clip
 from gcl_jax.models.presets import OPEN_CLIP, TEXT_ONLY, preset
 from gcl_jax.port import __main__ as port
-from gcl_jax.port.configs import from_hugging_face, model_config
-from gcl_jax.port.convert import (
-    expected_shapes,
-    from_state_dict,
+from gcl_jax.port import hugging_face, sentence_transformers
+from gcl_jax.port.convert import expected_shapes, from_state_dict, to_state_dict
+from gcl_jax.port.hugging_face import WEIGHT_FILES, is_hub_id
+from gcl_jax.port.open_clip import to_open_clip_config
+from gcl_jax.port.pretrained import (
+    export_pretrained,
+    from_hugging_face,
     load_pretrained,
-    merge_lora,
-    to_state_dict,
+    model_config,
+    read_weights,
 )
-from gcl_jax.port.export import export_pretrained
-from gcl_jax.port.files import WEIGHT_FILES, is_hub_id, read_weights
-from gcl_jax.port.foreign import to_hugging_face_config, to_open_clip_config
 
 CLIP = SMALL["clip"]
 EACH = [(name, family) for name, families in WRITTEN.items() for family in families]
@@ -459,9 +459,13 @@ def test_hugging_faces_configuration_comes_back(name):
     text = cfg.text
     if cfg.vision is not None and (text.family == "bert" or text.proj == "none"):
         with pytest.raises(ConfigError, match="export with --format=open_clip or safetensors"):
-            to_hugging_face_config(cfg, 1.0)
+            hugging_face.to_files(cfg)
         return
-    back = from_hugging_face(json.loads(json.dumps(to_hugging_face_config(cfg, 2.5))))
+    if cfg.vision is None:
+        files = sentence_transformers.to_files(cfg, 2.5)
+    else:
+        files = hugging_face.to_files(cfg)
+    back = from_hugging_face(json.loads(json.dumps(files["config.json"])))
     if cfg.vision is None:  # what lies in other files
         assert back.init_logit_scale == 2.5
         keys = ("context_length", "pool", "query_prefix", "document_prefix")

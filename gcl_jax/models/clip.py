@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from flax import nnx, traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
@@ -15,6 +16,7 @@ from gcl_jax.models.text_towers import BertTower, TextTower
 from gcl_jax.models.vision import VisionTower
 from gcl_jax.sharding import Params, param_shardings
 
+LORA = ("lora_a", "lora_b")
 Fields = Mapping[str, jax.Array]
 
 
@@ -91,6 +93,18 @@ def init_params(cfg: ModelConfig, key: jax.Array) -> Params:
 def merge(graphdef: nnx.GraphDef, params: Params) -> CLIP:
     """The model that `params` make."""
     return nnx.merge(graphdef, nnx.State(jax.tree.map(nnx.Param, params)))
+
+
+def merge_lora(params: Params, cfg: ModelConfig) -> Params:
+    """The parameters of the same model without low-rank updates (`lora_rank` = 0): each kernel plus
+    lora_a @ lora_b * `cfg.lora_alpha` / `cfg.lora_rank`, added in float32."""
+    flat = traverse_util.flatten_dict(params, sep=".")
+    merged = {path: x for path, x in flat.items() if not path.endswith(LORA)}
+    for path in [path.removesuffix("lora_a") for path in flat if path.endswith("lora_a")]:
+        kernel, a, b = (np.asarray(flat[path + name]) for name in ("kernel", *LORA))
+        update = a.astype(np.float32) @ b.astype(np.float32) * (cfg.lora_alpha / cfg.lora_rank)
+        merged[path + "kernel"] = (kernel + update).astype(kernel.dtype)
+    return traverse_util.unflatten_dict(merged, sep=".")
 
 
 def abstract_params(cfg: ModelConfig, mesh: Mesh) -> Params:

@@ -53,8 +53,7 @@ def import_model(
     Raises:
         ConfigError, DataError: a model, file or store that does not fit, or `workdir` is in use.
     """
-    from gcl_jax.port.configs import model_config, with_tokenizer_of
-    from gcl_jax.port.convert import load_pretrained
+    from gcl_jax.port.pretrained import load_pretrained, model_config, with_tokenizer_of
     from gcl_jax.stores import open_store
 
     _require_unused(workdir, "--workdir")
@@ -202,7 +201,7 @@ def export_run(args: argparse.Namespace) -> None:
     if args.format == "run":
         _require_unused(args.out, "--out")
 
-    from gcl_jax.port.export import export_pretrained
+    from gcl_jax.port.pretrained import export_pretrained
     from gcl_jax.runs import load_model
 
     cfg, params, _, _ = load_model(args.workdir, args.checkpoint)

@@ -167,7 +167,7 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     """The parameters that `cfg.init_from` gives to the model `cfg.model`, placed on `mesh`.
 
     It is the workdir of another run (its moving averages, if it has any), or whatever
-    `gcl_jax.port.convert.load_pretrained` reads. LoRA's matrices, the temperature and the logits'
+    `gcl_jax.port.pretrained.load_pretrained` reads. LoRA's matrices, temperature and the logits'
     bias are left out where it lacks them: they start as the configuration says.
 
     Raises:
@@ -181,7 +181,7 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
         with Checkpointer(source, cfg.checkpoint, read_only=True) as checkpointer:
             return checkpointer.restore_params(abstract, optional)
-    from gcl_jax.port.convert import load_pretrained  # with all that reads other libraries' files
+    from gcl_jax.port.pretrained import load_pretrained  # with other libraries' readers
 
     base = dataclasses.replace(cfg.model, lora_rank=0)
     found = traverse_util.flatten_dict(load_pretrained(cfg.init_from, base), sep=".")

@@ -1,0 +1,387 @@
+"""Pretrained models from disk or hub, and trained ones as folders that other libraries load.
+
+Nothing that a file may ask to execute ever is: safetensors files are read and, where torch is
+installed, its pickles in the restricted mode that builds tensors and plain containers only.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import os
+import re
+import shutil
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from gcl_jax.config import ModelConfig, TextConfig, from_dict
+from gcl_jax.data.tokenizer import load_hugging_face
+from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.models.clip import merge_lora
+from gcl_jax.models.open_clip import from_open_clip
+from gcl_jax.port import hugging_face, open_clip, sentence_transformers
+from gcl_jax.port.convert import from_state_dict, to_state_dict
+from gcl_jax.port.hugging_face import (
+    TORCH_SUFFIXES,
+    WEIGHT_FILES,
+    first_line,
+    is_hub_id,
+    locate,
+)
+from gcl_jax.sharding import Params
+
+T = TypeVar("T")
+Metrics = Mapping[str, Mapping[str, float]]
+
+FORMATS = ("open_clip", "hugging_face", "safetensors")
+OWN_CONFIG = "gcl_jax_config.json"
+_CONVERT = "or convert the file to .safetensors elsewhere"
+_CARD = """\
+---
+library_name: {library}
+pipeline_tag: {task}
+tags:
+- generalized-contrastive-learning
+---
+
+# {name}
+
+A dual encoder for ranked search, trained with gcl_jax by Generalized Contrastive Learning (arXiv \
+2404.08535).
+
+{facts}
+
+## How to load it
+
+```python
+{load}```
+
+Embeddings are compared by cosine: normalise them to length 1.
+"""
+_LOAD = """\
+from gcl_jax.port.pretrained import load_pretrained, model_config
+
+cfg = model_config("{name}")
+params = load_pretrained("{name}", cfg)
+"""
+
+# Reading
+
+
+def load_pretrained(source: str, cfg: ModelConfig, seed: int = 0) -> Params:
+    """The parameters of the model `cfg`, nested dicts of numpy arrays in `cfg.param_dtype`, from
+    `source`: a weights file (.safetensors; with torch also .bin, .pt, .pth, .ckpt), an index of
+    shards, a folder that holds one, or a repository of the Hugging Face hub as "owner/name".
+
+    The checkpoint may be open_clip's or OpenAI's, of transformers' CLIPModel, SiglipModel,
+    BertModel, RobertaModel or XLMRobertaModel, or our own export. Every key must have its place and
+    every parameter its key; what may be left out is listed in `convert.LEFT_OUT` and reported.
+    Resized positions, the temperature of a BERT and `seed`: see `from_state_dict`.
+
+    Raises:
+        DataError: nothing at `source`, a file that is damaged or would run code, or keys that do
+            not fit, all of them named.
+    """
+    return from_state_dict(read_weights(locate(source)), cfg, source, seed)
+
+
+def model_config(source: str) -> ModelConfig:
+    """The model of a checkpoint folder or hub repository, tokenizer and preprocessing included.
+
+    Raises:
+        ConfigError: a model that the towers here are not, by the key that says so.
+        DataError: no such folder, or none with a configuration.
+    """
+    folder = locate(source)
+    if not folder.is_dir():
+        raise DataError(f"{source} is a file: name its model (--model)")
+    own = functools.partial(from_dict, ModelConfig)
+    for name, translate in ((OWN_CONFIG, own), ("open_clip_config.json", from_open_clip)):
+        if (folder / name).is_file():
+            return with_tokenizer_of(source, _read_json(folder / name, translate))
+    if not (folder / "config.json").is_file():
+        raise DataError(f"folder {folder} holds no config.json and no open_clip_config.json")
+    made = _read_json(folder / "config.json", from_hugging_face)
+    beside = hugging_face.FILES if made.vision else sentence_transformers.FILES
+    for name, change in beside.items():
+        if (folder / name).is_file():
+            _read_json(folder / name, functools.partial(change, made))
+    if made.text.tokenizer != "clip":
+        made.text.tokenizer = source if is_hub_id(source) else str(folder.absolute())
+    return made
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
+    """The model of a config.json of transformers; its tokenizer is "clip" or still to be named.
+
+    Raises:
+        ConfigError: another type of model, or a value that the towers here do not have.
+    """
+    known = hugging_face.FROM_CONFIG | sentence_transformers.FROM_CONFIG
+    kind = config.get("model_type", None)
+    if kind not in known:
+        raise ConfigError(f"model_type={kind!r} is not supported; {', '.join(known)} are")
+    return known[kind](config)
+
+
+def with_tokenizer_of(source: str, cfg: ModelConfig) -> ModelConfig:
+    """`cfg` with the tokenizer that lies in the folder `source`, if one does and CLIP's is not
+    asked for."""
+    folder = Path(source).expanduser()
+    if cfg.text.tokenizer != "clip" and (folder / "tokenizer_config.json").is_file():
+        cfg.text.tokenizer = str(folder.absolute())
+    return cfg
+
+
+def _read_json(path: Path, translate: Callable[[dict[str, Any]], T]) -> T:
+    try:
+        values = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is not a JSON object")
+    try:
+        return translate(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (KeyError, TypeError, AttributeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{path} is malformed: {type(error).__name__} {error}") from None
+
+
+def read_weights(path: Path) -> dict[str, np.ndarray]:
+    """{key: array} of a weights file, an index of shards, or a folder that has one of
+    `WEIGHT_FILES`.
+
+    Raises:
+        DataError: no such file, one of another kind, or one that is damaged or would need code to
+            be run.
+    """
+    if path.is_dir():
+        for name in WEIGHT_FILES:
+            if (path / name).is_file():
+                return read_weights(path / name)
+        raise DataError(f"folder {path} holds no weights: none of {', '.join(WEIGHT_FILES)}")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file")
+    if path.name.endswith(".index.json"):
+        return _read_shards(path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _read_torch(path)
+    kinds = ", ".join((".safetensors", *TORCH_SUFFIXES))
+    raise DataError(f"{path} is no weights file: {kinds} are")
+
+
+def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
+    try:
+        return load_file(path)
+    # The library's parser raises plain exceptions too.
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError, MemoryError) as error:
+        raise DataError(f"{path} is no readable safetensors file: {first_line(error)}") from None
+
+
+def _read_shards(index: Path) -> dict[str, np.ndarray]:
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{index} is no index of shards: {first_line(error)}") from None
+    weights: dict[str, np.ndarray] = {}
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise DataError(f"{index} names {name!r}, which is no file beside it")
+        shard = read_weights(index.with_name(name))
+        if twice := sorted(weights.keys() & shard):
+            raise DataError(f"{index}: {', '.join(twice)} in more than one shard")
+        weights |= shard
+    return weights
+
+
+def _read_torch(path: Path) -> dict[str, np.ndarray]:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise DataError(
+                    f"{path} is a TorchScript archive, a program, and is not run; save its "
+                    "state_dict() with torch and import that"
+                )
+    try:
+        import torch
+    except ImportError:
+        raise DataError(f"{path} needs torch to be read: `pip install torch`, {_CONVERT}") from None
+    # The first release whose restricted unpickler has no known hole.
+    if [int(part) for part in re.findall(r"\d+", torch.__version__)[:2]] < [2, 6]:
+        raise DataError(
+            f"{path} is not read by torch {torch.__version__}, whose safe mode is not safe: "
+            f"`pip install 'torch>=2.6'`, {_CONVERT}"
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    # Damaged files raise whatever the unpickler, the archive or torch stumble on.
+    except Exception as error:
+        raise DataError(
+            f"{path} is damaged, or is no plain state dict and would run code when read: "
+            f"{first_line(error)}"
+        ) from None
+    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
+        loaded = loaded["state_dict"]  # a training checkpoint of open_clip
+    if not isinstance(loaded, dict):
+        raise DataError(f"{path} holds a {type(loaded).__name__}, not a state dict")
+    if odd := [str(key) for key, x in loaded.items() if not isinstance(x, torch.Tensor)]:
+        raise DataError(f"{path}: no tensors under {', '.join(odd)}")
+    for key, x in loaded.items():
+        if x.layout != torch.strided or x.is_quantized:
+            raise DataError(f"{path}: {key} is sparse or quantised")
+    exact = lambda x: x.float() if x.dtype == torch.bfloat16 else x  # as a float32 it is the same
+    return {str(key): exact(x).detach().numpy() for key, x in loaded.items()}
+
+
+# Writing
+
+
+def export_pretrained(
+    params: Params,
+    cfg: ModelConfig,
+    folder: str | Path,
+    format: str = "hugging_face",
+    *,
+    metrics: Metrics | None = None,
+    overwrite: bool = False,
+    torch_file: bool = False,
+) -> None:
+    """Writes `params` of the model `cfg` as `folder`, whole or not at all.
+
+    "open_clip": open_clip_config.json and open_clip_model.safetensors, for
+    `create_model("local-dir:FOLDER")`. "hugging_face": config.json, model.safetensors, tokenizer
+    and preprocessor, for transformers; a text tower alone also loads in sentence-transformers.
+    "safetensors": our own names. Each has a README.md, a model card with `metrics`
+    ({split: {metric: value}}). Low-rank updates are merged; `cfg.dtype` and the like are not kept.
+
+    Args:
+        overwrite: replace `folder` if it holds an earlier export; an empty one always is replaced.
+        torch_file: for "open_clip", write open_clip_pytorch_model.bin as well (needs torch).
+
+    Raises:
+        ConfigError: the format has no such model; the message names one that has.
+        DataError: `folder` is in use, or the tokenizer is not to be had.
+    """
+    if format not in FORMATS:
+        raise ConfigError(f"format {format!r} must be one of {', '.join(FORMATS)}")
+    if cfg.lora_rank:
+        params, cfg = merge_lora(params, cfg), dataclasses.replace(cfg, lora_rank=0)
+    params = jax.tree.map(np.asarray, params)
+    naming, name, others, card = _contents(params, cfg, format)
+    with _written_whole(Path(folder), overwrite) as made:
+        weights = to_state_dict(params, cfg, naming)
+        for path, values in others.items():
+            (made / path).parent.mkdir(exist_ok=True)
+            text = json.dumps(values, indent=2, ensure_ascii=False)
+            (made / path).write_text(text + "\n", "utf-8")
+        if (
+            format == "hugging_face"
+            or Path(cfg.text.tokenizer).is_dir()
+            or (format == "open_clip" and cfg.text.tokenizer != "clip")
+        ):
+            _write_tokenizer(cfg.text, made)
+        # transformers asks for the format that the layouts are of.
+        save_file(weights, made / name, metadata={"format": "pt"})
+        if torch_file and format == "open_clip":
+            _save_torch(weights, made / "open_clip_pytorch_model.bin")
+        facts = (Path(folder).absolute().name, *card)
+        (made / "README.md").write_text(model_card(cfg, metrics or {}, *facts), "utf-8")
+
+
+def _contents(params: Params, cfg: ModelConfig, format: str) -> tuple[str, str, Any, tuple]:
+    """(naming of the weights, their file, {other file: its JSON}, (library, how it loads all))."""
+    if format == "open_clip":
+        files = {"open_clip_config.json": open_clip.to_open_clip_config(cfg)}
+        naming = open_clip.naming_of(cfg)
+        return naming, "open_clip_model.safetensors", files, ("open_clip", open_clip.LOAD)
+    if format == "safetensors":
+        files = {OWN_CONFIG: dataclasses.asdict(cfg)}
+        return "gcl_jax", "model.safetensors", files, ("gcl_jax", _LOAD)
+    if cfg.vision is not None:
+        card = ("transformers", hugging_face.LOAD)
+        return "hugging_face", "model.safetensors", hugging_face.to_files(cfg), card
+    learned = {key: float(x) for key, x in params.items() if key.startswith("logit_")}
+    files = sentence_transformers.to_files(cfg, **learned)
+    card = ("sentence-transformers", sentence_transformers.LOAD)
+    return "bert", "model.safetensors", files, card
+
+
+def _write_tokenizer(text: TextConfig, folder: Path) -> None:
+    if text.tokenizer == "clip":
+        open_clip.write_tokenizer(folder, text.context_length)
+    else:
+        load_hugging_face(text.tokenizer).save_pretrained(folder)
+
+
+def model_card(cfg: ModelConfig, metrics: Metrics, name: str, library: str, load: str) -> str:
+    """Markdown: what the model is, how `library` loads it, and its `metrics`."""
+    vision, text = cfg.vision, cfg.text
+    task = "zero-shot-image-classification" if vision else "sentence-similarity"
+    facts = [f"- embeddings: {cfg.embed_dim} dimensions"]
+    if vision is not None:
+        facts.append(
+            f"- images: {vision.image_size} x {vision.image_size} pixels in patches of "
+            f"{vision.patch_size}, {vision.layers} layers of width {vision.width}"
+        )
+    facts.append(
+        f"- texts: up to {text.context_length} tokens, {text.layers} layers of width {text.width}"
+    )
+    if text.query_prefix or text.document_prefix:
+        facts.append(
+            f"- prefixes: `{text.query_prefix}` before queries, `{text.document_prefix}` before "
+            "documents"
+        )
+    card = _CARD.format(
+        library=library, task=task, name=name, facts="\n".join(facts), load=load.format(name=name)
+    )
+    if metrics:
+        columns = list(dict.fromkeys(key for values in metrics.values() for key in values))
+        rows = [["split", *columns], ["---"] * (1 + len(columns))]
+        for split, values in metrics.items():
+            rows.append([split, *(f"{values[k]:.4f}" if k in values else "" for k in columns)])
+        card += "\n## Evaluation\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    return card
+
+
+def _save_torch(weights: Mapping[str, np.ndarray], path: Path) -> None:
+    try:
+        import torch
+    except ImportError:
+        raise DataError(f"{path.name} needs torch: `pip install torch`") from None
+    tensors = {key: torch.from_numpy(x.astype(np.float32)) for key, x in weights.items()}
+    bfloat16 = {key for key, x in weights.items() if x.dtype.name == "bfloat16"}
+    torch.save({key: x.bfloat16() if key in bfloat16 else x for key, x in tensors.items()}, path)
+
+
+@contextlib.contextmanager
+def _written_whole(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends well, and is removed otherwise."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is no folder")
+    in_use = folder.is_dir() and any(folder.iterdir())
+    if in_use and not overwrite:
+        raise DataError(f"{folder} is not empty; choose another folder, or --overwrite")
+    if in_use and not any((folder / name).is_file() for name in WEIGHT_FILES):
+        raise DataError(f"{folder} holds no exported model, so it is not overwritten; remove it")
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    made, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    made.mkdir()
+    try:
+        yield made
+        if in_use:
+            folder.rename(old)
+        made.rename(folder)
+    finally:
+        for leftover in (made, old):
+            shutil.rmtree(leftover, ignore_errors=True)
