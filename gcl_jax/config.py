@@ -235,7 +235,10 @@ class OptimConfig:
     )
     warmup_steps: int = option(100, "steps in which the learning rate rises to it", at_least=0)
     decay_fraction: float = option(
-        0.2, "share of the steps in which the schedule wsd falls", at_least=0, at_most=1
+        0.2,
+        "share of the steps after the warm-up in which the schedule wsd falls",
+        at_least=0,
+        at_most=1,
     )
     epochs: float = option(5.0, "times that training visits each pair", at_least=0)
     examples: int = option(0, "pairs to train on, in place of epochs", at_least=0)

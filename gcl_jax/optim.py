@@ -1,17 +1,23 @@
-"""The optimizer: AdamW with warm-up and cosine decay, as CLIP models are trained; which parameters
-a run trains, and each layer's share of the learning rate.
+"""Optimizers and schedules of the learning rate, by name; which parameters a run trains, and each
+layer's share of the learning rate.
 """
 
+import functools
+import inspect
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax import traverse_util
 
 from gcl_jax.config import OptimConfig
 from gcl_jax.errors import ConfigError
+from gcl_jax.registry import OPTIMIZERS, SCHEDULES
 from gcl_jax.sharding import Params
 
 # What a tower computes before its blocks.
@@ -34,15 +40,40 @@ def total_steps(cfg: OptimConfig, num_pairs: int) -> int:
 
 
 def lr_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
-    """Linear up to `cfg.lr` in `warmup_steps`, then a cosine to 0 at `steps`."""
+    """Linear up to `cfg.lr` in `warmup_steps`, then as `cfg.schedule` says, to the end at `steps`.
+
+    To add one: `@SCHEDULES.register("mine") def f(cfg, steps) -> optax.Schedule`, the learning rate
+    of the `steps` after the warm-up, counted from 0.
+    """
     warmup = min(cfg.warmup_steps, steps)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(cfg.lr / (warmup + 1), cfg.lr, warmup),
-            optax.cosine_decay_schedule(cfg.lr, max(1, steps - warmup)),
-        ],
-        [warmup],
-    )
+    rise = optax.linear_schedule(cfg.lr / (warmup + 1), cfg.lr, warmup)
+    return optax.join_schedules([rise, SCHEDULES[cfg.schedule](cfg, steps - warmup)], [warmup])
+
+
+@SCHEDULES.register("cosine")
+def cosine(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Half a cosine down to 0."""
+    return optax.cosine_decay_schedule(cfg.lr, max(1, steps))
+
+
+@SCHEDULES.register("linear")
+def linear(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """A straight line down to 0."""
+    return optax.linear_schedule(cfg.lr, 0.0, max(1, steps))
+
+
+@SCHEDULES.register("constant")
+def constant(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    return optax.constant_schedule(cfg.lr)
+
+
+@SCHEDULES.register("wsd")
+def wsd(cfg: OptimConfig, steps: int) -> optax.Schedule:
+    """Warm-up, stable, decay (arXiv 2404.06395): a straight line down to 0 in the last
+    `decay_fraction` of the steps."""
+    falling = max(1, round(cfg.decay_fraction * steps))
+    parts = [optax.constant_schedule(cfg.lr), optax.linear_schedule(cfg.lr, 0.0, falling)]
+    return optax.join_schedules(parts, [steps - falling])
 
 
 def decayed(params):
@@ -50,10 +81,13 @@ def decayed(params):
     scale (open_clip's rule); the stacked axis of the scanned blocks does not count."""
 
     def is_matrix(path, x) -> bool:
-        stacked = any(getattr(key, "key", None) == "blocks" for key in path)
-        return x.ndim - stacked >= 2
+        return x.ndim - _is_stacked(path) >= 2
 
     return jax.tree_util.tree_map_with_path(is_matrix, params)
+
+
+def _is_stacked(path) -> bool:
+    return any(getattr(key, "key", None) == "blocks" for key in path)
 
 
 def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
@@ -133,20 +167,19 @@ def with_part(params: Params, part: Params) -> Params:
 
 
 def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.GradientTransformation:
-    """AdamW for the trained part of `params` (arrays or ShapeDtypeStructs of the whole model):
-    clipping by global norm (off when `clip_norm` is 0), then the update times `lr_multipliers`.
+    """`cfg.optimizer` for the trained part of `params` (arrays or ShapeDtypeStructs of the whole
+    model): clipping by global norm (off when `clip_norm` is 0), then the update times
+    `lr_multipliers`.
 
     It computes in float32, whatever the parameters' dtype, and keeps its moments as `cfg` says. A
     frozen layer takes no part in the norm. Raises as `lr_multipliers` does.
+
+    To add one: `@OPTIMIZERS.register("mine") def f(cfg, schedule) -> optax.GradientTransformation`,
+    which scales by the learning rate `schedule` and decays the weights where `decayed` says so.
     """
     multipliers = traverse_util.unflatten_dict(lr_multipliers(cfg, params), sep=".")
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    adamw = optax.chain(
-        _scaled_by_moments(cfg),
-        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
-        optax.scale_by_learning_rate(lr_schedule(cfg, steps)),
-    )
-    inner = optax.chain(*clip, adamw)
+    inner = optax.chain(*clip, _chosen(cfg)(cfg, lr_schedule(cfg, steps)))
 
     def init(params):
         return inner.init(in_float32(params))
@@ -158,19 +191,136 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
         updates, state = inner.update(gradients, state, in_float32(params))
         return jax.tree.map(jnp.multiply, updates, multipliers), state
 
+    shapes = jax.eval_shape(init, trained_part(cfg, params))
+    if not optax.tree.get_all_with_path(shapes, "count"):
+        inner = optax.chain(inner, optax.scale_by_schedule(lambda _: 1.0))  # for `updates_done`
     return optax.GradientTransformation(init, update)
 
 
-def _scaled_by_moments(cfg: OptimConfig) -> optax.GradientTransformation:
-    """Adam's; or Adafactor's: normalised by a factored second moment, cut to a root mean square of
-    1 for each parameter, and only then averaged."""
+def _chosen(cfg: OptimConfig) -> Callable[[OptimConfig, optax.Schedule], Any]:
+    """A registered optimizer, or one of optax."""
+    name = cfg.optimizer
+    if cfg.second_moment != "full" and name != "adamw":
+        raise ConfigError(
+            f"config.optim.second_moment={cfg.second_moment!r} is of optimizer='adamw' alone, not "
+            f"of {name!r}"
+        )
+    if name in OPTIMIZERS:
+        return OPTIMIZERS[name]
+    found = _of_optax()
+    if name not in found:
+        names = ", ".join(sorted({*OPTIMIZERS, *found}))
+        raise ConfigError(f"config.optim.optimizer={name!r} is none of {names}")
+    return functools.partial(from_optax, found[name])
+
+
+# They need more than gradients and parameters, take no schedule, or train other parameters than
+# those to evaluate.
+_LEFT_OUT = {
+    "dpsgd", "galore", "lbfgs", "momo", "momo_adam", "noisy_sgd", "optimistic_adam", "rprop",
+    "schedule_free", "schedule_free_adamw", "schedule_free_sgd", "sm3", "sophia",
+}  # fmt: skip
+
+
+def _of_optax() -> dict[str, Callable]:
+    """Its optimizers, and those of its `contrib`, by name."""
+    return {
+        name: make
+        for name, make in {**vars(optax.contrib), **vars(optax)}.items()
+        if callable(make)
+        and name.islower()
+        and not name.startswith(("_", "scale_by_"))
+        and name not in _LEFT_OUT
+        and "learning_rate" in _parameters(make)
+    }
+
+
+def _parameters(make: Callable) -> Mapping[str, Any]:
+    try:
+        return inspect.signature(make).parameters
+    except ValueError:
+        return {}
+
+
+def from_optax(
+    make: Callable, cfg: OptimConfig, schedule: optax.Schedule, **fixed
+) -> optax.GradientTransformation:
+    """An optimizer of optax with those options of `cfg` that it has arguments for, `fixed` ones,
+    and `cfg.options`, each stronger than those before. If it decays no weights, or all of them,
+    those that `decayed` names are decayed here, times the learning rate.
+
+    Raises:
+        ConfigError: `cfg.options` has what it does not take, or cannot use.
+    """
+    takes = _parameters(make)
     b1, b2 = cfg.betas
+    decays = "weight_decay" in takes and bool({"mask", "weight_decay_mask"} & set(takes))
+    known = {
+        "learning_rate": schedule,
+        "eps": cfg.eps,
+        "betas": cfg.betas,
+        "weight_decay": cfg.weight_decay if decays else 0.0,
+        **dict.fromkeys(("b1", "beta", "momentum"), b1),
+        **dict.fromkeys(("b2", "decay"), b2),
+        **dict.fromkeys(("mask", "weight_decay_mask"), decayed),
+        **dict.fromkeys(("mu_dtype", "accumulator_dtype", "dtype_momentum"), cfg.momentum_dtype),
+    }
+    given = {name: x for name, x in known.items() if name in takes} | fixed
+    if unknown := set(cfg.options) - set(takes):
+        raise ConfigError(
+            f"config.optim.options: {min(unknown)!r} is nothing that {cfg.optimizer} takes; it "
+            f"takes {', '.join(takes)}"
+        )
+    try:
+        made = make(**given | cfg.options)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"config.optim.options of {cfg.optimizer}: {error}") from None
+    if given.get("weight_decay") or not cfg.weight_decay:
+        return made
+    rate = lambda count: -cfg.weight_decay * schedule(count)
+    return optax.chain(made, optax.add_decayed_weights(rate, mask=decayed))
+
+
+@OPTIMIZERS.register("adamw")
+def adamw(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """optax's; or with Adafactor's second moment: normalised by that, cut to a root mean square of
+    1 for each parameter, and only then averaged."""
     if cfg.second_moment == "full":
-        return optax.scale_by_adam(b1, b2, cfg.eps, mu_dtype=cfg.momentum_dtype)
-    return optax.chain(
+        return from_optax(optax.adamw, cfg, schedule)
+    by_moments = optax.chain(
         optax.scale_by_factored_rms(),
         optax.clip_by_block_rms(1.0),
-        optax.ema(b1, accumulator_dtype=cfg.momentum_dtype),
+        optax.ema(cfg.betas[0], accumulator_dtype=cfg.momentum_dtype),
+    )
+    return optax.chain(
+        by_moments,
+        optax.add_decayed_weights(cfg.weight_decay, mask=decayed),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+@OPTIMIZERS.register("adafactor")
+def adafactor(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """optax's, whose `eps` is added to squares of gradients."""
+    return from_optax(optax.adafactor, cfg, schedule, eps=1e-30)
+
+
+@OPTIMIZERS.register("muon")
+def muon(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """optax's for the matrices of the blocks, each layer's own, and AdamW for all else, at updates
+    of one size (arXiv 2502.16982), so that `lr` means what it does for AdamW."""
+
+    def matrices(params):
+        def of(path, x):
+            is_one = _is_stacked(path) and x.ndim == 3  # (layers, inputs, outputs)
+            return optax.contrib.MuonDimensionNumbers(1, 2) if is_one else None
+
+        return jax.tree_util.tree_map_with_path(of, params)
+
+    b1, b2 = cfg.betas
+    fixed = {"adam_b1": b1, "adam_b2": b2, "consistent_rms": 0.2, "weight_decay": 0.0}
+    return from_optax(
+        optax.contrib.muon, cfg, schedule, muon_weight_dimension_numbers=matrices, **fixed
     )
 
 

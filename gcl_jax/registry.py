@@ -143,5 +143,7 @@ VISION_TOWERS = Registry("image tower", {"vit": "gcl_jax.models.vision"})
 TEXT_TOWERS = Registry(
     "text tower", {"clip": "gcl_jax.models.text_towers", "bert": "gcl_jax.models.text_towers"}
 )
-OPTIMIZERS = Registry("optimizer", {"adamw": "gcl_jax.optim"})
-SCHEDULES = Registry("schedule", {"cosine": "gcl_jax.optim"})
+OPTIMIZERS = Registry("optimizer", dict.fromkeys(("adamw", "adafactor", "muon"), "gcl_jax.optim"))
+SCHEDULES = Registry(
+    "schedule", dict.fromkeys(("cosine", "linear", "constant", "wsd"), "gcl_jax.optim")
+)

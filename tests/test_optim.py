@@ -1,4 +1,4 @@
-"""Schedule, decay mask, and AdamW step by step against its formula in float64."""
+"""Schedules, optimizers by name, the decay mask, and AdamW against its formula in float64."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,20 @@ import optax
 import pytest
 from flax import traverse_util
 
+from gcl_jax import optim, registry
 from gcl_jax.config import ModelConfig, OptimConfig, TextConfig, VisionConfig
 from gcl_jax.errors import ConfigError
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.models.presets import preset
-from gcl_jax.optim import decayed, lr_multipliers, lr_schedule, make_optimizer, total_steps
+from gcl_jax.optim import (
+    decayed,
+    lr_multipliers,
+    lr_schedule,
+    make_optimizer,
+    total_steps,
+    updates_done,
+)
+from gcl_jax.registry import OPTIMIZERS
 
 
 @pytest.mark.parametrize(
@@ -273,3 +282,136 @@ def test_updates_follow_the_multipliers_and_frozen_layers_do_not_clip():
     jax.tree.map(np.testing.assert_array_equal, updates(freezing, loud), frozen)
     assert (kernel(frozen)[1] == 0).all()
     assert (kernel(frozen)[[0, 2]] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("cfg", "expected"),
+    [
+        (OptimConfig(schedule="linear"), {0: 0.2, 4: 1.0, 14: 0.5, 24: 0.0}),
+        (OptimConfig(schedule="constant"), {0: 0.2, 4: 1.0, 14: 1.0, 24: 1.0}),
+        (OptimConfig(schedule="wsd"), {0: 0.2, 4: 1.0, 20: 1.0, 22: 0.5, 24: 0.0}),
+        (
+            OptimConfig(schedule="wsd", decay_fraction=0.5),
+            {3: 0.8, 4: 1.0, 14: 1.0, 19: 0.5, 24: 0.0},
+        ),
+    ],
+    ids=["linear", "constant", "wsd", "wsd 0.5"],
+)
+def test_other_schedules_warm_up_alike(cfg, expected):
+    cfg.lr, cfg.warmup_steps = 1e-3, 4
+    schedule = lr_schedule(cfg, 24)
+    for step, share in expected.items():
+        np.testing.assert_allclose(schedule(step), 1e-3 * share, rtol=1e-5, atol=1e-9)
+
+
+def drawn(shapes):
+    """Two draws for every dotted name."""
+    rng = np.random.default_rng(0)
+    draw = lambda: {name: jnp.float32(rng.normal(size=shape)) for name, shape in shapes.items()}
+    return [traverse_util.unflatten_dict(draw(), sep=".") for _ in range(2)]
+
+
+BLOCKS = "visual.transformer.blocks"
+SHAPES = {f"{BLOCKS}.kernel": (2, 8, 12), f"{BLOCKS}.bias": (2, 12), "visual.proj": (8, 4)}
+
+
+def updates_of(cfg, times=1):
+    params, gradients = drawn(SHAPES)
+    tx = make_optimizer(cfg, 10, params)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for _ in range(times):
+        updates, state = update(gradients, state, params)
+    assert updates_done(state) == times
+    return traverse_util.flatten_dict(jax.device_get(updates), sep=".")
+
+
+def test_every_optimizer_of_optax_updates_matrices_and_decays_them_alone():
+    """But for those whose step depends on the size of the parameters, in the first step decay adds
+    the same whatever the optimizer."""
+    params = traverse_util.flatten_dict(drawn(SHAPES)[0], sep=".")
+    names = {*OPTIMIZERS, *optim._of_optax()}
+    assert names >= {"adamw", "adam", "lion", "sgd", "lamb", "adafactor", "muon", "rmsprop"}
+    relative = {"lamb", "lars", "dadapt_adamw", "prodigy", "dog", "dowg", "cocob", "adadelta"}
+    for name in names:
+        with_decay, without = (
+            updates_of(OptimConfig(optimizer=name, lr=0.1, warmup_steps=0, weight_decay=decay))
+            for decay in (0.5, 0.0)
+        )
+        for parameter, x in without.items():
+            assert np.isfinite(x).all(), name
+            assert x.any() or name in ("dog", "adopt"), name
+            if name not in relative:
+                added = with_decay[parameter] - x
+                decay = 0.0 if parameter.endswith("bias") else -0.1 * 0.5 * params[parameter]
+                np.testing.assert_allclose(added, decay, atol=2e-6, err_msg=f"{name} {parameter}")
+
+
+def test_an_optimizer_takes_what_it_knows_of_the_options():
+    lion = updates_of(OptimConfig(optimizer="lion", lr=0.1, warmup_steps=0, weight_decay=0))
+    assert {abs(round(float(x), 6)) for x in lion["visual.proj"].ravel()} == {0.1}
+    heavy = {"optimizer": "sgd", "lr": 0.1, "warmup_steps": 0, "clip_norm": 0, "weight_decay": 0}
+    heavy |= {"schedule": "constant", "betas": (0.5, 0.9)}
+    gradient = drawn(SHAPES)[1]["visual"]["proj"]
+    for options, factor in (({}, 1.5), ({"nesterov": True}, 1.75), ({"momentum": None}, 1.0)):
+        updates = updates_of(OptimConfig(**heavy, options=options), times=2)
+        np.testing.assert_allclose(updates["visual.proj"], -0.1 * factor * gradient, rtol=1e-5)
+
+
+def test_muon_orthogonalises_every_layer_and_leaves_the_rest_to_adamw():
+    plain = {"lr": 0.1, "warmup_steps": 0, "weight_decay": 0.1}
+    muon, adamw = (updates_of(OptimConfig(optimizer=name, **plain)) for name in ("muon", "adamw"))
+    for name in (f"{BLOCKS}.bias", "visual.proj"):
+        np.testing.assert_allclose(
+            muon[name], updates_of(OptimConfig(optimizer="nadamw", **plain))[name], rtol=1e-4
+        )
+    decay = -0.1 * 0.1 * np.asarray(drawn(SHAPES)[0]["visual"]["transformer"]["blocks"]["kernel"])
+    sizes = np.linalg.svd(muon[f"{BLOCKS}.kernel"] - decay, compute_uv=False)
+    assert sizes.shape == (2, 8)
+    assert sizes.max() < 2 * sizes.min()
+    rms = lambda x: np.sqrt((x**2).mean())
+    assert 0.1 < rms(muon[f"{BLOCKS}.kernel"]) / rms(adamw[f"{BLOCKS}.kernel"]) < 0.4
+
+
+def test_layers_are_frozen_and_slowed_whatever_the_optimizer():
+    for name in ("sgd", "lion", "muon", "adafactor"):
+        plain = updates_of(OptimConfig(optimizer=name))
+        slow = updates_of(OptimConfig(optimizer=name, layer_decay=0.5, clip_norm=0))
+        fast = updates_of(OptimConfig(optimizer=name, clip_norm=0))
+        shares = np.array([0.25, 0.5])[:, None, None]
+        kernel = f"{BLOCKS}.kernel"
+        np.testing.assert_allclose(slow[kernel], fast[kernel] * shares, rtol=1e-6)
+        frozen = updates_of(OptimConfig(optimizer=name, freeze=("visual.transformer.blocks.0.",)))
+        assert not frozen[kernel][0].any()
+        assert frozen[kernel][1].any()
+        assert plain[kernel].all()
+
+
+@pytest.mark.parametrize(
+    ("cfg", "message"),
+    [
+        (OptimConfig(optimizer="adamm"), "optimizer='adamm' is none of .*adamw.* muon.* sgd"),
+        (OptimConfig(optimizer="lbfgs"), "optimizer='lbfgs' is none of"),
+        (
+            OptimConfig(optimizer="lion", options={"nestrov": True}),
+            "options: 'nestrov' is nothing that lion takes; it takes learning_rate, b1",
+        ),
+        (OptimConfig(optimizer="lion", second_moment="factored"), "second_moment='factored' is of"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_is_refused_in_one_line(cfg, message):
+    with pytest.raises(ConfigError, match=f"^config.optim.{message}") as refusal:
+        make_optimizer(cfg, 10, drawn(SHAPES)[0])
+    assert "\n" not in str(refusal.value)
+
+
+def test_an_optimizer_of_ones_own_needs_no_counter(monkeypatch):
+    """One function, one registration."""
+    monkeypatch.setattr(OPTIMIZERS, "_homes", dict(OPTIMIZERS._homes))
+    monkeypatch.setattr(registry, "extensions", {})
+
+    @OPTIMIZERS.register("plain")
+    def plain(cfg, schedule):
+        return optax.scale(-cfg.lr)
+
+    updates = updates_of(OptimConfig(optimizer="plain", lr=0.5, clip_norm=0), times=3)
+    np.testing.assert_allclose(updates["visual.proj"], -0.5 * drawn(SHAPES)[1]["visual"]["proj"])

@@ -148,3 +148,39 @@ def test_memory_saving_moments_are_the_same_on_every_mesh(tiny_config, tiny_batc
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3), other_history, history)
     close = functools.partial(np.testing.assert_allclose, atol=1e-4)
     jax.tree.map(close, other.params, state.params)
+
+
+@pytest.mark.parametrize("name", ["lion", "sgd", "muon"])
+@pytest.mark.usefixtures("no_small_parameters")
+def test_any_optimizer_trains_split_parameters(name, tiny_config, tiny_batch):
+    """With a frozen layer, slower ones and averages: the moments lie where their parameter does,
+    and the step is the same as on one device."""
+    optim = tiny_config.optim
+    optim.optimizer, optim.lr, optim.warmup_steps = name, 1e-3, 0
+    optim.layer_decay, optim.ema_decay = 0.5, 0.5
+    optim.freeze = ("text", r"visual\.transformer\.blocks\.0\.", ".*in_proj[.]bias")
+    tx = make_optimizer(optim, 4, abstract_model(tiny_config.model)[1])
+    after = {}
+    for shape in ((1, 1), (4, 2)) if name == "muon" else ((4, 2),):
+        mesh = make_cpu_mesh(*shape)
+        state = init_state(tiny_config, tx, mesh)
+        before = jax.device_get(state.params)
+        state, metrics = make_train_step(tiny_config, tx, mesh)(state, to_global(tiny_batch, mesh))
+        assert metrics["skipped_steps"] == 0
+        after[shape] = jax.device_get(state.params)
+    blocks = lambda params: params["visual"]["transformer"]["blocks"]["mlp"]["c_fc"]["kernel"]
+    changed = blocks(after[4, 2]) != blocks(before)
+    assert not changed[0].any()
+    assert changed[1].mean() > 0.9
+    jax.tree.map(np.testing.assert_array_equal, after[4, 2]["text"], before["text"])
+    kept = [
+        x
+        for path, x in jax.tree_util.tree_leaves_with_path(state.opt_state)
+        if "mlp']['c_fc']['kernel" in jax.tree_util.keystr(path)
+    ]
+    assert kept
+    assert {x.sharding for x in kept} == {blocks(state.params).sharding}
+    assert not blocks(state.params).sharding.is_fully_replicated
+    if name == "muon":
+        close = functools.partial(np.testing.assert_allclose, atol=1e-5)
+        jax.tree.map(close, after[4, 2], after[1, 1])

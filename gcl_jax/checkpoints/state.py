@@ -37,23 +37,26 @@ def fresh_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Para
 
 
 def state_shardings(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A `TrainState` of shardings. Moments and averages are placed like their parameter: left to
-    itself, jit replicates them."""
+    """A `TrainState` of shardings. Averages are placed like their parameter, and so is whatever the
+    optimizer keeps under the parameter's path in its shape: left to itself, jit replicates them."""
     _, params = abstract_model(cfg.model)
     shardings = param_shardings(params, mesh)
     everywhere = replicated(mesh)
     state = jax.eval_shape(lambda params: fresh_state(cfg, tx, params), params)
-    trained = param_shardings(trained_part(cfg.optim, params), mesh)
-    opt_state = optax.tree.map_params(
-        tx,
-        # A factored moment is not of its parameter's shape.
-        lambda x, param, sharding: sharding if x.shape == param.shape else everywhere,
-        state.opt_state,
-        trained_part(cfg.optim, params),
-        trained,
-        transform_non_params=lambda _: everywhere,
-    )
-    return TrainState(everywhere, shardings, opt_state, state.ema and trained)
+    trained = trained_part(cfg.optim, params)
+    of_trained = param_shardings(trained, mesh)
+    leaves = jax.tree_util.tree_leaves_with_path(trained)
+    known = {
+        (path, x.shape): sharding
+        for (path, x), sharding in zip(leaves, jax.tree.leaves(of_trained), strict=True)
+    }
+
+    def place(path, x):
+        ends = ((path[i:], x.shape) for i in range(len(path)))
+        return next((known[end] for end in ends if end in known), everywhere)
+
+    opt_state = jax.tree_util.tree_map_with_path(place, state.opt_state)
+    return TrainState(everywhere, shardings, opt_state, state.ema and of_trained)
 
 
 def init_state(
