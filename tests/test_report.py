@@ -112,8 +112,8 @@ def test_page_shows_evaluation_curves_and_examples(page, workdir):
 
 def test_examples_agree_with_the_evaluation(workdir):
     """Every test query, its nDCG@10 and its documents."""
-    cfg, store, params, mesh, _ = load_run(workdir)
-    index = SearchIndex(cfg, store, params, mesh, np.arange(24))
+    run = load_run(workdir)
+    cfg, store, index = run.cfg, run.store, SearchIndex(run, np.arange(24))
     for split in SPLITS:
         sample = examples.read_sample(workdir, cfg, store, split)
         found = examples.answers("x", cfg, store, index, split, sample.judgements)

@@ -12,10 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.search import cpu_search, mesh_search
 from gcl_jax.search import index as retrieval
-from gcl_jax.search.cpu_search import RunningTopK
-from gcl_jax.search.index import Index, exact_top_k
+from gcl_jax.search import mesh_search
+from gcl_jax.search.index import Index, RunningTopK, exact_top_k
 
 ALL_MESHES = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2))
 
@@ -52,7 +51,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(mesh_search, "FEW_GROUPS", (0, 2))
     monkeypatch.setattr(mesh_search, "BLOCK", 16)
     monkeypatch.setattr(mesh_search, "CHUNK", 48)
-    monkeypatch.setattr(cpu_search, "BLOCK", 32)
+    monkeypatch.setattr(retrieval, "BLOCK", 32)
     monkeypatch.setattr(retrieval, "TILE", 16)
 
 
@@ -65,7 +64,7 @@ def test_equals_brute_force_on_all_meshes(mesh, small_blocks, documents, k):
     queries, corpus = integers(rng, 21, 5), integers(rng, documents, 5)
     assert_equals_brute_force(exact_top_k(queries, corpus, k, mesh), queries, corpus, k)
     for dtype in ("float32", "bfloat16"):
-        found = Index(corpus, mesh, dtype).search(queries, k)
+        found = Index(corpus, mesh=mesh, dtype=dtype).search(queries, k)
         assert_equals_brute_force(found, queries, corpus, k)
 
 
@@ -75,7 +74,7 @@ def test_bfloat16_gives_what_float32_gives(small_blocks, mesh):
     rng = np.random.default_rng(0)
     queries = integers(rng, 9, 8)
     corpus = integers(rng, 700, 8) + rng.integers(0, 4, (700, 8)).astype(np.float32) / 2**12
-    index = Index(corpus, mesh, dtype="bfloat16")
+    index = Index(corpus, mesh=mesh, dtype="bfloat16")
     for k in (3, 700):
         assert_equals_brute_force(index.search(queries, k), queries, corpus, k)
 
@@ -85,7 +84,7 @@ def test_bfloat16_candidates_suffice_for_random_embeddings(monkeypatch):
     monkeypatch.setattr(retrieval, "exact_top_k", None)
     rng = np.random.default_rng(0)
     queries, corpus = unit(rng, 20, 64), unit(rng, 3000, 64)
-    index = Index(corpus, make_cpu_mesh(8, 1), dtype="bfloat16")
+    index = Index(corpus, mesh=make_cpu_mesh(8, 1), dtype="bfloat16")
     scores, rows = index.search(queries, 100)
     expected_scores, expected_rows = brute_force(queries, corpus, 100)
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6)
@@ -97,7 +96,7 @@ def test_bfloat16_error_bound_holds(scale):
     rng = np.random.default_rng(0)
     queries, corpus = unit(rng, 20, 64), unit(rng, 500, 64) * np.float32(scale)
     corpus[0] = 0
-    index = Index(corpus, make_cpu_mesh(8, 1), dtype="bfloat16")
+    index = Index(corpus, mesh=make_cpu_mesh(8, 1), dtype="bfloat16")
     rounded = [x.astype(jnp.bfloat16).astype(np.float64) for x in (queries, corpus)]
     off = np.abs(rounded[0] @ rounded[1].T - queries.astype(np.float64) @ corpus.T).max(axis=1)
     bound = index._error(queries)
@@ -174,9 +173,9 @@ SEARCH_TOGETHER = """
 import sys
 import jax, numpy as np
 from gcl_jax import distributed
-from gcl_jax.retrieval import mesh_search
+from gcl_jax.search import mesh_search
 from gcl_jax.config import MeshConfig
-from gcl_jax.retrieval.index import Index, exact_top_k
+from gcl_jax.search.index import Index, exact_top_k
 from gcl_jax.sharding import make_mesh
 
 mesh_search.BLOCK, mesh_search.CHUNK = 32, 64
@@ -194,7 +193,7 @@ with distributed.joined():
     found = exact_top_k(queries, documents, 20, mesh)
     rows_read = sum(read)
     for dtype in ("float32", "bfloat16"):
-        again = Index(documents, mesh, dtype).search(queries, 20)
+        again = Index(documents, mesh=mesh, dtype=dtype).search(queries, 20)
         assert all(map(np.array_equal, found, again))
     np.savez(f"{sys.argv[1]}.{jax.process_index()}.npz", *found, rows_read)
 """
@@ -244,7 +243,7 @@ def test_refuses_what_has_no_score(devices, bad):
     mesh = make_cpu_mesh(devices, 1)
     for search in (
         lambda: exact_top_k(documents[:1], documents, 3, mesh),
-        lambda: Index(documents, mesh),
+        lambda: Index(documents, mesh=mesh),
     ):
         with pytest.raises(DataError, match="document embedding 33 is not finite"):
             search()
@@ -265,12 +264,15 @@ def test_refuses_what_does_not_fit():
 def test_nothing_to_find(devices, queries, documents, k):
     corpus, mesh = np.ones((documents, 4), np.float32), make_cpu_mesh(devices, 1)
     asked = np.ones((queries, 4), np.float32)
-    for scores, rows in (exact_top_k(asked, corpus, k, mesh), Index(corpus, mesh).search(asked, k)):
+    for scores, rows in (
+        exact_top_k(asked, corpus, k, mesh),
+        Index(corpus, mesh=mesh).search(asked, k),
+    ):
         assert scores.shape == rows.shape == (queries, min(k, documents))
 
 
 def test_query_counts_share_programs():
-    index = Index(np.ones((64, 4), np.float32), make_cpu_mesh(8, 1))
+    index = Index(np.ones((64, 4), np.float32), mesh=make_cpu_mesh(8, 1))
     before = mesh_search._merge_chunk._cache_size()
     for queries in (9, 12, 16):
         index.search(np.ones((queries, 4), np.float32), 3)
@@ -297,5 +299,5 @@ def test_memory_is_that_of_a_block_whatever_the_corpus():
 def test_scores_are_full_float32_on_any_accelerator():
     """Left to its default, a TPU multiplies in bfloat16 and a GPU in TF32."""
     assert "precision = [HIGHEST, HIGHEST]" in program(64, 8, 1, jnp.float32).as_text()
-    products = jax.make_jaxpr(cpu_search._products)(np.zeros((2, 4)), np.zeros((2, 4)))
+    products = jax.make_jaxpr(retrieval._products)(np.zeros((2, 4)), np.zeros((2, 4)))
     assert "Precision.HIGHEST" in str(products)

@@ -116,8 +116,7 @@ def test_table_and_images(run_search, tmp_path):
 
 
 def test_index_keeps_ties_in_order_and_searches_within_a_corpus(workdir):
-    cfg, store, params, mesh, _ = load_run(workdir)
-    index = searcher.SearchIndex(cfg, store, params, mesh, np.arange(24))
+    index = searcher.SearchIndex(load_run(workdir), np.arange(24))
     queries = [{"query": "find 3"}, {"query": "find 4"}]
     scores, rows = index.search(queries, 24)
     assert scores.shape == rows.shape == (2, 24)
@@ -132,14 +131,13 @@ def test_index_keeps_ties_in_order_and_searches_within_a_corpus(workdir):
 
 def test_prefixes_are_those_of_the_side(workdir):
     """A typed query is encoded as the query it is, a document as a document."""
-    cfg, store, params, mesh, _ = load_run(workdir)
-    rows = np.arange(24)
+    run, rows = load_run(workdir), np.arange(24)
 
     def search_with(queries, **prefixes):
-        changed = copy.deepcopy(cfg)
+        changed = copy.deepcopy(run.cfg)
         for side, prefix in prefixes.items():
             setattr(changed.model.text, f"{side}_prefix", prefix)
-        index = searcher.SearchIndex(changed, store, params, mesh, rows)
+        index = searcher.SearchIndex(run._replace(cfg=changed), rows)
         scores, found = index.search([{"query": query} for query in queries], 24)
         return np.take_along_axis(scores, np.argsort(found), axis=1)
 

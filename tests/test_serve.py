@@ -95,8 +95,8 @@ def test_typed_query_is_searched_as_the_command_does(ask, workdirs):
     status, answer = ask("/api/search?q=%20find+3%20&k=24")
     assert (status, answer["query"], answer["k"]) == (200, "find 3", 24)
     assert [run["name"] for run in answer["runs"]] == [str(workdir) for workdir in workdirs]
-    cfg, store, params, mesh, _ = load_run(workdirs[0])
-    index = SearchIndex(cfg, store, params, mesh, np.arange(24))
+    run = load_run(workdirs[0])
+    store, index = run.store, SearchIndex(run, np.arange(24))
     scores, rows = index.search([{"query": "find 3"}], 24)
     results, others = (run["results"] for run in answer["runs"])
     assert [result["row"] for result in results] == rows[0].tolist()

@@ -27,6 +27,7 @@ import grain
 import grain.experimental
 import numpy as np
 from absl import flags
+from PIL import Image
 
 from gcl_jax import logs
 from gcl_jax.config import TextConfig, TrainConfig
@@ -119,6 +120,8 @@ class FieldEncoder:
                 loaded[field] = None
             elif isinstance(value, str):
                 loaded[field] = self._tokens(field, self._prefix + value, record["id"])
+            elif isinstance(value, Image.Image):  # one in memory
+                loaded[field] = value
             else:
                 try:
                     loaded[field] = decode_image(value, **self._scaling)

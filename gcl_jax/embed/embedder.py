@@ -70,8 +70,6 @@ class Embedder:
         graphdef, _ = abstract_model(cfg.model)
         dim = cfg.eval.embed_dim or cfg.model.embed_dim
         self._cfg, self.params, self._mesh = cfg, params, mesh
-        # Rounded up to what splits evenly over the devices.
-        self._batch_size = -(-cfg.eval.batch_size // mesh.size) * mesh.size
 
         def encode(params, batch):
             embeddings = merge(graphdef, params).encode_fields(batch["inputs"])
@@ -121,7 +119,9 @@ class Embedder:
     ) -> Iterator[FieldEmbeddings]:
         """`embed`, batch by batch: while the devices work on one, the next is read. The first
         `skip` records are left out, as they were embedded before."""
-        size = self._batch_size
+        # Few records need no whole batch. Rounded up to what splits evenly over the devices.
+        size = min(self._cfg.eval.batch_size, 1 << (len(indices) - 1).bit_length())
+        size = -(-size // self._mesh.size) * self._mesh.size
         local = local_rows(size, self._mesh)
         read = corpus_batches(self._cfg, side, records, fields, indices[skip:], size, local)
         quiet = quiet or not distributed.is_first()

@@ -14,6 +14,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError
 from gcl_jax.report.examples import Sample, read_sample
+from gcl_jax.runs import load_run
 from gcl_jax.search.searcher import SearchIndex
 
 SPLIT_NOTES = {
@@ -87,15 +88,11 @@ def open_index(run: EvaluatedRun) -> tuple[SearchIndex, int]:
     how many parameters the model has."""
     import jax
 
-    from gcl_jax.embed.cache import EmbeddingCache
-    from gcl_jax.runs import load_run
-
     evaluated = next(iter(run.evaluations.values()))["step"]
-    cfg, store, params, mesh, step = load_run(run.workdir, checkpoint=str(evaluated))
-    searched = np.unique(np.concatenate([store.corpus(split) for split in run.samples]))
-    parameters = sum(x.size for x in jax.tree.leaves(params))
-    cache = EmbeddingCache(run.workdir, step)
-    return SearchIndex(cfg, store, params, mesh, searched, cache), parameters
+    opened = load_run(run.workdir, checkpoint=str(evaluated))
+    searched = np.unique(np.concatenate([opened.store.corpus(split) for split in run.samples]))
+    parameters = sum(x.size for x in jax.tree.leaves(opened.params))
+    return SearchIndex(opened, searched, run.workdir), parameters
 
 
 def essentials(run: EvaluatedRun, store: RankedStore, parameters: int) -> dict[str, str]:

@@ -16,7 +16,7 @@ import numpy as np
 
 from gcl_jax import config
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.runs import CHECKPOINT, NEWEST, count
+from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_run
 from gcl_jax.search.searcher import (
     SearchIndex,
     as_results,
@@ -89,11 +89,8 @@ def search_run(args: argparse.Namespace) -> None:
     queries = parse_queries(kinds, args.texts, args.query)
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
 
-    from gcl_jax.embed.cache import EmbeddingCache
-    from gcl_jax.runs import load_run
-
-    cfg, store, params, mesh, step = load_run(workdir, args.embed_dim, checkpoint=checkpoint)
-    index = SearchIndex(cfg, store, params, mesh, rows, EmbeddingCache(workdir, step))
+    run = load_run(workdir, args.embed_dim, checkpoint=checkpoint)
+    index = SearchIndex(run, rows, workdir)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
     answers = zip(queries, *index.search(queries, args.top_k), strict=True)
     for number, (query, scores, found) in enumerate(answers, 1):

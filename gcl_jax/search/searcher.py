@@ -1,64 +1,50 @@
 """A run that answers queries, and what it found: as JSON, as a table, as image files."""
 
-import copy
 import functools
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from gcl_jax.config import TrainConfig
-from gcl_jax.data.store import RankedStore, Records
+from gcl_jax.data.store import Records
 from gcl_jax.errors import DataError
-from gcl_jax.runs import NEWEST
-
-if TYPE_CHECKING:
-    from gcl_jax.embed.cache import EmbeddingCache
+from gcl_jax.runs import NEWEST, Run, load_run
 
 Query = Mapping[str, str | bytes]
-KINDS = {"text": "text", "image": "image"}  # what a query may be
 MAX_K = 100
 
 
 class SearchIndex:
     """Documents of a run, embedded once and then searched exactly, as often as you like."""
 
-    def __init__(
-        self,
-        cfg: TrainConfig,
-        store: RankedStore,
-        params,
-        mesh,
-        rows: np.ndarray,
-        cache: "EmbeddingCache | None" = None,
-    ):
+    def __init__(self, run: Run, rows: Int[np.ndarray, " n"], workdir: Path | None = None):
         """Embeds the documents `rows` (ascending row numbers in the store), with a progress bar,
-        unless they are in the run's `cache`, if that is given.
+        unless the run in `workdir`, if that is given, keeps their embeddings.
 
         Raises:
             DataError: a document that cannot be read.
         """
-        from gcl_jax.embed.embedder import Embedder
+        from gcl_jax.embed.cache import EmbeddingCache
+        from gcl_jax.embed.model import Model, kinds_of
 
-        self._query_weights = cfg.data.query_fields
-        self._query_kinds = store.queries.fields
-        self._embedder = Embedder(cfg, params, mesh)
-        self._rows = rows
-        if cache:
-            corpus = cache.documents(cfg, store, self._embedder, rows)
+        cfg, store, params, mesh, step = run
+        self.model, self._rows = Model(cfg, params, mesh, step, kinds_of(store)), rows
+        if workdir is not None:
+            cache = EmbeddingCache(workdir, step)
+            corpus = cache.documents(cfg, store, self.model.embedder, rows)
             self._documents = corpus.of(rows)["merged"]
         else:
             fields = cfg.data.document_fields
-            self._documents = self._embedder.embed(
+            self._documents = self.model.embedder.embed(
                 "document", store.documents, list(fields), rows, description="documents"
             ).merged(fields)
 
     def search(
-        self, queries: Sequence[Query], top_k: int, within: np.ndarray | None = None
+        self, queries: Sequence[Query], top_k: int, within: Int[np.ndarray, " m"] | None = None
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
         """(cosines, row numbers in the store) of each query's `top_k` best documents, best first,
         equal scores in the order of the store.
@@ -68,23 +54,23 @@ class SearchIndex:
             within: search only these of the index's rows, e.g. the corpus of a split.
 
         Raises:
-            DataError: a query without any field, or an unreadable image.
+            UserError: a query without any field, or an unreadable image.
         """
-        records = QueryRecords(self._query_kinds, queries)
-        embeddings = self._embedder.embed(
-            "query", records, list(self._query_weights), np.arange(len(records)), quiet=True
-        ).merged(self._query_weights)
-        return self.nearest(embeddings, top_k, within)
+        fields = self.model.fields("query")  # the store may have more
+        asked = [{field: query.get(field) for field in fields} for query in queries]
+        return self.nearest(self.model.encode(asked, side="query"), top_k, within)
 
     def nearest(
-        self, embeddings: Float[np.ndarray, "q e"], top_k: int, within: np.ndarray | None = None
+        self,
+        embeddings: Float[np.ndarray, "q e"],
+        top_k: int,
+        within: Int[np.ndarray, " m"] | None = None,
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
         """`search` for queries that are embedded already, rows of length 1."""
         from gcl_jax.search.index import exact_top_k
 
         if within is None:
-            scores, found = self._index.search(embeddings, top_k)
-            return scores, self._rows[found]
+            return self._index.search(embeddings, top_k)
         documents = self._documents[np.searchsorted(self._rows, within)]
         scores, found = exact_top_k(embeddings, documents, top_k)
         return scores, within[found]
@@ -94,25 +80,7 @@ class SearchIndex:
         """The whole corpus on the devices."""
         from gcl_jax.search.index import Index
 
-        return Index(self._documents)
-
-
-class QueryRecords(Records):
-    """Queries at hand, with the interface of a store's."""
-
-    def __init__(self, fields: dict[str, str], queries: Sequence[Query]):
-        self.fields = fields
-        self._queries = queries
-
-    def __len__(self) -> int:
-        return len(self._queries)
-
-    def __getitem__(self, index: int) -> dict[str, str | bytes]:
-        return {
-            "id": f"query {index + 1}",
-            **dict.fromkeys(self.fields, ""),
-            **self._queries[index],
-        }
+        return Index(self._documents, ids=self._rows)
 
 
 class Searcher:
@@ -133,22 +101,11 @@ class Searcher:
             ConfigError, DataError, UserError: `workdir` is no run, or has no such split or
                 dimensions; a document that cannot be read.
         """
-        from gcl_jax.embed.cache import EmbeddingCache
-        from gcl_jax.embed.embedder import Embedder
-        from gcl_jax.runs import load_run
-
-        cfg, self.store, params, mesh, self.step = load_run(
-            workdir, embed_dim, checkpoint=checkpoint
-        )
-        self.name = str(workdir)
-        self.takes_images = cfg.model.vision is not None
+        run = load_run(workdir, embed_dim, checkpoint=checkpoint)
+        self.name, self.store, self.step = str(workdir), run.store, run.step
+        self.takes_images = run.cfg.model.vision is not None
         rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))
-        cache = EmbeddingCache(workdir, self.step)
-        self._index = SearchIndex(cfg, self.store, params, mesh, rows, cache)
-        # One query a batch: a larger one would answer as many times more slowly.
-        cfg = copy.deepcopy(cfg)
-        cfg.eval.batch_size = 1
-        self._embedder = Embedder(cfg, params, mesh)
+        self._index = SearchIndex(run, rows, workdir)
         self.documents = len(rows)
         self.search({"text": "warm up"}, 1)
         if self.takes_images:
@@ -164,11 +121,12 @@ class Searcher:
         Raises:
             DataError: an unreadable image.
         """
-        records = QueryRecords(KINDS, [query])
-        found = self._embedder.embed("query", records, list(query), np.arange(1), quiet=True)
-        embedding = found.merged(dict.fromkeys(query, 1.0))
+        model = self._index.model
+        ((kind, value),) = query.items()
+        encode: Any = model.encode_text if kind == "text" else model.encode_image
+        embeddings = encode([value])
         # Always as many: another number would have to be compiled.
-        scores, rows = self._index.nearest(embedding, MAX_K)
+        scores, rows = self._index.nearest(embeddings, MAX_K)
         return scores[0, :top_k], rows[0, :top_k]
 
 
