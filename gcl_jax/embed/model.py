@@ -19,7 +19,6 @@ from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.models.clip import abstract_params
-from gcl_jax.models.presets import preset
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
@@ -302,21 +301,18 @@ def from_pretrained(
     Raises:
         UserError: nothing at `source`, or no model that the towers here can be.
     """
-    from gcl_jax.port.configs import model_config, with_tokenizer_of
-    from gcl_jax.port.convert import load_pretrained
+    from gcl_jax.port.pretrained import load_pretrained, model_config
 
     name = _path("source", source)
     if (Path(name) / "config.json").is_file() and (Path(name) / "checkpoints").is_dir():
         raise UserError(f"{name} is a training run: open it with gcl_jax.load({name!r})")
     logs.quiet_libraries()
     cfg = TrainConfig(
-        model=with_tokenizer_of(name, preset(model)) if model else model_config(name),
+        model=model_config(name, model, tokenizer, context_length),
         data=DataConfig(
             query_fields=dict(query_fields or {}), document_fields=dict(document_fields or {})
         ),
     )
-    cfg.model.text.tokenizer = tokenizer or cfg.model.text.tokenizer
-    cfg.model.text.context_length = context_length or cfg.model.text.context_length
     validate(cfg)
     if embed_dim is not None:
         set_embed_dim(cfg, embed_dim)

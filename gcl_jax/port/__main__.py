@@ -13,7 +13,7 @@ from pathlib import Path
 from gcl_jax import config, runs
 from gcl_jax.config import DataConfig, ModelConfig, TrainConfig
 from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line
-from gcl_jax.models.presets import PRESETS, preset
+from gcl_jax.models.presets import PRESETS
 from gcl_jax.validation import validate
 
 FORMATS = ("open_clip", "hugging_face", "safetensors", "run")
@@ -46,20 +46,17 @@ def import_model(
 
     Args:
         source: what `load_pretrained` takes.
-        model: preset or open_clip JSON; empty reads the configuration files in `source`.
-        tokenizer, context_length: replace the model's, unless empty or 0.
+        model, tokenizer, context_length: as `model_config` takes them.
         data: store and fields to evaluate on; without fields, all that the model can embed.
 
     Raises:
         ConfigError, DataError: a model, file or store that does not fit, or `workdir` is in use.
     """
-    from gcl_jax.port.pretrained import load_pretrained, model_config, with_tokenizer_of
+    from gcl_jax.port.pretrained import load_pretrained, model_config
     from gcl_jax.stores import open_store
 
     _require_unused(workdir, "--workdir")
-    made = with_tokenizer_of(source, preset(model)) if model else model_config(source)
-    made.text.tokenizer = tokenizer or made.text.tokenizer
-    made.text.context_length = context_length or made.text.context_length
+    made = model_config(source, model, tokenizer, context_length)
     path = Path(source)
     origin = str(path.absolute()) if path.exists() else source
     cfg = TrainConfig(model=made, data=data or DataConfig(), init_from=origin)

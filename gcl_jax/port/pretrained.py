@@ -26,6 +26,7 @@ from gcl_jax.data.tokenizer import load_hugging_face
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.clip import merge_lora
 from gcl_jax.models.open_clip import from_open_clip
+from gcl_jax.models.presets import preset
 from gcl_jax.port import hugging_face, open_clip, sentence_transformers
 from gcl_jax.port.convert import from_state_dict, to_state_dict
 from gcl_jax.port.hugging_face import (
@@ -92,13 +93,26 @@ def load_pretrained(source: str, cfg: ModelConfig, seed: int = 0) -> Params:
     return from_state_dict(read_weights(locate(source)), cfg, source, seed)
 
 
-def model_config(source: str) -> ModelConfig:
+def model_config(
+    source: str, model: str = "", tokenizer: str = "", context_length: int = 0
+) -> ModelConfig:
     """The model of a checkpoint folder or hub repository, tokenizer and preprocessing included.
+
+    Args:
+        model: preset or open_clip JSON; empty reads the configuration files in `source`.
+        tokenizer, context_length: replace the model's, unless empty or 0.
 
     Raises:
         ConfigError: a model that the towers here are not, by the key that says so.
         DataError: no such folder, or none with a configuration.
     """
+    made = with_tokenizer_of(source, preset(model)) if model else _own_config(source)
+    made.text.tokenizer = tokenizer or made.text.tokenizer
+    made.text.context_length = context_length or made.text.context_length
+    return made
+
+
+def _own_config(source: str) -> ModelConfig:
     folder = locate(source)
     if not folder.is_dir():
         raise DataError(f"{source} is a file: name its model (--model)")
