@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from gcl_jax.port.export import export_pretrained
+from gcl_jax.port.pretrained import export_pretrained
 from PIL import Image
 from test_search import HostileSource, untrained_run
 
