@@ -104,11 +104,12 @@ def test_numbers_are_places_in_the_classnames(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("t.csv", "image,class\na,b\n", "no column 'label'; it has image, class"),
+        ("t.csv", "image,class\na,b\n", "no column 'label'; there are image, class"),
         ("t.csv", "image,label\n", "has no row"),
-        ("t.csv", "", "is no CSV or parquet file"),
-        ("t.csv", "image,label\na.png,x\n,y\n", "row 2: no image"),
-        ("t.parquet", "PAR1", "is no CSV or parquet file"),
+        ("t.csv", "", "is empty or has no header line"),
+        ("t.csv", "image,label\na.png,x\n,y\n", "line 3: no image"),
+        ("t.parquet", "PAR1", "not a readable parquet file"),
+        ("t.txt", "image,label\na.png,x\n", "unknown format"),
     ],
 )
 def test_tables_that_are_refused(tmp_path, name, text, message):
@@ -135,7 +136,7 @@ def test_other_input_that_is_refused(tmp_path, folder):
         classify.read_lines(file)
     (file := tmp_path / "t.csv").write_text("image,label\na.png,x\n")
     ((_, load),) = classify.read_images(file).images
-    with pytest.raises(DataError, match=r"t\.csv, row 1: .*a\.png: No such file"):
+    with pytest.raises(DataError, match=r"t\.csv, line 2: .*a\.png: No such file"):
         load()
 
 

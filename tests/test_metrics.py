@@ -121,6 +121,12 @@ def test_numbers_of_any_kind_are_scores():
         np.testing.assert_array_equal(values, evaluate_run(*as_floats)[key])
 
 
+def test_grades_may_be_fractions():
+    values = evaluate_run({"q": {"d": 0.5, "e": 0.25}}, {"q": {"e": 2.0, "d": 1.0}}, [2])
+    expected = (0.25 + 0.5 / math.log2(3)) / (0.5 + 0.25 / math.log2(3))
+    np.testing.assert_allclose(values["NDCG@2"], expected, rtol=1e-14)
+
+
 def test_worked_out_by_hand():
     # judged 3, 2, 1; ranked: the 2, an unjudged document, the 3
     metrics = evaluate_rankings(np.array([[2, 0, 3]]), np.array([[1, 3, 2]]), ks=(1, 3, 10))

@@ -1,13 +1,14 @@
 """Zero-shot classification: `python -m gcl_jax.evaluate --workdir=RUN --classify=PATH`.
 
-PATH is a folder with a subfolder of images per class (as torchvision's ImageFolder), or a CSV or
-parquet file with a column `image` (a path from the file's folder on; in parquet also the encoded
-bytes, or {bytes, path}) and a column `label` (a class name, or its number in --classnames).
+PATH is a folder with a subfolder of images per class (as torchvision's ImageFolder), or a CSV, TSV,
+JSONL or parquet file with a column `image` (a path from the file's folder on; in parquet also the
+encoded bytes, or {bytes, path}) and a column `label` (a class name, or its number in --classnames).
 
 A class is the mean of its embedded prompts, at length 1 again; an image belongs to the class of the
 highest cosine (arXiv 2103.00020, as open_clip's `build_zero_shot_classifier` does it).
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +21,9 @@ from gcl_jax.data.store import Records
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate.results import write_json
+from gcl_jax.prepare.bad_rows import Place, RowError
+from gcl_jax.prepare.cells import image_cell, text_cell
+from gcl_jax.prepare.rows import read_rows
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 from gcl_jax.search.index import exact_top_k
 
@@ -29,16 +33,16 @@ TOP = (1, 5)
 
 
 class Labelled(NamedTuple):
-    """Images, each what reads its encoded bytes and what to call it, and their classes: `labels`
-    int64 (n,) are places in `classnames`."""
+    """Images, each its name and what reads its encoded bytes, and their classes: `labels`, int64
+    (n,), are places in `classnames`."""
 
-    images: list[tuple[str, Callable[[], bytes]]]
+    images: Sequence[tuple[str, Callable[[], bytes]]]
     labels: Int[np.ndarray, " n"]
     classnames: list[str]
 
 
-class _Given(Records):
-    """Records of one field, with the interface of a store's."""
+class _LoadedOnDemand(Records):
+    """Records of one field, each (id, what loads its value), with the interface of a store's."""
 
     def __init__(self, kind: str, values: Sequence[tuple[str, Callable]]):
         self.fields = {kind: kind}
@@ -87,7 +91,7 @@ def classifier(
 ) -> Float[np.ndarray, "c e"]:
     """The classes as rows of length 1: means over the templates, in which {} is the name."""
     texts = [template.replace("{}", name) for name in classnames for template in templates]
-    records = _Given("text", [(text, lambda text=text: text) for text in texts])
+    records = _LoadedOnDemand("text", [(text, lambda text=text: text) for text in texts])
     embedded = embedder.embed(
         "query", records, ["text"], np.arange(len(texts)), description="prompts"
     )
@@ -121,7 +125,7 @@ def classify(embedder: Embedder, data: Labelled, templates: Sequence[str] = TEMP
         DataError: an image that cannot be read.
     """
     classes = classifier(embedder, data.classnames, templates)
-    records = _Given("image", data.images)
+    records = _LoadedOnDemand("image", data.images)
     rows = np.arange(len(records))
     embedded = embedder.embed("document", records, ["image"], rows, description="images")
     result = accuracy(embedded.fields["image"], classes, data.labels)
@@ -194,70 +198,39 @@ def _of_folder(folder: Path, classnames: Sequence[str] | None) -> Labelled:
 
 
 def _of_table(path: Path, classnames: Sequence[str] | None) -> Labelled:
-    cells, found = _columns(path)
-    texts = [str(label).strip() for label in found]
-    numbered = classnames is not None and all(
-        text.isdecimal() and int(text) < len(classnames) for text in texts
-    )
-    names = list(classnames or sorted(set(texts)))
-    if classnames is None and all(text.isdecimal() for text in texts):
-        raise DataError(f"{path}: the labels are numbers; name their classes with --classnames")
-    if numbered:
-        labels = [int(text) for text in texts]
-    else:
-        place = {name: i for i, name in enumerate(names)}
-        if unknown := [text for text in texts if text not in place]:
-            raise DataError(f"{path}: the label {unknown[0]!r} is not in --classnames")
-        labels = [place[text] for text in texts]
-    images = [_image(path, number, cell) for number, cell in enumerate(cells, 1)]
-    return Labelled(images, np.array(labels), names)
-
-
-def _columns(path: Path) -> tuple[list, list]:
-    """The cells of the columns `image` and `label`."""
-    import pyarrow as pa
-    import pyarrow.csv
-    import pyarrow.parquet as pq
-
-    try:
-        if path.suffix == ".parquet":
-            table = pq.read_table(path)
-        else:
-            # A name such as 007 stays as it is.
-            strings = dict.fromkeys(("image", "label"), pa.string())
-            options = pa.csv.ConvertOptions(column_types=strings)
-            table = pa.csv.read_csv(path, convert_options=options)
-        if lacking := {"image", "label"} - set(table.column_names):
-            raise DataError(
-                f"{path} has no column {sorted(lacking)[0]!r}; it has "
-                f"{', '.join(table.column_names)}"
-            )
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).partition("\n")[0]
-        raise DataError(f"{path} is no CSV or parquet file ({reason})") from None
-    cells, labels = (table[name].to_pylist() for name in ("image", "label"))
-    if not cells:
-        raise DataError(f"{path} has no row")
-    for number, row in enumerate(zip(cells, labels, strict=True), 1):
-        if None in row or "" in row:
-            raise DataError(f"{path}, row {number}: no {'label' if row[0] else 'image'}")
-    return cells, labels
-
-
-def _image(table: Path, number: int, cell) -> tuple[str, Callable[[], bytes]]:
-    """What to call the image of a cell, and what reads it."""
-    if isinstance(cell, dict):
-        cell = cell.get("bytes") or cell.get("path")
-    if isinstance(cell, bytes):
-        return f"{table.name}, row {number}", lambda: cell
-    if not isinstance(cell, str):
-        raise DataError(f"{table}, row {number}: the image is neither a path nor encoded bytes")
-    file = table.parent / cell
-
-    def read() -> bytes:
+    images, texts = [], []
+    for number, row in read_rows(path, ("image", "label")):
+        place = Place(path, number)
         try:
-            return file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{table}, row {number}: {file}: {error.strerror}") from None
+            if isinstance(row, RowError):
+                raise row
+            image, text = image_cell(row["image"]), text_cell(row["label"]).strip()
+        except RowError as error:
+            raise DataError(f"{place}: {error}") from None
+        if not image or not text:
+            raise DataError(f"{place}: no {'label' if image else 'image'}")
+        name = image if isinstance(image, str) else str(place)
+        images.append((name, functools.partial(_read_image, image, place)))
+        texts.append(text)
+    if not images:
+        raise DataError(f"{path} has no row")
+    names = list(classnames or sorted(set(texts)))
+    numbered = all(text.isdecimal() for text in texts)
+    if numbered and classnames is None:
+        raise DataError(f"{path}: the labels are numbers; name their classes with --classnames")
+    if numbered and max(map(int, texts)) < len(names):
+        return Labelled(images, np.array(texts, np.int64), names)
+    place_of = {name: i for i, name in enumerate(names)}
+    if unknown := [text for text in texts if text not in place_of]:
+        raise DataError(f"{path}: the label {unknown[0]!r} is not in --classnames")
+    return Labelled(images, np.array([place_of[text] for text in texts]), names)
 
-    return cell, read
+
+def _read_image(image: str | bytes, place: Place) -> bytes:
+    if isinstance(image, bytes):
+        return image
+    file = place.file.parent / image
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{place}: {file}: {error.strerror}") from None

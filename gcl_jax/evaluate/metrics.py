@@ -260,33 +260,26 @@ def evaluate_run(
     queries = [query for query in qrels if qrels[query] and query in run]
     if not queries:
         raise DataError("there is no query with both judgements in qrels and a ranking in run")
-    tables = [[table[query] for query in queries] for table in (qrels, run)]
-    try:
-        docs = pa.array([*chain(*chain(*tables))], pa.large_string()).dictionary_encode()
-    except UnicodeEncodeError:
-        raise DataError("an id has half a character (a lone surrogate)") from None
-    place = np.empty(len(docs.dictionary), np.int64)  # among the ids sorted as UTF-8 bytes
-    place[pc.sort_indices(docs.dictionary)] = np.arange(len(place))
-    place = place[docs.indices]
-
-    values = [np.fromiter(chain(*(row.values() for row in rows)), np.float64) for rows in tables]
-    lengths = [np.fromiter(map(len, rows), np.int64) for rows in tables]
-    starts = [np.concatenate([[0], size.cumsum()]) for size in lengths]
-    ids = np.split(place, [len(values[0])])
-
-    def padded(table: int, part: slice, flat: np.ndarray, fill: float) -> np.ndarray:
-        size = lengths[table][part]
-        out = np.full((size.size, size.max(initial=0)), fill, flat.dtype)
-        first = starts[table][part.start]
-        out[np.arange(out.shape[1]) < size[:, None]] = flat[first : first + size.sum()]
-        return out
-
-    step = max(1, RUN_BLOCK // max(size.max(initial=1) for size in lengths))
+    step = max(1, RUN_BLOCK // max(max(len(qrels[q]), len(run[q])) for q in queries))
     parts = []
     for start in range(0, len(queries), step):
-        part = slice(start, start + step)
-        judged_docs, judged = padded(0, part, ids[0], -1), padded(0, part, values[0], 0)
-        ranked, scores = padded(1, part, ids[1], -1), padded(1, part, values[1], -np.inf)
+        tables = [[table[q] for q in queries[start : start + step]] for table in (qrels, run)]
+        try:
+            docs = pa.array([*chain(*chain(*tables))], pa.large_string()).dictionary_encode()
+        except UnicodeEncodeError:
+            raise DataError("an id has half a character (a lone surrogate)") from None
+        place = np.empty(len(docs.dictionary), np.int64)  # among the ids sorted as UTF-8 bytes
+        place[pc.sort_indices(docs.dictionary)] = np.arange(len(place))
+        ids = np.split(place[docs.indices], [sum(map(len, tables[0]))])
+        padded = []
+        for rows, places, fill in zip(tables, ids, (0.0, -np.inf), strict=True):
+            lengths = np.array([*map(len, rows)])
+            filled = np.arange(lengths.max()) < lengths[:, None]
+            documents, values = np.full(filled.shape, -1), np.full(filled.shape, fill)
+            documents[filled] = places
+            values[filled] = np.fromiter(chain(*(row.values() for row in rows)), np.float64)
+            padded += [documents, values]
+        judged_docs, judged, ranked, scores = padded
         ranked = np.take_along_axis(ranked, trec_order(scores, ranked), axis=1)
         grades = lookup_grades(ranked, judged_docs, judged)
         parts.append(evaluate_rankings(grades, judged, ks))

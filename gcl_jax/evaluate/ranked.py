@@ -279,16 +279,11 @@ def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str 
 
 def format_recall(shares: dict[str, dict]) -> str:
     """One row per split."""
-    names = [f"R@{k}" for k in RECALL_KS]
-    lines = [f"{'':<34}{'text to image':>24}{'image to text':>26}"]
-    columns = "".join(f"{name:>8}" for name in names)
-    lines.append(f"{'split':<16}{'captions':>9}{'images':>9}{columns}  {columns}")
-    lines.append("-" * len(lines[-1]))
-    for split, found in shares.items():
-        cells = (
-            "".join(f"{found[direction][name]:>8.4f}" for name in names)
-            for direction in ("text_to_image", "image_to_text")
-        )
-        counts = f"{found['captions']:>9}{found['images']:>9}"
-        lines.append(f"{split:<16}{counts}{'  '.join(cells)}")
-    return "\n".join(lines)
+    rows = [
+        [split, found["captions"], found["images"]]
+        + [share for way in ("text_to_image", "image_to_text") for share in found[way].values()]
+        for split, found in shares.items()
+    ]
+    first, *others = (f"R@{k}" for k in RECALL_KS)
+    columns = [f"text to image {first}", *others, f"image to text {first}", *others]
+    return results.text_table(["split", "captions", "images", *columns], rows)

@@ -134,70 +134,61 @@ def write_json(path: Path, report: dict) -> None:
 def format_tables(results: Mapping[str, SplitResult]) -> str:
     """One row per split and kind of document; then, where there are several, one per query field
     and the rank variance over them."""
-    rows: list[tuple[str, str, Mapping[str, float]]] = []
+    rows: list[list] = []
     for split, result in results.items():
         for name, values in result.documents.items():
-            rows.append((split if name == "merged" else "", name, summary(values)))
+            rows.append([split, name, *summary(values).values()])
+            split = ""
             if name == "merged":
-                ends = intervals(values)
-                for i, end in enumerate(("95% from", "95% to")):
-                    rows.append(("", end, {metric: x[i] for metric, x in ends.items()}))
-    lines = _table("documents", list(metrics.names()), rows)
-    if any(result.query_fields for result in results.values()):
-        hidden = metrics.names().keys() - metrics.names("brief")
-        shown = ["queries", *(x for x in metrics.names("columns") if x not in hidden)]
-        rows = []
-        for split, result in results.items():
-            for field, values in ({"merged": result.merged} | dict(result.query_fields)).items():
-                means = {"queries": _count(values), **summary(values, "columns")}
-                rows.append((split if field == "merged" else "", field, means))
-        lines += ["", *_table("query", shown, rows)]
-        lines += [
-            f"{split}: mean rank variance (MRV) {variance['MRV']:.2f}, MRV_std "
-            f"{variance['MRV_std']:.2f}, over {variance['instances']} queries"
-            for split, result in results.items()
-            if (variance := result.rank_variance)
-        ]
-    return "\n".join(lines)
-
-
-def _table(
-    kind: str, names: Sequence[str], rows: Sequence[tuple[str, str, Mapping[str, float]]]
-) -> list[str]:
-    """Lines of (split, `kind`, {name: value}), whole numbers as they are."""
-    widths = [max(10, len(name) + 2) for name in names]
-    columns = zip(names, widths, strict=True)
-    header = f"{'split':<16}{kind:<12}" + "".join(f"{name:>{width}}" for name, width in columns)
-    lines = [header, "-" * len(header)]
-    for split, of, values in rows:
-        numbers = [values[name] for name in names]
-        texts = [str(x) if isinstance(x, int) else f"{x:.4f}" for x in numbers]
-        cells = (f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
-        lines.append(f"{split:<16}{of:<12}" + "".join(cells))
-    return lines
+                low, high = zip(*intervals(values).values(), strict=True)
+                rows += [["", "95% from", *low], ["", "95% to", *high]]
+    text = text_table(["split", "documents", *metrics.names()], rows)
+    if not any(result.query_fields for result in results.values()):
+        return text
+    hidden = metrics.names().keys() - metrics.names("brief")
+    shown = [name for name in metrics.names("columns") if name not in hidden]
+    rows, notes = [], []
+    for split, result in results.items():
+        if variance := result.rank_variance:
+            notes.append(
+                f"{split}: mean rank variance (MRV) {variance['MRV']:.2f}, MRV_std "
+                f"{variance['MRV_std']:.2f}, over {variance['instances']} queries"
+            )
+        for field, values in ({"merged": result.merged} | dict(result.query_fields)).items():
+            means = summary(values, "columns")
+            rows.append([split, field, _count(values), *(means[name] for name in shown)])
+            split = ""
+    return "\n".join([text, "", text_table(["split", "query", "queries", *shown], rows), *notes])
 
 
 def format_groups(reports: Mapping[str, dict]) -> str:
     """One row per split and group of {split: `as_report`}: queries, means, 95% intervals."""
-    named = metrics.names("brief")
-    header = f"{'split':<16}{'group':<28}{'queries':>8}  "
-    lines = [header + "".join(f"{name:<26}" for name in named).rstrip()]
-    lines.append("-" * (len(header) + 26 * len(named)))
+    shown, rows = metrics.names("brief"), []
     for split, report in reports.items():
         for grouping, found in report["groups"].items():
             for group, values in found.items():
                 name = f"{grouping} {group}"
                 name = name if len(name) <= 27 else f"{name[:26]}…"
-                cells = []
-                for metric in named:
-                    low, high = values["intervals"][metric]
-                    cells.append(f"{values['summary'][metric]:.4f} [{low:.4f}, {high:.4f}]")
-                mark = "*" if values["small"] else " "
-                row = f"{split:<16}{name:<28}{values['queries']:>8}{mark} "
-                lines.append(row + "".join(f"{cell:<26}" for cell in cells).rstrip())
+                count = f"{values['queries']}{'*' if values['small'] else ''}"
+                means, ends = values["summary"], values["intervals"]
+                cells = (f"{means[x]:.4f} [{ends[x][0]:.4f}, {ends[x][1]:.4f}]" for x in shown)
+                rows.append([split, name, count, *cells])
                 split = ""
-    lines.append(f"* fewer than {SMALL_GROUP} queries. The intervals: 10,000 bootstrap samples.")
-    return "\n".join(lines)
+    text = text_table(["split", "group", "queries", *shown], rows)
+    return f"{text}\n* fewer than {SMALL_GROUP} queries. The intervals: 10,000 bootstrap samples."
+
+
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
+    """Rows below a header, numbers aligned to the right, fractions with four places."""
+    texts = [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
+    columns = list(zip(header, *texts, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    aligned = [
+        [text.ljust(width) if isinstance(first, str) else text.rjust(width) for text in column]
+        for column, width, first in zip(columns, widths, rows[0], strict=True)
+    ]
+    lines = ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
 def _count(values: MetricValues) -> int:
@@ -306,19 +297,18 @@ def compare(a: Path, b: Path) -> dict[str, dict[str, Difference]]:
 
 def format_comparison(a: Path, b: Path, comparison: Mapping[str, Mapping[str, Difference]]) -> str:
     """One row per split and metric."""
-    wide = max(12, *(len(name) + 1 for found in comparison.values() for name in found))
-    lines = [f"A: {a}", f"B: {b}", ""]
-    columns = f"{'A':>9}{'B':>9}{'B - A':>10}{'95% interval':>22}{'p':>10}"
-    lines.append(f"{'split':<20}{'metric':<{wide}}{columns}")
-    lines.append("-" * len(lines[-1]))
+    rows: list[list] = []
     for split, found in comparison.items():
-        for shown, (name, d) in zip([split] + [""] * len(found), found.items(), strict=False):
-            interval = f"[{d.low:+.4f}, {d.high:+.4f}]"
-            values = f"{d.a:>9.4f}{d.b:>9.4f}{d.difference:>+10.4f}{interval:>22}{d.p:>10.2g}"
-            lines.append(f"{shown:<20}{name:<{wide}}{values}{' *' if d.excludes_zero else ''}")
-    lines += ["", "* the interval excludes 0. p: two-sided paired t-test, not corrected for their"]
-    return "\n".join(
-        [*lines, "  number. The interval: 10,000 paired bootstrap samples of the queries."]
+        for name, d in found.items():
+            change, interval = f"{d.difference:+.4f}", f"[{d.low:+.4f}, {d.high:+.4f}]"
+            mark = "*" if d.excludes_zero else ""
+            rows.append([split, name, d.a, d.b, change, interval, f"{d.p:.2g}", mark])
+            split = ""
+    text = text_table(["split", "metric", "A", "B", "B - A", "95% interval", "p", ""], rows)
+    return (
+        f"A: {a}\nB: {b}\n\n{text}\n\n"
+        "* the interval excludes 0. p: two-sided paired t-test, not corrected for their\n"
+        "  number. The interval: 10,000 paired bootstrap samples of the queries."
     )
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-EVALUATION_CURVES = ("NDCG@10", "mERR", "mRBP9")  # the three that the paper reports
+from gcl_jax.evaluate import metrics
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,6 +82,7 @@ def training_charts(rows: Sequence[dict[str, float]], splits: Sequence[str]) -> 
     """Charts of the rows of metrics.jsonl: the loss and its terms in one, each metric of the
     evaluation during training with a line per split, every other scalar alone."""
     groups: dict[str, dict[str, list]] = {}
+    shown = metrics.names("brief")
     for row in rows:
         for key, value in row.items():
             head, _, tail = key.partition("/")
@@ -89,7 +90,7 @@ def training_charts(rows: Sequence[dict[str, float]], splits: Sequence[str]) -> 
                 continue
             if head not in splits:
                 title, label = head.replace("_", " "), tail or "total"
-            elif tail in EVALUATION_CURVES:
+            elif tail in shown:
                 title, label = f"{tail} during training", head
             else:
                 continue
