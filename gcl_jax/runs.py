@@ -111,7 +111,7 @@ def parameters_digest(params: dict[str, Any]) -> str:
     import numpy as np
     from flax import traverse_util
 
-    from gcl_jax.checkpoints.integrity import digests
+    from gcl_jax.checkpoints.saved import digests
 
     named = traverse_util.flatten_dict(params, sep=".")
     found = np.asarray(digests(named)).tolist()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gcl_jax.checkpoints.integrity import Damaged, digests, sealed, unsealed
+from gcl_jax.checkpoints.saved import Damaged, digests, sealed, unsealed
 
 
 def reference(words):
@@ -73,17 +73,18 @@ def test_changed_and_swapped_elements_are_noticed():
 
 def test_a_seal_notices_what_is_changed(tmp_path):
     values = {"b": [1, 2.5, float("inf")], "a": {"10": "ä", "9": None}, 7: (1,)}
-    path = tmp_path / "about"
+    path = tmp_path / "about" / "metadata"
+    path.parent.mkdir()
     path.write_text(json.dumps(sealed(values)))
-    assert unsealed(path) == json.loads(json.dumps(values))
+    assert unsealed(tmp_path) == json.loads(json.dumps(values))
     text = path.read_text()
     for damaged in ("", "[]", "3", "\0", text[:-9], text.replace("2.5", "2.4")):
         path.write_text(damaged)
-        with pytest.raises(Damaged, match="about is not what was written"):
-            unsealed(path)
+        with pytest.raises(Damaged, match="about/metadata is not what was written"):
+            unsealed(tmp_path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(Damaged, match="about is not what was written"):
-        unsealed(path)
+    with pytest.raises(Damaged, match="about/metadata is not what was written"):
+        unsealed(tmp_path)
     path.unlink()
-    with pytest.raises(Damaged, match="about is missing"):
-        unsealed(path)
+    with pytest.raises(Damaged, match="metadata is missing in about"):
+        unsealed(tmp_path)

@@ -14,9 +14,9 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -24,10 +24,17 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from gcl_jax.checkpoints.integrity import Damaged, digests
-from gcl_jax.checkpoints.orbax_setup import first_cause, set_up
-from gcl_jax.checkpoints.retention import preservation_policy
-from gcl_jax.checkpoints.saved import Saved, contents, described, named, require_fit
+from gcl_jax.checkpoints.saved import (
+    Damaged,
+    Saved,
+    configure_orbax,
+    contents,
+    digests,
+    first_cause,
+    named,
+    require_fit,
+    unsealed,
+)
 from gcl_jax.checkpoints.state import TrainState
 from gcl_jax.config import CheckpointConfig, TrainConfig
 from gcl_jax.distributed import announce, is_first
@@ -66,13 +73,13 @@ class Checkpointer:
         self._damaged: dict[int, str] = {}  # and why
         self._scores: dict[int, float | None] = {}
         self._saving: concurrent.futures.Future | None = None
-        set_up()
+        configure_orbax()
         if read_only:
             if not self.directory.is_dir():
                 raise DataError(f"{self.directory} does not exist; train first")
             return
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy(cfg, self._score),
+            preservation_policy=self,
             cleanup_tmp_directories=True,
             # Renamed first: a kill in the midst of deleting must not leave half a checkpoint.
             todelete_subdir="deleted",
@@ -106,20 +113,30 @@ class Checkpointer:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         return None if step < 0 else step
 
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """orbax asks which steps stay: the last n, every k-th and the best, as the configuration
+        says. Its own policy reads the scores of earlier steps from a file that may be damaged."""
+        cfg, steps = self._cfg, sorted(info.step for info in checkpoints)
+        kept = set(steps[-cfg.keep :])
+        if cfg.keep_every:
+            kept |= {step for step in steps if step % cfg.keep_every == 0}
+        if cfg.best:
+            kept |= set(self._ranked(steps)[-cfg.keep_best :])
+        return [info.step in kept for info in checkpoints]
+
     def best_step(self) -> int:
         """The step with the largest `config.checkpoint.best`, the later of two equals.
 
         Raises:
             DataError: no checkpoint has that metric.
         """
-        scores = {step: self._score(step) for step in self._steps()}
-        ranked = [(score, step) for step, score in scores.items() if score is not None]
+        ranked = self._ranked(self._steps())
         if not ranked:
             raise DataError(
                 f"no checkpoint in {self.directory} has the metric that config.checkpoint.best="
                 f"{self._cfg.best!r} names"
             )
-        return max(ranked)[1]
+        return ranked[-1]
 
     def save(
         self,
@@ -278,12 +295,17 @@ class Checkpointer:
         names = (path.name for path in self.directory.iterdir() if path.name.isdecimal())
         return {int(name) for name in names} - self._damaged.keys()
 
+    def _ranked(self, steps: Iterable[int]) -> list[int]:
+        """Those of `steps` that have a `config.checkpoint.best`, up to the best."""
+        scores = ((self._score(step), step) for step in steps)
+        return [step for score, step in sorted(s for s in scores if s[0] is not None)]
+
     def _score(self, step: int) -> float | None:
         """The `config.checkpoint.best` of a step, None if it has none."""
         if step not in self._scores:
             self._scores[step] = None
             with contextlib.suppress(Damaged):
-                self._scores[step] = self._score_of(described(self._folder(step))["metrics"])
+                self._scores[step] = self._score_of(unsealed(self._folder(step))["metrics"])
         return self._scores[step]
 
     def _score_of(self, metrics: Mapping[str, float]) -> float | None:

@@ -1,6 +1,19 @@
-"""One checkpoint on disk: what is in it, and its arrays, verified."""
+"""One checkpoint on disk: what is in it, and its arrays, verified.
+
+orbax stores no checksum of arrays, and restores flipped bits without a word: hence a digest of
+every array, and a seal on what is kept as JSON.
+"""
 
 import contextlib
+import errno
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +22,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from jax import lax
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, UInt32
 
-from gcl_jax.checkpoints.integrity import Damaged, digests, sealed, unsealed
-from gcl_jax.checkpoints.orbax_setup import first_cause
 from gcl_jax.errors import DataError
 
 # Errors that say nothing about the files: too little memory, or somebody else's files.
 _NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
+
+# Why a save fails without anybody's fault, as the operating system words it.
+_NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
+
+
+class Damaged(Exception):
+    """Part of a checkpoint is missing or not as it was written; the message says which."""
 
 
 class Saved:
@@ -31,7 +52,7 @@ class Saved:
 
     def __init__(self, folder: Path):
         with _alike():
-            about = described(folder)
+            about = unsealed(folder)
         self._folder, self._digests = folder, about["digests"]
         self.data, self.metrics, self.config = about["data"], about["metrics"], about["config"]
         self.arrays = {
@@ -67,13 +88,10 @@ class Saved:
         now = np.asarray(digests(found))
         changed = [n for n, x in zip(found, now, strict=True) if x != self._digests[n]]
         if changed:
-            raise Damaged(f"state: the bits of {_listed(changed)} are not those that were saved")
+            more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+            listed = f"{', '.join(changed[:3])}{more}"
+            raise Damaged(f"state: the bits of {listed} are not those that were saved")
         return found
-
-
-def described(folder: Path) -> dict:
-    """What the checkpoint in `folder` says of itself. Raises `Damaged`."""
-    return unsealed(folder / "about" / "metadata")
 
 
 @contextlib.contextmanager
@@ -139,6 +157,97 @@ def require_fit(
         raise DataError(f"{source} does not fit this configuration: {'; '.join(problems)}")
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return f"{', '.join(names[:3])}{more}"
+def digests(arrays: Mapping[str, jax.Array]) -> UInt32[Array, " n"]:
+    """One digest per array, in the order of `arrays`; the same for the same bits on any devices.
+
+    It is the sum modulo 2^32 of a mixture of every element's bits and index, so that one changed
+    element is always noticed, and others but for one case in 2^32. The arrays are read where they
+    lie, and the call returns before that is done. Any dtype of 1, 2, 4 or 8 bytes, or keys.
+    """
+    placements = (getattr(x, "sharding", None) for x in arrays.values())
+    meshes = [p.mesh for p in placements if isinstance(p, NamedSharding)]
+    everywhere = NamedSharding(meshes[0], PartitionSpec()) if meshes else None
+    return _digests(list(arrays.values()), everywhere)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _digests(arrays: list[jax.Array], everywhere: NamedSharding | None) -> UInt32[Array, " n"]:
+    found = jnp.stack([_digest(x) for x in arrays])
+    return found if everywhere is None else lax.with_sharding_constraint(found, everywhere)
+
+
+@jax.jit
+def _digest(x: jax.Array) -> UInt32[Array, ""]:
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        x = jax.random.key_data(x)
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    narrow = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    words = lax.bitcast_convert_type(x, narrow).astype(jnp.uint32)
+    index = jnp.uint32(0)
+    for axis in range(words.ndim):
+        stride = math.prod(words.shape[axis + 1 :]) % 2**32
+        index += lax.broadcasted_iota(jnp.uint32, words.shape, axis) * jnp.uint32(stride)
+    # Distinct for distinct indices, as the factor is odd.
+    return jnp.sum(_mix(words ^ (index * jnp.uint32(0x9E3779B1))), dtype=jnp.uint32)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """The bijection that ends MurmurHash3 (32 bit): a bit of `x` changes half of the result's."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def sealed(values: dict) -> dict:
+    """`values` as JSON gives them back, with a checksum."""
+    values = json.loads(json.dumps(values))
+    return values | {"sha256": _checksum(values)}
+
+
+def unsealed(folder: Path) -> dict:
+    """The values of `sealed` in the checkpoint `folder`. Raises `Damaged`."""
+    try:
+        values = json.loads((folder / "about" / "metadata").read_text("utf-8"))
+        checksum = values.pop("sha256")
+    except (FileNotFoundError, NotADirectoryError):
+        raise Damaged("metadata is missing in about") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        values, checksum = {}, ""
+    if checksum != _checksum(values):
+        raise Damaged("about/metadata is not what was written")
+    return values
+
+
+def _checksum(values: dict) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+@functools.cache
+def configure_orbax() -> None:
+    """What orbax does by default and should not; once for this process."""
+    # Replicated arrays are cut for all devices to share the writing, and every cut is compiled: not
+    # worth it for small ones, as the first save would take seconds.
+    handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
+    # Off the terminal with the stack traces of errors that are raised as well.
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_not_of_orbax)
+    report = sys.unraisablehook
+    # What it was still reading or writing when the first error ended its event loop.
+    sys.unraisablehook = lambda u: None if "loop is closed" in str(u.exc_value) else report(u)
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+
+
+def first_cause(error: BaseException) -> str:
+    """What began the chain of errors that ends in `error`, in one line."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    line = str(error).partition("\n")[0]
+    if reasons := [reason for reason in _NO_ROOM if reason in line]:
+        return reasons[0]
+    # tensorstore appends what it had open, in JSON.
+    return re.split(r" \[(?:tensorstore_spec|source loc)", line)[0] or type(error).__name__
