@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from gcl_jax.port.pretrained import export_pretrained
 from PIL import Image
 from test_search import HostileSource, untrained_run
 
@@ -19,6 +18,7 @@ from gcl_jax.config import ModelConfig, TextConfig
 from gcl_jax.embed import __main__ as embed
 from gcl_jax.errors import UserError
 from gcl_jax.models import clip
+from gcl_jax.port.pretrained import export_pretrained
 from gcl_jax.runs import load_run
 from gcl_jax.search.searcher import SearchIndex
 
