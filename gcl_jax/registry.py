@@ -138,7 +138,17 @@ METRICS = Registry(
         "gcl_jax.evaluate.metrics",
     ),
 )
-SOURCES = Registry("source", {})
+SOURCES = Registry(
+    "source",
+    {
+        "tables": "gcl_jax.prepare.tables",
+        "marqo_gs": "gcl_jax.prepare.marqo_gs",
+        "webdataset": "gcl_jax.prepare.captions",
+        "folder": "gcl_jax.prepare.captions",
+        "emoji": "gcl_jax.prepare.emoji",
+        "emoji_languages": "gcl_jax.prepare.emoji",
+    },
+)
 VISION_TOWERS = Registry("image tower", {"vit": "gcl_jax.models.vision"})
 TEXT_TOWERS = Registry(
     "text tower", {"clip": "gcl_jax.models.text_towers", "bert": "gcl_jax.models.text_towers"}

@@ -1,36 +1,57 @@
-"""Writing a store: sources (the bundled benchmark, your own tables) and the TFDS builder."""
+"""Stores: written from a source, opened by directory or by the name of a registered source."""
 
+import contextlib
+import importlib.metadata
+import inspect
+import json
+import operator
 import os
-import zlib
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from gcl_jax import config
-from gcl_jax.data.store import VERSION, RankedStore
-from gcl_jax.errors import UserError
+import numpy as np
 
-BUNDLED = ("emoji", "emoji_languages")
-EMOJI_TABLES = Path(__file__).parent / "prepare" / "emoji_tables"
+from gcl_jax import config, logs
+from gcl_jax.data import store
+from gcl_jax.data.negatives import save_negatives
+from gcl_jax.data.store import VERSION, Pairs, RankedStore
+from gcl_jax.errors import ConfigError, DataError, UserError
+from gcl_jax.prepare.builder import BadRows, Part, PartsWriter, Source
+from gcl_jax.registry import SOURCES
 
 
 def open_store(name: str) -> RankedStore:
-    """Opens the store in the directory `name`, or a bundled one (`BUNDLED`), which is prepared on
-    first use under $GCL_JAX_CACHE (default ~/.cache/gcl_jax).
+    """Opens the store in the directory `name`, or that of the registered source `name` if it needs
+    no arguments, such as the bundled "emoji" and "emoji_languages": it is prepared on first use
+    under $GCL_JAX_CACHE (default ~/.cache/gcl_jax).
 
     Raises:
+        ConfigError: the source needs arguments.
         DataError: there is no such store.
     """
-    if name not in BUNDLED or Path(name).is_dir():
+    if name not in SOURCES or Path(name).is_dir():
         return RankedStore(name)
+    if needed := needed_arguments(SOURCES[name]):
+        raise ConfigError(
+            f"config.data.store={name!r}: this source needs {', '.join(needed)}; prepare it with "
+            f"`python -m gcl_jax.prepare --source={name} ...` and name the directory of the store"
+        )
+    source: Source = SOURCES[name]()
     cache = Path(os.environ.get("GCL_JAX_CACHE", "~/.cache/gcl_jax")).expanduser()
-    plan = f"{name}-{VERSION}-{_fingerprint(EMOJI_TABLES):08x}"
-    directory = cache / plan / name
+    of_source = getattr(type(source), "fingerprint", Source.fingerprint)(source)
+    fingerprint = f"{name}-{VERSION}-{of_source}"
+    directory = cache / fingerprint / name
     if not directory.exists():
-        from gcl_jax.prepare.builder import write_store
-        from gcl_jax.prepare.emoji import SOURCES
-
-        return write_store(SOURCES[name](), directory, plan=plan)
+        return write_store(source, directory, fingerprint=fingerprint)
     return RankedStore(directory)
+
+
+def needed_arguments(make: Callable[..., Source]) -> list[str]:
+    """The parameters of a registered source that have no default."""
+    parameters = inspect.signature(make).parameters.values()
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return [p.name for p in named if p.default is p.empty]
 
 
 def one_store(workdirs: Sequence[Path]) -> RankedStore:
@@ -42,18 +63,176 @@ def one_store(workdirs: Sequence[Path]) -> RankedStore:
     """
     configs = [config.load(workdir / "config.json") for workdir in workdirs]
     stores = [open_store(cfg.data.store) for cfg in configs]
-    for workdir, store in zip(workdirs, stores, strict=True):
-        if store.directory.resolve() != stores[0].directory.resolve():
+    for workdir, found in zip(workdirs, stores, strict=True):
+        if found.directory.resolve() != stores[0].directory.resolve():
             raise UserError(
-                f"{workdir} searches {store.directory}, {workdirs[0]} {stores[0].directory}: side "
+                f"{workdir} searches {found.directory}, {workdirs[0]} {stores[0].directory}: side "
                 "by side all need the same store"
             )
     return stores[0]
 
 
-def _fingerprint(tables: Path) -> int:
-    """Changes with the tables' contents, so that a cached store is never an outdated one."""
-    checksum = 0
-    for path in sorted(tables.glob("*.parquet")):
-        checksum = zlib.crc32(path.read_bytes(), checksum)
-    return checksum
+def finished_store(out: Path, fingerprint: str) -> RankedStore | None:
+    """The store at `out` if it has this very `fingerprint`, None if there is nothing.
+
+    Raises:
+        DataError: there is something else.
+    """
+    if not out.exists():
+        return None
+    with contextlib.suppress(DataError):
+        existing = RankedStore(out)
+        if fingerprint and existing.info["plan"] == fingerprint:
+            return existing
+    raise DataError(f"{out} exists already; remove it or choose another --out")
+
+
+def write_store(
+    source: Source,
+    out: Path,
+    bad_rows: BadRows | None = None,
+    *,
+    fingerprint: str = "",
+    workers: int = 1,
+    beam: Sequence[str] | None = None,
+) -> RankedStore:
+    """Writes `source` to the directory `out`, which is complete or absent: it is built beside its
+    place, in OUT.incomplete, and renamed at the end. What `bad_rows` skipped is listed in
+    OUT/skipped.jsonl. `workers` threads read and decode images; or the workers of an Apache Beam
+    pipeline with the options `beam` (such as ["--runner=FlinkRunner"]) write the records,
+    `documents()` and `queries()` being read twice then.
+
+    A run that was cut short is continued by the next one of the same `fingerprint`, which stands
+    for all that the store depends on; without one, and after a `UserError`, work starts afresh.
+
+    Raises:
+        DataError: `out` exists already, the source has bad rows, or no pairs.
+        ConfigError: Apache Beam is asked for and not installed.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    building = out.with_name(f"{out.name}.incomplete")
+    with store.locked(building):
+        try:
+            if existing := finished_store(out, fingerprint):
+                shutil.rmtree(building)
+                return existing
+            _keep_if_same(building, fingerprint)
+            bad_rows = bad_rows or BadRows()
+            read = _write_records(source, building, bad_rows, workers, beam)
+            _write_rest(source, building / "store", bad_rows, read, fingerprint)
+        except UserError:
+            shutil.rmtree(building)
+            raise
+        shutil.rmtree(building / "parts")
+        (building / "store").rename(out)
+        shutil.rmtree(building)
+    return RankedStore(out)
+
+
+def _keep_if_same(building: Path, fingerprint: str) -> None:
+    """Empties `building` but for its lock, unless it holds unfinished work of `fingerprint`."""
+    note = building / "fingerprint"
+    if not (fingerprint and note.exists() and note.read_text() == fingerprint):
+        for name in ("parts", "store"):
+            shutil.rmtree(building / name, ignore_errors=True)
+        note.write_text(fingerprint)
+    for name in ("parts", "store"):
+        (building / name).mkdir(exist_ok=True)
+
+
+def _write_records(
+    source: Source,
+    building: Path,
+    bad_rows: BadRows,
+    workers: int,
+    beam: Sequence[str] | None,
+) -> dict[str, Part]:
+    """What became of the "documents" and of the "queries"."""
+    fields = {"documents": source.document_fields, "queries": source.query_fields}
+    if beam is not None:
+        for kind in fields:
+            parts = PartsWriter(kind, fields[kind], building / "parts", BadRows("skip"))
+            parts.make_with_beam(getattr(source, kind)(), beam)
+    sides = {kind: getattr(source, kind)() for kind in fields}
+    read = {}
+    total = sum(operator.length_hint(records) for records in sides.values())
+    with logs.progress(total, unit="records", description="write") as bar:
+        for kind, records in sides.items():
+            parts = PartsWriter(kind, fields[kind], building / "parts", bad_rows)
+            read[kind] = parts.write(records, building / "store", bar.update, workers)
+            if not read[kind].ids:
+                raise DataError(f"source {_name(source)} has no {kind} left to write")
+            if left_out := read[kind].left_out:
+                source.leave_out(kind, left_out)
+    return read
+
+
+def _write_rest(
+    source: Source, out: Path, bad_rows: BadRows, read: dict[str, Part], fingerprint: str
+) -> None:
+    """The pairs, the corpora, store.json, which describes it all, and the checksums."""
+    splits, corpora = source.splits(), source.corpora()
+    if not any(len(split.pairs) for split in splits.values()):
+        raise DataError(f"source {_name(source)} has no pair left to train on")
+    sizes = {"query": len(read["queries"].ids), "document": len(read["documents"].ids)}
+    for name, split in splits.items():
+        if split.corpus == "all":
+            corpora.setdefault("all", np.arange(sizes["document"]))
+        if split.corpus not in corpora:
+            raise DataError(f"split {name!r} searches {split.corpus!r}, which is no corpus")
+        _write_pairs(split.pairs, out / "pairs" / name, sizes, least=1)
+        save_negatives(out / "pairs" / name, split.negatives)
+        for kind, judged in split.ground_truth.items():
+            _write_pairs(judged, out / "ground_truth" / name / kind, sizes, least=0)
+    (out / "corpora").mkdir(exist_ok=True)
+    for name, documents in corpora.items():
+        np.save(out / "corpora" / f"{name}.npy", np.unique(documents).astype(np.int32))
+    info = {
+        "version": VERSION,
+        "gcl_jax": importlib.metadata.version("gcl_jax"),
+        "query_fields": source.query_fields,
+        "document_fields": source.document_fields,
+        "splits": {
+            name: {
+                "pairs": len(split.pairs),
+                "queries": len(np.unique(split.pairs.query)),
+                "corpus": split.corpus,
+                "documents": len(corpora[split.corpus]),
+                "negatives": {
+                    side: int((rows[:, 0] >= 0).sum()) for side, rows in split.negatives.items()
+                },
+                "ground_truth": {
+                    kind: len(np.unique(judged.query))
+                    for kind, judged in split.ground_truth.items()
+                },
+            }
+            for name, split in splits.items()
+        },
+        "plan": fingerprint,
+        "provenance": {"source": _name(source)}
+        | source.provenance()
+        | {
+            "missing": {"query": read["queries"].missing, "document": read["documents"].missing},
+            "skipped": bad_rows.counts(),
+        },
+    }
+    bad_rows.write(out / "skipped.jsonl")
+    (out / "store.json").write_text(json.dumps(info, indent=2) + "\n")
+    store.write_checksums(out)
+
+
+def _write_pairs(pairs: Pairs, folder: Path, sizes: dict[str, int], least: int) -> None:
+    """Raises `DataError` for records that there are not, or scores outside [least, 100]."""
+    folder.mkdir(parents=True, exist_ok=True)
+    bounds = {side: (0, size - 1) for side, size in sizes.items()} | {"score": (least, 100)}
+    for column, (low, high) in bounds.items():
+        values = np.asarray(getattr(pairs, column))
+        if len(values) != len(pairs) or not np.all((values >= low) & (values <= high)):
+            raise DataError(
+                f"pairs of {folder.name!r}: one {column} a pair, from {low} to {high}, is wanted"
+            )
+        np.save(folder / f"{column}.npy", values.astype(store.COLUMNS[column]))
+
+
+def _name(source: Source) -> str:
+    return str(source.provenance().get("source", type(source).__name__))

@@ -34,8 +34,9 @@ from gcl_jax.config import (
     VisionConfig,
 )
 from gcl_jax.data.store import Pairs, RankedStore
-from gcl_jax.prepare.builder import Split, write_store
+from gcl_jax.prepare.builder import Split
 from gcl_jax.sharding import BATCH_AXES
+from gcl_jax.stores import write_store
 
 MESHES = ((1, 1), (8, 1), (4, 2), (2, 4))
 

@@ -27,10 +27,10 @@ from gcl_jax.errors import DataError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.mine import __main__ as mine
 from gcl_jax.models import clip
-from gcl_jax.prepare.builder import write_store
 from gcl_jax.report import __main__ as report
 from gcl_jax.runs import load_run, parameters_digest
 from gcl_jax.search import __main__ as search
+from gcl_jax.stores import write_store
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ import pytest
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError
 from gcl_jax.prepare import __main__ as prepare
-from gcl_jax.prepare import json_rows
+from gcl_jax.prepare import rows as rows_module
 from tests.test_prepare import png, tree, write_table
 
 SPLITS = {  # name: queries, documents, file of layout 1
@@ -173,7 +173,7 @@ BAD_CORPORA = {  # text of corpus_1.json, place and reason, skipped when bad row
 @pytest.mark.parametrize("case", BAD_CORPORA)
 @pytest.mark.parametrize("block", [7, 1 << 20])
 def test_bad_corpus(tmp_path, monkeypatch, case, block):
-    monkeypatch.setattr(json_rows, "BLOCK", block)
+    monkeypatch.setattr(rows_module, "READ_BUFFER", block)
     text, message, reason = BAD_CORPORA[case]
     folder = write_layout_1(tmp_path / "one", "images/{0}.png")
     (folder / "corpus_1.json").write_bytes(text.encode("utf-8", "surrogateescape"))

@@ -23,8 +23,8 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.models import clip, flops
-from gcl_jax.prepare.builder import write_store
 from gcl_jax.runs import load_run
+from gcl_jax.stores import write_store
 from gcl_jax.train.loop import Interrupted, train
 from gcl_jax.validation import validate
 

@@ -22,7 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import filelock
@@ -33,6 +33,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.errors import DataError
 
 VERSION = "1.1.0"
+SEPARATOR = "_{!@#~}_"  # Marqo-GS: its authors end every text of a query's key with it
 CHECKSUMS = "checksums.sha256"  # as `sha256sum --check` reads it
 
 
@@ -49,8 +50,11 @@ class Pairs:
         return len(self.query)
 
 
+COLUMNS = {"query": np.int32, "document": np.int32, "score": np.float32}  # of the files of pairs
+
+
 def _load(folder: Path) -> Pairs:
-    return Pairs(*(np.load(folder / f"{column}.npy", mmap_mode="r") for column in Pairs.__slots__))
+    return Pairs(*(np.load(folder / f"{column}.npy", mmap_mode="r") for column in COLUMNS))
 
 
 class Records:
@@ -70,18 +74,11 @@ class Records:
         as_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
         return builder.as_data_source("corpus", deserialize_method=as_bytes)
 
-    @staticmethod
-    def _bytes_of(serialized: bytes, names: Iterable[str]) -> dict[str, bytes]:
-        from tensorflow_datasets.proto import tf_example_pb2
-
-        features = tf_example_pb2.Example.FromString(serialized).features.feature
-        return {name: features[name].bytes_list.value[0] for name in names}
-
     def __len__(self) -> int:
         return len(self._serialized)
 
     def __getitem__(self, index: int) -> dict[str, str | bytes]:
-        record = self._bytes_of(self._serialized[int(index)], ("id", *self.fields))
+        record = _bytes_of(self._serialized[int(index)], ("id", *self.fields))
         return {
             name: value if self.fields.get(name) == "image" else value.decode()
             for name, value in record.items()
@@ -90,7 +87,7 @@ class Records:
     def texts(self, fields: Sequence[str], rows: Iterable[int]) -> dict[str, list[str]]:
         """Text fields of many records at once, faster than one by one."""
         serialized = self._serialized.__getitems__([int(row) for row in rows])
-        records = [self._bytes_of(one, fields) for one in serialized]
+        records = [_bytes_of(one, fields) for one in serialized]
         return {field: [record[field].decode() for record in records] for field in fields}
 
     def __iter__(self) -> Iterator[dict[str, str | bytes]]:
@@ -111,6 +108,42 @@ class Records:
 
     def __getstate__(self) -> dict:
         return {"fields": self.fields, "_directory": self._directory}
+
+
+def _bytes_of(serialized: bytes, names: Iterable[str]) -> dict[str, bytes]:
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    features = tf_example_pb2.Example.FromString(serialized).features.feature
+    return {name: features[name].bytes_list.value[0] for name in names}
+
+
+def serialized(record: Mapping[str, str | bytes], fields: Mapping[str, str]) -> bytes:
+    """`record` as it lies on disk; equal records are equal bytes, which is not protobuf's habit.
+
+    Raises:
+        DataError: it is no dict of `id` and all `fields`, each a str or bytes.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    for name in ("id", *fields):
+        value, kind = record.get(name), bytes if fields.get(name) == "image" else str
+        if not isinstance(value, kind):
+            raise DataError(
+                f"record {record.get('id')!r}: {name!r} must be {kind.__name__}, not {value!r:.40}"
+            )
+        data = value if isinstance(value, bytes) else value.encode()
+        example.features.feature[name].bytes_list.value.append(data)
+    return example.SerializeToString(deterministic=True)
+
+
+def write_ids(ids: Sequence[str], folder: Path) -> None:
+    """The column of ids beside the records in `folder`, in their order."""
+    import pyarrow as pa
+
+    table = pa.table({"id": pa.array(ids, pa.large_string())})
+    with pa.ipc.new_file(folder / "ids.arrow", table.schema) as writer:
+        writer.write_table(table)
 
 
 class RankedStore:

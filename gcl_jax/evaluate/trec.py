@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NoReturn
 
+from gcl_jax.data.store import SEPARATOR
 from gcl_jax.errors import DataError
 
 Kind = Literal["qrels", "run"]
@@ -41,7 +42,6 @@ COLUMNS = {
     "run": ["query", "Q0", "document", "rank", "score", "tag"],
 }
 VALUE = {"qrels": "grade", "run": "score"}
-SEPARATOR = "_{!@#~}_"  # the authors end every text of a query's key with it
 
 
 def read(path: Path, kind: Kind) -> dict[str, dict[str, float]]:

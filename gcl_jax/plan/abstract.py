@@ -17,8 +17,9 @@ from gcl_jax.data.negatives import negative_files
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.models.clip import abstract_model
+from gcl_jax.registry import SOURCES
 from gcl_jax.sharding import batch_sharding, replicated
-from gcl_jax.stores import BUNDLED, open_store
+from gcl_jax.stores import open_store
 from gcl_jax.train.step import known_weights
 
 # Of a store that is not there yet: Marqo-GS-10M's in-domain split.
@@ -48,7 +49,7 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
     """
     name, data = cfg.data.store, cfg.data
     made_of_text = ("query",) if data.text_negatives != "none" else ()
-    if name in BUNDLED or (Path(name) / "store.json").is_file():
+    if name in SOURCES or (Path(name) / "store.json").is_file():
         store = open_store(name)
         cfg = store.resolve(cfg)
         kinds = {"query": store.queries.fields, "document": store.documents.fields}

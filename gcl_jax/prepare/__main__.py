@@ -16,27 +16,39 @@ images below --data with captions. Captions have no scores: every pair has the b
   python -m gcl_jax.prepare --out=stores/web --source=webdataset --data shards/*.tar
   python -m gcl_jax.prepare --out=stores/art --source=folder --data=DIR --captions=captions.csv
 
+A source of your own is a class or function in a module of yours (docs/data.md), by its name or by
+its place:
+
+  python -m gcl_jax.prepare --out=stores/mine --extensions=my_module --source=mine
+  python -m gcl_jax.prepare --out=stores/mine --source=my_module:Mine --source_options limit=1000
+
 A store is complete or absent. The same command again continues a run that was killed.
 """
 
 import argparse
+import hashlib
+import importlib
+import inspect
+import json
 import os
 import shlex
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from gcl_jax.errors import DataError, reported_in_one_line
-from gcl_jax.stores import BUNDLED
+from gcl_jax.errors import ConfigError, reported_in_one_line
+from gcl_jax.registry import SOURCES, load_extensions
 
-HOW = ("out", "workers", "beam")  # arguments that leave the store's content alone
 FIELD_KINDS = ("text", "image")
-NEEDED: dict[str, tuple[str, ...]] = {  # per source
-    "tables": ("pairs", "query_fields", "document_fields", "id_column", "score_column"),
-    "marqo_gs": ("data",),
-    "webdataset": ("data",),
-    "folder": ("data",),
-    **dict.fromkeys(BUNDLED, ()),
-}
 LOCAL_BEAM = "--direct_running_mode=multi_processing --direct_num_workers=0"  # a process per core
+OF_COMMAND = ("out", "source", "extensions", "source_options", "on_error", "workers", "beam")
+NO_CONTENT = ("out", "workers", "beam", "extensions", "source_options")
+# What an absent flag counts as in the fingerprint of a store, now as in earlier versions.
+ABSENT: dict[str, Any] = {"documents": [], "split": "train", "seed": 0}
+ABSENT |= {"image_column": "image", "caption_column": "caption"}
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".tar", ".txt")
 
 
 def parse_fields(text: str) -> dict[str, str]:
@@ -63,10 +75,24 @@ def make_parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, metavar="DIR", help="the store to make; must not exist")
     add(
         "--source",
-        choices=tuple(NEEDED),
         default="tables",
-        help="what to read (default: tables); emoji and emoji_languages are bundled and take only "
-        "--out",
+        metavar="NAME",
+        help=f"what to read (default: tables): {', '.join(SOURCES)} (the last two are bundled, and "
+        "take only --out), or one of your own, by name or MODULE:NAME",
+    )
+    add(
+        "--extensions",
+        type=lambda text: text.split(","),
+        default=[],
+        metavar="MODULE[,MODULE]",
+        help="modules of your own, or Python files, to import first: they register sources",
+    )
+    add(
+        "--source_options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="arguments of your own source that are no flag here",
     )
     add(
         "--data",
@@ -110,7 +136,6 @@ def make_parser() -> argparse.ArgumentParser:
         "--documents",
         type=Path,
         nargs="+",
-        default=[],
         metavar="FILE",
         help="files with one document a row (default: the documents stand in the pairs' rows)",
     )
@@ -151,19 +176,18 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="a table of captions (default: a.txt of a.jpg)",
     )
-    add("--image_column", default="image", metavar="COLUMN", help="its paths (default: image)")
-    add("--caption_column", default="caption", metavar="COLUMN", help="(default: caption)")
+    add("--image_column", metavar="COLUMN", help="its paths (default: image)")
+    add("--caption_column", metavar="COLUMN", help="(default: caption)")
     splits = parser.add_argument_group("splits of tables")
     one = splits.add_mutually_exclusive_group()
     one.add_argument(
         "--split",
         choices=("train", "paper"),
-        default="train",
         help="all pairs in one split (default), or the paper's in_domain, novel_query, "
         "novel_document and zero_shot, drawn from 80/20 of the queries and 50/50 of the documents",
     )
     one.add_argument("--split_column", metavar="COLUMN", help="the column that names each split")
-    splits.add_argument("--seed", type=int, default=0, help="of the paper's splits (default 0)")
+    splits.add_argument("--seed", type=int, help="of the paper's splits (default 0)")
     return parser
 
 
@@ -171,75 +195,133 @@ def prepare(args: argparse.Namespace):
     """The `RankedStore` that the command's arguments ask for.
 
     Raises:
+        ConfigError: the source cannot do with these arguments.
         DataError: bad input; nothing is left at `args.out` then.
     """
-    from gcl_jax.prepare.bad_rows import BadRows
-    from gcl_jax.prepare.builder import finished_store, write_store
-    from gcl_jax.prepare.plan import fingerprint
+    load_extensions(args.extensions)
+    make = find_source(args.source)
+    given = given_arguments(args, make)
 
-    given = (*(args.pairs or ()), *args.documents, *(args.data or ()))
-    options = {name: value for name, value in vars(args).items() if name not in HOW}
-    plan = fingerprint(options, given if args.captions is None else (*given, args.captions))
-    if existing := finished_store(args.out, plan):
+    from gcl_jax.prepare.builder import BadRows
+    from gcl_jax.stores import finished_store, write_store
+
+    fingerprint = fingerprint_of(args, given, make)
+    if existing := finished_store(args.out, fingerprint):
         return existing
     bad_rows = BadRows(args.on_error)
-    source = make_source(args, bad_rows)
+    if "bad_rows" in inspect.signature(make).parameters:
+        given["bad_rows"] = bad_rows
     beam = None if args.beam is None else shlex.split(args.beam)
     workers = max(1, args.workers)
-    return write_store(source, args.out, bad_rows, plan=plan, workers=workers, beam=beam)
-
-
-def make_source(args: argparse.Namespace, bad_rows):
-    """The `Source` that the arguments describe."""
-    if args.source in BUNDLED:
-        from gcl_jax.prepare.emoji import SOURCES
-
-        return SOURCES[args.source]()
-    if args.source in ("marqo_gs", "folder") and len(args.data) > 1:
-        raise DataError(f"--source={args.source} takes one folder --data, not {len(args.data)}")
-    if args.source == "marqo_gs":
-        from gcl_jax.prepare.marqo_gs import SCORE, MarqoGSSource
-
-        return MarqoGSSource(
-            args.data[0],
-            bad_rows,
-            image_root=args.image_root,
-            score=args.score_column or SCORE,
-            document_fields=args.document_fields,
-        )
-    if args.source == "webdataset":
-        from gcl_jax.prepare.captions import webdataset_source
-
-        return webdataset_source(args.data, bad_rows)
-    if args.source == "folder":
-        from gcl_jax.prepare.captions import folder_source
-
-        named = (args.image_column, args.caption_column)
-        return folder_source(args.data[0], bad_rows, args.captions, named)
-
-    from gcl_jax.prepare.columns import Columns, Table
-    from gcl_jax.prepare.tables import TablesSource
-
-    columns = Columns(
-        args.query_fields,
-        args.document_fields,
-        args.id_column,
-        args.score_column,
-        args.query_id_column,
-        args.split_column,
-        args.negative_documents_column,
-        args.negative_queries_column,
+    return write_store(
+        make(**given), args.out, bad_rows, fingerprint=fingerprint, workers=workers, beam=beam
     )
-    return TablesSource(
-        args.out.name,
-        [Table(path) for path in args.pairs],
-        columns,
-        bad_rows,
-        documents=[Table(path) for path in args.documents],
-        image_root=args.image_root,
-        split=args.split,
-        seed=args.seed,
-    )
+
+
+def find_source(name: str) -> Callable[..., Any]:
+    """The registered source `name`, or what "MODULE:NAME" says."""
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        return SOURCES[name]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"--source={name} is not found: {error}") from None
+
+
+def given_arguments(args: argparse.Namespace, make: Callable[..., Any]) -> dict[str, Any]:
+    """Arguments for `make`, which declares by its parameters what it takes and needs: flags of
+    this command, and `--source_options`.
+
+    Raises:
+        ConfigError: one that it does not take, one that it needs, or one of another type.
+    """
+    flags = {k: v for k, v in vars(args).items() if v is not None and k not in OF_COMMAND}
+    of_init = make.__init__ if inspect.isclass(make) else make  # type: ignore[misc]
+    hints = typing.get_type_hints(of_init)
+    parameters = {k: p for k, p in inspect.signature(make).parameters.items() if k != "bad_rows"}
+    given: dict[str, Any] = {}
+    for name, value in flags.items():
+        if name not in parameters:
+            raise ConfigError(f"--source={args.source} takes no --{name}; {_takes(parameters)}")
+        if isinstance(value, list) and hints.get(name) in (Path, Path | None):
+            if len(value) > 1:
+                raise ConfigError(f"--source={args.source} takes one --{name}, not {len(value)}")
+            value = value[0]
+        given[name] = value
+    for option in args.source_options:
+        name, equals, text = option.partition("=")
+        if not equals or name not in parameters:
+            raise ConfigError(
+                f"--source_options: {option!r} is no KEY=VALUE of --source={args.source}; "
+                f"{_takes(parameters)}"
+            )
+        try:
+            given[name] = _as(hints.get(name, str), text)
+        except (ValueError, KeyError):
+            kind = inspect.formatannotation(hints[name])
+            raise ConfigError(f"--source_options {option}: {text!r} is no {kind}") from None
+    needed = [k for k, p in parameters.items() if p.default is p.empty and k not in given]
+    if needed:
+        raise ConfigError(f"missing --{needed[0]}; see --help for an example")
+    return given
+
+
+def _takes(parameters: Iterable[str]) -> str:
+    return f"it takes {', '.join(parameters) or 'no arguments'}"
+
+
+def _as(kind: Any, text: str) -> Any:
+    """`text` as a value of the annotation `kind`; raises `ValueError` or `KeyError`."""
+    inner = [k for k in typing.get_args(kind) if k is not types.NoneType]
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        return _as(inner[0], text)
+    if typing.get_origin(kind) in (list, tuple, Sequence):
+        return [_as(inner[0], part) for part in text.split(",")]
+    if kind is bool:
+        return {"true": True, "false": False}[text.lower()]
+    return kind(text) if kind in (int, float, Path) else text
+
+
+def fingerprint_of(
+    args: argparse.Namespace, given: Mapping[str, Any], make: Callable[..., Any]
+) -> str:
+    """Stands for what decides a store's content: the arguments, and size and time of the tables
+    that they name, or that lie in folders that they name. Image files are taken as unchanging."""
+    from gcl_jax.data.store import VERSION
+    from gcl_jax.prepare.builder import code_checksum
+
+    options = {k: v for k, v in vars(args).items() if k not in NO_CONTENT}
+    options |= {k: v for k, v in ABSENT.items() if options[k] is None}
+    if args.source_options:
+        options["source_options"] = sorted(args.source_options)
+    if not make.__module__.startswith("gcl_jax."):
+        options["code"] = code_checksum(make)
+    files = [(str(file), *_size_and_time(file)) for path in _paths(given) for file in _tables(path)]
+    content = json.dumps([VERSION, options, files], default=str, sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _paths(given: Mapping[str, Any]) -> Iterator[Path]:
+    """The files and folders that arguments name, but for that of images."""
+    for name in dict.fromkeys(["pairs", "documents", "data", "captions", *sorted(given)]):
+        values = given.get(name) if name != "image_root" else None
+        for value in values if isinstance(values, list) else [values]:
+            if isinstance(value, Path):
+                yield value
+
+
+def _tables(path: Path) -> Iterator[Path]:
+    """`path`, or in a folder all files that may be tables."""
+    if path.is_dir():
+        yield from sorted(file for file in path.rglob("*") if file.suffix in TABLE_SUFFIXES)
+    elif path.exists():
+        yield path
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def summary(store) -> str:
@@ -267,10 +349,7 @@ def summary(store) -> str:
 
 
 def main() -> None:
-    parser = make_parser()
-    args = parser.parse_args()
-    if absent := [name for name in NEEDED[args.source] if not getattr(args, name)]:
-        parser.error(f"missing --{absent[0]}; see --help for an example")
+    args = make_parser().parse_args()
     with reported_in_one_line():
         print(summary(prepare(args)))
 

@@ -1,28 +1,166 @@
-"""From a source to a store: TFDS data sets of the records, memory-mapped columns for the pairs."""
+"""What a source of data gives, and its records written part by part.
 
+A part is a file of records and `part.json`, written last, which says what became of them: a killed
+run goes on after its last complete part. Once all parts are there, their files are renamed into one
+TFDS data set. Workers of Apache Beam may make the parts, which need nothing of each other, wherever
+they see the folder that the store is built in.
+"""
+
+import collections
 import contextlib
 import dataclasses
-import importlib.metadata
+import enum
+import inspect
+import itertools
 import json
-import operator
+import pickle
 import shutil
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import numpy as np
 
 from gcl_jax import logs
 from gcl_jax.data import store
-from gcl_jax.data.negatives import save_negatives
-from gcl_jax.errors import DataError, UserError
-from gcl_jax.prepare.bad_rows import BadRows
-from gcl_jax.prepare.parts import Part, PartsWriter, Records
+from gcl_jax.errors import ConfigError, DataError
+
+RECORDS_PER_PART = 50_000
+AHEAD = 64  # records that are loaded before their turn
+
+
+class Reason(enum.Enum):
+    """Why a row is bad: the name that skips are counted by, and how to mend it."""
+
+    BROKEN_CSV = (
+        "broken CSV",
+        "quote a field that holds a comma, a quote or a newline; double a quote",
+    )
+    WRONG_COLUMNS = "wrong number of columns", "give every row as many cells as the header"
+    BROKEN_JSON = "broken JSON", "write one JSON object a line, each key once"
+    NOT_UTF8 = "not UTF-8", "save the file as UTF-8"
+    WRONG_TYPE = "wrong type of value", "give a text, or a path or bytes for an image"
+    EMPTY_QUERY = "empty query", "give every pair a query"
+    EMPTY_DOCUMENT_ID = "empty document id", "give every document an id"
+    EMPTY_DOCUMENT = "empty document", "give every document at least one of its fields"
+    BAD_SCORE = "bad score", "scores lie in 1..100, 100 best"
+    BAD_SPLIT = "bad split name", "use letters, digits, '_' and '-'"
+    BAD_LIST = "bad list", 'write a JSON list of texts, ["a", "b"]'
+    BAD_GRADE = "bad grade", "grades are whole numbers from 0 to 100"
+    UNKNOWN_QUERY = "unknown query", "judge queries of the split's pairs"
+    UNKNOWN_DOCUMENT = "unknown document", "add it to the documents file"
+    DUPLICATE_DOCUMENT = "duplicate document", "keep one row a document"
+    DUPLICATE_PAIR = "duplicate pair", "keep one score for a query and a document"
+    OWN_NEGATIVE = "negative that is the pair's own", "name other documents and other queries"
+    UNKNOWN_NEGATIVE = "unknown negative document", "add it to the documents, or do not name it"
+    CONFLICT = "conflicting values", "give one id the same values in every row"
+    MISSING_IMAGE = "missing image file", "check the path and --image_root"
+    OUTSIDE_ROOT = (
+        "image path leaves the image root",
+        "set --image_root to a folder above the images",
+    )
+    UNREADABLE_IMAGE = "unreadable image", "save it again, as JPEG, PNG or WebP"
+    HUGE_IMAGE = "decompression bomb", "save the image with fewer pixels"
+    ANIMATED_IMAGE = "animated image", "save one frame of it as a still image"
+    DEEP_IMAGE = "16-bit image", "save it with 8 bits a channel"
+    BROKEN_ARCHIVE = "broken archive", "fetch or pack the tar file again"
+    NOTHING_LEFT = "no readable field", "mend at least one of its images"
+    LEFT_OUT = "pair of a record that was left out", "mend the record"
+
+    def __init__(self, label: str, fix: str):
+        self.label, self.fix = label, fix
+
+
+_UNITS = {".parquet": "row", ".json": "entry", ".tar": "sample", "": "sample"}
+
+
+class RowError(DataError):
+    """One bad row; `detail` says what stands there."""
+
+    def __init__(self, reason: Reason, detail: str):
+        super().__init__(f"{reason.label}: {detail}; {reason.fix}")
+        self.reason, self.detail = reason, detail
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """A row of a file, from 1: the line that an editor shows, in a binary file the row, in a JSON
+    object the entry, in an archive or a folder the sample."""
+
+    file: Path
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.file}, {_UNITS.get(self.file.suffix, 'line')} {self.row}"
+
+
+class BadRows:
+    """The policy `on_error` ("strict" or "skip"), and all that was skipped so far, in `skipped`:
+    {"file", "row", "reason", "detail"} each."""
+
+    def __init__(self, on_error: str = "strict"):
+        self._strict = on_error == "strict"
+        self.skipped: list[dict[str, str | int]] = []
+
+    def report(self, place: Place, error: RowError) -> None:
+        """Notes a bad row.
+
+        Raises:
+            DataError: the policy is strict.
+        """
+        if self._strict:
+            raise DataError(f"{place}: {error} (--on_error=skip leaves such rows out)") from None
+        entry: dict[str, str | int] = {"file": str(place.file), "row": place.row}
+        self.skipped.append(entry | {"reason": error.reason.label, "detail": error.detail})
+
+    def report_again(self, skipped: list[dict]) -> None:
+        """Reports what an earlier run, or another process, had to skip; raises as `report`."""
+        for skip in skipped:
+            reason = next(reason for reason in Reason if reason.label == skip["reason"])
+            place = Place(Path(skip["file"]), skip["row"])
+            self.report(place, RowError(reason, skip["detail"]))
+
+    @contextlib.contextmanager
+    def at(self, place: Place) -> Iterator[None]:
+        """Reports a `RowError` raised inside as one of the row at `place`."""
+        try:
+            yield
+        except RowError as error:
+            self.report(place, error)
+
+    def counts(self) -> dict[str, int]:
+        """{reason: skips}, the most frequent first."""
+        return dict(collections.Counter(str(skip["reason"]) for skip in self.skipped).most_common())
+
+    def write(self, path: Path) -> None:
+        """Writes every skip as a JSON line; no file if there are none."""
+        if self.skipped:
+            with path.open("w", encoding="utf-8") as file:
+                file.writelines(json.dumps(skip) + "\n" for skip in self.skipped)
+
+
+Record = dict[str, str | bytes]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Loaded:
+    """A record, or None where no field could be read, and what was wrong with its fields."""
+
+    record: Record | None
+    errors: list[tuple[Place, RowError]]
+
+
+# A source yields records, or what loads one in another thread: reading and decoding an image takes
+# longer than writing it.
+Item = Record | Callable[[], Loaded]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Split:
-    """Pairs of one split and the name of the corpus that its queries search.
+    """Pairs of one split and the name of the corpus that its queries search; "all" documents, if
+    the source has no such corpus.
 
     negatives: hard negatives of the pairs, if any are given, {"query" or "document": int32
     (pairs, H), -1 where there are fewer}. ground_truth: judgements that came with the split,
@@ -30,183 +168,243 @@ class Split:
     """
 
     pairs: store.Pairs
-    corpus: str
+    corpus: str = "all"
     negatives: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ground_truth: Mapping[str, store.Pairs] = dataclasses.field(default_factory=dict)
 
 
-class Source(Protocol):
-    """Anything that can become a store. Records are dicts of `id` and the fields; pairs and corpora
-    name records by their position in `documents()` and `queries()`, which are read to their ends
-    before the other methods are called."""
+class Source:
+    """What can become a store: `documents`, `queries` and `splits` are its own, the rest may be.
 
-    name: str
+    Register the class, or a function that makes one, in `gcl_jax.SOURCES`: its parameters are then
+    the arguments of `python -m gcl_jax.prepare` that it takes, those without a default the ones
+    that it needs. A parameter `bad_rows` is given the policy for rows that cannot be used.
+
+    Attributes:
+        query_fields, document_fields: {field: "text" or "image"}.
+    """
+
     query_fields: dict[str, str]
     document_fields: dict[str, str]
 
-    def documents(self) -> Records: ...
+    def documents(self) -> Iterable[Item]:
+        """Dicts of `id` and every field: str for a text, encoded bytes for an image, empty where
+        it is missing. Pairs and corpora name records by their position here. Documents and queries
+        are read to their ends before any other method is called."""
+        raise NotImplementedError
 
-    def queries(self) -> Records: ...
+    def queries(self) -> Iterable[Item]:
+        """Likewise."""
+        raise NotImplementedError
+
+    def splits(self) -> dict[str, Split]:
+        """The first one is trained on, unless the configuration names another."""
+        raise NotImplementedError
+
+    def corpora(self) -> dict[str, np.ndarray]:
+        """{name: positions of documents} that queries search."""
+        return {}
+
+    def provenance(self) -> dict[str, object]:
+        """What the store tells of its origin, as JSON; "source" names it."""
+        return {"source": type(self).__name__}
+
+    def fingerprint(self) -> str:
+        """Changes with the content, so that a store in the cache is never an outdated one; by
+        default with the file that defines the source."""
+        return code_checksum(type(self))
 
     def leave_out(self, kind: str, positions: list[int]) -> None:
         """These "documents" or "queries" could not be loaded and were not written; only a source
         whose records have yet to be loaded is told so, and then drops their pairs."""
-        raise DataError(f"source {self.name} cannot do without its {kind} {positions}")
-
-    def splits(self) -> dict[str, Split]: ...
-
-    def corpora(self) -> dict[str, np.ndarray]: ...
-
-    def provenance(self) -> dict[str, object]: ...
+        raise DataError(f"{self.provenance()['source']} cannot do without its {kind} {positions}")
 
 
-def finished_store(out: Path, plan: str) -> store.RankedStore | None:
-    """The store at `out` if it was made by this very `plan`, None if there is nothing.
-
-    Raises:
-        DataError: there is something else.
-    """
-    if not out.exists():
-        return None
-    with contextlib.suppress(DataError):
-        existing = store.RankedStore(out)
-        if plan and existing.info["plan"] == plan:
-            return existing
-    raise DataError(f"{out} exists already; remove it or choose another --out")
+def code_checksum(defined: Any) -> str:
+    """That of the file in which a class or a function stands."""
+    return f"{zlib.crc32(Path(inspect.getfile(defined)).read_bytes()):08x}"
 
 
-def write_store(
-    source: Source,
-    out: Path,
-    bad_rows: BadRows | None = None,
-    *,
-    plan: str = "",
-    workers: int = 1,
-    beam: Sequence[str] | None = None,
-) -> store.RankedStore:
-    """Writes `source` to the directory `out`, which is complete or absent: it is built beside its
-    place, in OUT.incomplete, and renamed at the end. What `bad_rows` skipped is listed in
-    OUT/skipped.jsonl. `workers` threads read and decode images; or the workers of an Apache Beam
-    pipeline with the options `beam` write the records, `documents()` and `queries()` being read
-    twice then.
+@dataclasses.dataclass(slots=True)
+class Part:
+    """What became of one part's records: ids of those written, positions (in the whole) of those
+    left out, {field: how many lack it}, and the skips that were reported."""
 
-    A run that was cut short is continued by the next one of the same `plan`, a fingerprint of all
-    that the store depends on; without a plan, and after a `UserError`, work starts afresh.
+    read: int = 0
+    ids: list[str] = dataclasses.field(default_factory=list)
+    left_out: list[int] = dataclasses.field(default_factory=list)
+    missing: dict[str, int] = dataclasses.field(default_factory=dict)
+    skipped: list[dict] = dataclasses.field(default_factory=list)
 
-    Raises:
-        DataError: `out` exists already, the source has bad rows, or no pairs.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.with_name(f"{out.name}.incomplete")
-    with store.locked(building):
+
+class PartsWriter:
+    """Writes the records of one `kind` ("documents" or "queries") with parts in `folder`, and the
+    data set that they make together in OUT/KIND."""
+
+    def __init__(self, kind: str, fields: dict[str, str], folder: Path, bad_rows: BadRows):
+        self._kind, self._folder = kind, folder
+        self._fields, self._bad_rows = fields, bad_rows
+
+    def write(
+        self, items: Iterable[Item], out: Path, done: Callable[[int], object], workers: int
+    ) -> Part:
+        """What became of all records together; `done` is told how many are.
+
+        Raises:
+            DataError: a record that cannot be loaded, with the strict policy.
+        """
+        remaining, parts, total = iter(items), list[Part](), Part()
+        with ThreadPoolExecutor(workers) as pool:
+            while not parts or parts[-1].read == RECORDS_PER_PART:
+                own = itertools.islice(remaining, RECORDS_PER_PART)
+                parts.append(self.write_part(len(parts), own, total.read, done, pool))
+                total.read += parts[-1].read
+                total.left_out += parts[-1].left_out
+        total.missing = {name: sum(part.missing[name] for part in parts) for name in self._fields}
+        total.ids = [id for part in parts for id in part.ids]
+        self._join(parts, out / self._kind / store.VERSION)
+        store.write_ids(total.ids, out / self._kind)
+        return total
+
+    def make_with_beam(self, items: Iterable[Item], options: Sequence[str]) -> None:
+        """Makes the parts that are not there yet, bad rows noted in them, whatever the policy;
+        `write` then finds them done."""
         try:
-            if existing := finished_store(out, plan):
-                shutil.rmtree(building)
-                return existing
-            _keep_if_same_plan(building, plan)
-            bad_rows = bad_rows or BadRows()
-            read = _write_records(source, building, bad_rows, workers, beam)
-            _write_rest(source, building / "store", bad_rows, read, plan)
-        except UserError:
-            shutil.rmtree(building)
-            raise
-        shutil.rmtree(building / "parts")
-        (building / "store").rename(out)
-        shutil.rmtree(building)
-    return store.RankedStore(out)
+            import apache_beam as beam
+            from apache_beam.options.pipeline_options import PipelineOptions
+        except ImportError:
+            raise ConfigError('--beam needs Apache Beam: pip install "gcl_jax[beam]"') from None
+
+        self._folder = self._folder.absolute()
+        numbers = list(self._note_items(iter(items)))
+        quiet = "--default_sdk_harness_log_level=ERROR"
+        with beam.Pipeline(options=PipelineOptions([quiet, *options])) as pipeline:
+            (
+                pipeline
+                | beam.Create(numbers)
+                | beam.Reshuffle()
+                | beam.Map(self._make_of_noted, RECORDS_PER_PART)
+            )
+
+    def _note_items(self, remaining: Iterator[Item]) -> Iterator[int]:
+        """Yields the number of every part that is to be made, its items written to a file."""
+        for number in itertools.count():
+            items = list(itertools.islice(remaining, RECORDS_PER_PART))
+            if not items:
+                return
+            if not self._note(number).exists():
+                self._part(number).with_suffix(".items").write_bytes(pickle.dumps(items))
+                yield number
+
+    def _make_of_noted(self, number: int, size: int) -> None:
+        """Runs in a worker of Beam, which may run it again."""
+        if not self._note(number).exists():
+            # Our own file of a moment ago, not input: unpickling runs nothing of anybody else's.
+            noted = self._part(number).with_suffix(".items")
+            items = iter(pickle.loads(noted.read_bytes()))
+            with ThreadPoolExecutor(1) as pool:
+                self.write_part(number, items, number * size, lambda count: None, pool)
+            noted.unlink(missing_ok=True)
+
+    def _part(self, number: int) -> Path:
+        return self._folder / f"{self._kind}-{number:05}"
+
+    def _note(self, number: int) -> Path:
+        """The last file of a part: with it, the part is complete."""
+        return self._part(number) / "part.json"
+
+    def write_part(
+        self,
+        number: int,
+        items: Iterator[Item],
+        start: int,
+        done: Callable[[int], object],
+        pool: Executor,
+    ) -> Part:
+        """Makes part `number` of `items`, which begin at position `start`, if it is not complete.
+
+        Raises:
+            DataError: a record that cannot be loaded, with the strict policy.
+        """
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        folder, note = self._part(number), self._note(number)
+        if note.exists():
+            part = Part(**json.loads(note.read_text()))
+            self._bad_rows.report_again(part.skipped)
+            collections.deque(itertools.islice(items, part.read), maxlen=0)
+            done(part.read)
+            return part
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        part = Part(missing=dict.fromkeys(self._fields, 0))
+        skipped_before = len(self._bad_rows.skipped)
+        with contextlib.closing(ArrayRecordWriter(str(folder / "records"), "group_size:1")) as file:
+            for loaded in _in_order(items, pool):
+                for place, error in loaded.errors:
+                    self._bad_rows.report(place, error)
+                if loaded.record is None:
+                    part.left_out.append(start + part.read)
+                else:
+                    file.write(store.serialized(loaded.record, self._fields))
+                    part.ids.append(str(loaded.record["id"]))
+                    for field in self._fields:
+                        part.missing[field] += not loaded.record[field]
+                part.read += 1
+                done(1)
+        part.skipped = self._bad_rows.skipped[skipped_before:]
+        unfinished = folder / "part.json.unfinished"
+        unfinished.write_text(json.dumps(dataclasses.asdict(part)))
+        unfinished.rename(note)
+        return part
+
+    def _join(self, parts: list[Part], out: Path) -> None:
+        import tensorflow_datasets as tfds
+
+        out.mkdir(parents=True, exist_ok=True)
+        template = tfds.core.ShardedFileTemplate(
+            data_dir=out, dataset_name=self._kind, split="corpus", filetype_suffix="array_record"
+        )
+        size = 0
+        for number in range(len(parts)):
+            shard = Path(template.sharded_filepath(shard_index=number, num_shards=len(parts)))
+            if not shard.exists():  # a killed run may have brought it here already
+                (self._part(number) / "records").rename(shard)
+            size += shard.stat().st_size
+        split = tfds.core.SplitInfo(
+            name="corpus",
+            shard_lengths=[len(part.ids) for part in parts],
+            num_bytes=size,
+            filename_template=template,
+        )
+        kinds = {"text": tfds.features.Text, "image": tfds.features.Image}
+        features = {name: kinds[kind]() for name, kind in {"id": "text", **self._fields}.items()}
+        logs.quiet_libraries()
+        tfds.folder_dataset.write_metadata(
+            data_dir=out,
+            features=tfds.features.FeaturesDict(features),
+            split_infos=[split],
+            filename_template=template,
+            check_data=False,
+            disable_shuffling=True,
+        )
 
 
-def _keep_if_same_plan(building: Path, plan: str) -> None:
-    """Empties `building` but for its lock, unless it holds unfinished work of this `plan`."""
-    note = building / "plan"
-    if not (plan and note.exists() and note.read_text() == plan):
-        for name in ("parts", "store"):
-            shutil.rmtree(building / name, ignore_errors=True)
-        note.write_text(plan)
-    for name in ("parts", "store"):
-        (building / name).mkdir(exist_ok=True)
+def _in_order(items: Iterator[Item], pool: Executor) -> Iterator[Loaded]:
+    """The items' records in their order; some are loaded ahead, in other threads."""
+    pending: collections.deque[Loaded | Future] = collections.deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(item) if callable(item) else Loaded(item, []))
+            if len(pending) > AHEAD:
+                yield _result(pending.popleft())
+        while pending:
+            yield _result(pending.popleft())
+    finally:
+        for waiting in pending:
+            if isinstance(waiting, Future):
+                waiting.cancel()
 
 
-def _write_records(
-    source: Source,
-    building: Path,
-    bad_rows: BadRows,
-    workers: int,
-    beam: Sequence[str] | None,
-) -> dict[str, Part]:
-    if beam is not None:
-        from gcl_jax.prepare.on_beam import write_parts
-
-        folder = building / "parts"
-        write_parts("documents", source.document_fields, source.documents(), folder, beam)
-        write_parts("queries", source.query_fields, source.queries(), folder, beam)
-    sides = {
-        "documents": (source.document_fields, source.documents()),
-        "queries": (source.query_fields, source.queries()),
-    }
-    read = {}
-    total = sum(operator.length_hint(records) for _, records in sides.values())
-    with logs.progress(total, unit="records", description="write") as bar:
-        for kind, (fields, records) in sides.items():
-            writer = PartsWriter(kind, fields, building / "parts", bad_rows)
-            read[kind] = writer.write(records, building / "store", bar, workers)
-            if not read[kind].ids:
-                raise DataError(f"source {source.name} has no {kind} left to write")
-            if left_out := read[kind].left_out:
-                source.leave_out(kind, left_out)
-    return read
-
-
-def _write_rest(
-    source: Source, out: Path, bad_rows: BadRows, read: dict[str, Part], plan: str
-) -> None:
-    """The pairs, the corpora, store.json, which describes it all, and the checksums."""
-    splits = source.splits()
-    if not any(len(split.pairs) for split in splits.values()):
-        raise DataError(f"source {source.name} has no pair left to train on")
-    for name, split in splits.items():
-        _write_pairs(split.pairs, out / "pairs" / name)
-        save_negatives(out / "pairs" / name, split.negatives)
-        for kind, judged in split.ground_truth.items():
-            _write_pairs(judged, out / "ground_truth" / name / kind)
-    corpora = source.corpora()
-    (out / "corpora").mkdir(exist_ok=True)
-    for name, documents in corpora.items():
-        np.save(out / "corpora" / f"{name}.npy", np.unique(documents).astype(np.int32))
-    info = {
-        "version": store.VERSION,
-        "gcl_jax": importlib.metadata.version("gcl_jax"),
-        "query_fields": source.query_fields,
-        "document_fields": source.document_fields,
-        "splits": {
-            name: {
-                "pairs": len(split.pairs),
-                "queries": len(np.unique(split.pairs.query)),
-                "corpus": split.corpus,
-                "documents": len(corpora[split.corpus]),
-                "negatives": {
-                    side: int((rows[:, 0] >= 0).sum()) for side, rows in split.negatives.items()
-                },
-                "ground_truth": {
-                    kind: len(np.unique(judged.query))
-                    for kind, judged in split.ground_truth.items()
-                },
-            }
-            for name, split in splits.items()
-        },
-        "plan": plan,
-        "provenance": source.provenance()
-        | {
-            "missing": {"query": read["queries"].missing, "document": read["documents"].missing},
-            "skipped": bad_rows.counts(),
-        },
-    }
-    bad_rows.write(out / "skipped.jsonl")
-    (out / "store.json").write_text(json.dumps(info, indent=2) + "\n")
-    store.write_checksums(out)
-
-
-def _write_pairs(pairs: store.Pairs, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for column in store.Pairs.__slots__:
-        np.save(folder / f"{column}.npy", getattr(pairs, column))
+def _result(item: Loaded | Future) -> Loaded:
+    return item.result() if isinstance(item, Future) else item

@@ -3,68 +3,69 @@
 import itertools
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.bad_rows import BadRows, Reason, RowError
-from gcl_jax.prepare.columns import Columns, Table
-from gcl_jax.prepare.json_rows import json_object
-from gcl_jax.prepare.rows import Reader, Row, Rows, checked
-from gcl_jax.prepare.tables import TablesSource
+from gcl_jax.prepare.builder import BadRows, Reason, RowError
+from gcl_jax.prepare.rows import Format, Row, Rows, json_object
+from gcl_jax.prepare.tables import Columns, Table, TablesSource
+from gcl_jax.registry import SOURCES
 
 IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("caption", "text")
 BLOCK = tarfile.BLOCKSIZE
 
 
-def webdataset_source(shards: Sequence[Path], bad_rows: BadRows) -> TablesSource:
+@SOURCES.register("webdataset")
+def webdataset_source(data: list[Path], bad_rows: BadRows) -> TablesSource:
     """The samples of WebDataset shards: KEY.jpg, .png or .webp and its caption, KEY.txt, or the
     key "caption" or "text" of KEY.json. A document's id is its KEY; a folder stands for its tars.
 
     Raises:
         DataError: no such file; or, with the strict policy, a bad sample.
     """
-    files = [file for path in shards for file in _shards(path)]
-    return _source("webdataset", [Table(file) for file in files], bad_rows)
+    return _captioned("webdataset", [file for path in data for file in _shards(path)], bad_rows)
 
 
+@SOURCES.register("folder")
 def folder_source(
-    directory: Path,
+    data: Path,
     bad_rows: BadRows,
     captions: Path | None = None,
-    columns: tuple[str, str] = ("image", "caption"),
+    image_column: str = "image",
+    caption_column: str = "caption",
 ) -> TablesSource:
-    """The images below `directory` and their captions: text files beside them (a.jpg and a.txt,
-    ids without the ending), or a CSV, JSONL or parquet file `captions` with these `columns`: a
+    """The images below the folder `data` and their captions: text files beside them (a.jpg and
+    a.txt, ids without the ending), or a CSV, JSONL or parquet file `captions` with two columns: a
     path, which is the id too, and a caption.
 
     Raises:
         DataError: no such folder or file; or, with the strict policy, a bad image or caption.
     """
-    if not directory.is_dir():
-        raise DataError(f"{directory} is no folder")
+    if not data.is_dir():
+        raise DataError(f"{data} is no folder")
     if captions is None:
-        return _source("folder", [Table(directory)], bad_rows, directory)
-    image, caption = columns
+        return _captioned("folder", [data], bad_rows, data)
     return TablesSource(
-        "folder",
         [Table(captions)],
-        Columns({caption: "text"}, {image: "image"}, image, None),
+        Columns({caption_column: "text"}, {image_column: "image"}, image_column, None),
         bad_rows,
-        image_root=directory,
+        image_root=data,
         about={"source": "folder"},
     )
 
 
-def _source(
-    name: str, tables: list[Table], bad_rows: BadRows, image_root: Path | None = None
+def _captioned(
+    source: str, files: list[Path], bad_rows: BadRows, image_root: Path | None = None
 ) -> TablesSource:
-    columns = Columns({"caption": "text"}, {"image": "image"}, "id", None)
-    reader = Reader(_rows, _count)
-    about: dict[str, object] = {"source": name}
     return TablesSource(
-        name, tables, columns, bad_rows, image_root=image_root, reader=reader, about=about
+        [Table(file) for file in files],
+        Columns({"caption": "text"}, {"image": "image"}, "id", None),
+        bad_rows,
+        image_root=image_root,
+        formats={".tar": Format(_samples, _count_samples), "": Format(_images, _count_images)},
+        about={"source": source},
     )
 
 
@@ -76,17 +77,11 @@ def _shards(path: Path) -> list[Path]:
     raise DataError(f"{path} is neither a tar file nor a folder of tar files")
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Rows:
-    for number, row in _samples(path) if path.suffix == ".tar" else _images(path):
-        if isinstance(row, RowError):
-            yield number, row
-        else:
-            yield number, checked({column: row[column] for column in columns})
+def _count_images(directory: Path) -> int:
+    return sum(1 for _ in _files(directory))
 
 
-def _count(path: Path) -> int:
-    if path.suffix != ".tar":
-        return sum(1 for _ in _files(path))
+def _count_samples(path: Path) -> int:
     try:
         with tarfile.open(path) as tar:
             return len({_key_and_kind(member)[0] for member in tar if member.isfile()})
@@ -100,7 +95,7 @@ def _key_and_kind(member: tarfile.TarInfo) -> tuple[str, str]:
     return folder + slash + key, kind.lower()
 
 
-def _samples(path: Path) -> Rows:
+def _samples(path: Path, columns: list[str]) -> Rows:
     number = 0
     try:
         with tarfile.open(path) as tar:
@@ -167,7 +162,7 @@ def _files(directory: Path) -> Iterator[Path]:
     yield from sorted([*images, *lone])
 
 
-def _images(directory: Path) -> Rows:
+def _images(directory: Path, columns: list[str]) -> Rows:
     for number, path in enumerate(_files(directory), 1):
         if path.suffix == ".txt":
             yield number, RowError(Reason.MISSING_IMAGE, f"no image beside {path}")

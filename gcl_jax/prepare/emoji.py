@@ -1,8 +1,9 @@
 """The bundled stores, `emoji` and `emoji_languages`, from the tables that `tools/build_emoji.py`
-makes; `emoji/LICENSES.md` names every source."""
+makes; `emoji_tables/LICENSES.md` names every source."""
 
+import functools
 import hashlib
-from collections.abc import Callable
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,26 +13,35 @@ import pyarrow.parquet as pq
 
 from gcl_jax.data.store import Pairs
 from gcl_jax.prepare.builder import Source, Split
+from gcl_jax.registry import SOURCES
 
 TABLES = Path(__file__).with_name("emoji_tables")
 LICENCES = "gcl_jax/prepare/emoji_tables/LICENSES.md"
 
 
-class EmojiSource(Source):
+class _Bundled(Source):
+    def fingerprint(self) -> str:
+        """Of the tables' contents."""
+        checksum = 0
+        for path in sorted(TABLES.glob("*.parquet")):
+            checksum = zlib.crc32(path.read_bytes(), checksum)
+        return f"{checksum:08x}"
+
+    def _read(self, table: str, *columns: str) -> pa.Table:
+        return pq.read_table(TABLES / f"{table}.parquet", columns=list(columns))
+
+
+@SOURCES.register("emoji")
+class EmojiSource(_Bundled):
     """The benchmark: pictures of emoji in three artwork styles, ranked for thousands of queries by
     a search engine over metadata that the model never sees.
 
     Documents {image, title}, queries {query}, and the four splits of the paper.
     """
 
-    def __init__(self, tables: Path = TABLES):
-        self.name = "emoji"
+    def __init__(self) -> None:
         self.query_fields = {"query": "text"}
         self.document_fields = {"image": "image", "title": "text"}
-        self._tables = tables
-
-    def _read(self, table: str, *columns: str) -> pa.Table:
-        return pq.read_table(self._tables / f"{table}.parquet", columns=list(columns))
 
     def documents(self) -> list[dict]:
         return self._read("documents", "id", "image", "title").to_pylist()
@@ -40,7 +50,7 @@ class EmojiSource(Source):
         return self._read("queries", "id", "query").to_pylist()
 
     def splits(self) -> dict[str, Split]:
-        pairs = pq.read_table(self._tables / "pairs.parquet")
+        pairs = self._read("pairs", "query_id", "document_id", "score_linear", "split")
         query = _row_numbers(pairs["query_id"], self._read("queries", "id")["id"])
         document = _row_numbers(pairs["document_id"], self._read("documents", "id")["id"])
         score = pairs["score_linear"].to_numpy().astype(np.float32)
@@ -62,7 +72,8 @@ class EmojiSource(Source):
         return {"source": "bundled emoji benchmark", "licences": LICENCES}
 
 
-class EmojiLanguagesSource(Source):
+@SOURCES.register("emoji_languages")
+class EmojiLanguagesSource(_Bundled):
     """Names of emoji in many languages: one query per emoji, a field per language; documents
     {image}, its drawings. Indonesian is left out: it has gaps, and its code "id" is the name of a
     record's id.
@@ -71,15 +82,18 @@ class EmojiLanguagesSource(Source):
     nor its drawings. Of every second one of the others one drawing is new, where there are more.
     """
 
-    def __init__(self, tables: Path = TABLES):
-        columns = ["emoji", "title", "translations"]
-        self._emoji = pq.read_table(tables / "emoji.parquet", columns=columns).to_pylist()
-        columns = ["id", "emoji", "image"]
-        self._documents = pq.read_table(tables / "documents.parquet", columns=columns).to_pylist()
+    def __init__(self) -> None:
         languages = {e["language"] for row in self._emoji for e in row["translations"]} - {"id"}
-        self.name = "emoji_languages"
         self.query_fields = dict.fromkeys(["en", *sorted(languages)], "text")
         self.document_fields = {"image": "image"}
+
+    @functools.cached_property
+    def _emoji(self) -> list[dict]:
+        return self._read("emoji", "emoji", "title", "translations").to_pylist()
+
+    @functools.cached_property
+    def _documents(self) -> list[dict]:
+        return self._read("documents", "id", "emoji", "image").to_pylist()
 
     def documents(self) -> list[dict]:
         return [{"id": row["id"], "image": row["image"]} for row in self._documents]
@@ -130,12 +144,6 @@ class EmojiLanguagesSource(Source):
 
     def provenance(self) -> dict[str, object]:
         return {"source": "bundled names of emoji in many languages", "licences": LICENCES}
-
-
-SOURCES: dict[str, Callable[[], Source]] = {
-    "emoji": EmojiSource,
-    "emoji_languages": EmojiLanguagesSource,
-}
 
 
 def _row_numbers(ids: pa.ChunkedArray, order: pa.ChunkedArray) -> np.ndarray:

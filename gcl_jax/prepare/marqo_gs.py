@@ -11,31 +11,96 @@ no pair names), a query's text as its id.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from gcl_jax.data.store import sha256
+import numpy as np
+
+from gcl_jax.data.store import SEPARATOR, Pairs, sha256
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.bad_rows import BadRows, RowError
-from gcl_jax.prepare.builder import Split
-from gcl_jax.prepare.columns import Columns, Table
-from gcl_jax.prepare.ground_truth import GroundTruth
-from gcl_jax.prepare.json_rows import corpus_entries
-from gcl_jax.prepare.rows import TABLES, Reader, Rows, checked, count_bytes
-from gcl_jax.prepare.tables import PAPER_SPLITS, TablesSource
+from gcl_jax.prepare.builder import BadRows, Place, Reason, RowError, Split
+from gcl_jax.prepare.records import TableRecords
+from gcl_jax.prepare.rows import TABLES, Format, Rows, corpus_entries, count_bytes
+from gcl_jax.prepare.tables import PAPER_SPLITS, Columns, Table, TablesSource
+from gcl_jax.registry import SOURCES
 
 DOCUMENT_FIELDS = {"image": "image", "title": "text"}
-SCORE = "score_linear"
 _ID = "product_id"
 _GROUND_TRUTH = ("test", "dev")
+MAX_GRADE = 100
+_JUDGEMENT = np.dtype("i4, i4, f4, i8")
+_JUDGEMENT.names = ("query", "document", "score", "entry")
 
 
+class GroundTruth:
+    """The judgements in the JSON file `path`, {query: {document id: grade}}, read when this is
+    made: those of one of the queries `asked` (numbers of `queries`) and a document in `corpus`.
+
+    Raises:
+        DataError: the file is no such object; or, with the strict policy, a judgement is bad.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        queries: TableRecords,
+        asked: Collection[int],
+        documents: TableRecords,
+        corpus: int,
+        bad_rows: BadRows,
+    ):
+        self._path, self._bad_rows = path, bad_rows
+        self._queries, self._documents = queries, documents
+        self._noted = np.fromiter(self._read(asked, corpus), _JUDGEMENT)
+
+    def pairs(self) -> Pairs:
+        """The judgements between records that were written, named by their positions; `score` is
+        the grade. Reports the others."""
+        query = self._queries.positions()[self._noted["query"]]
+        document = self._documents.positions()[self._noted["document"]]
+        kept = (query >= 0) & (document >= 0)
+        ids = list(self._documents.numbers) if not kept.all() else []
+        for judgement in self._noted[~kept]:
+            error = RowError(Reason.LEFT_OUT, repr(ids[judgement["document"]]))
+            self._bad_rows.report(Place(self._path, int(judgement["entry"])), error)
+        rows = query[kept].astype(np.int32), document[kept].astype(np.int32)
+        return Pairs(*rows, self._noted["score"][kept])
+
+    def _read(self, asked: Collection[int], corpus: int) -> Iterator[tuple[int, int, int, int]]:
+        seen = set()
+        for entry, key, row in corpus_entries(self._path):
+            place = Place(self._path, entry)
+            with self._bad_rows.at(place):
+                if isinstance(row, RowError):
+                    raise row
+                query = self._queries.numbers.get(key.removesuffix(SEPARATOR), -1)
+                if query not in asked:
+                    raise RowError(Reason.UNKNOWN_QUERY, repr(key))
+                if query in seen:
+                    raise RowError(Reason.BROKEN_JSON, f"duplicate key {key!r}")
+                seen.add(query)
+                if not row:
+                    raise RowError(Reason.BAD_GRADE, f"{key!r} has none")
+                for id, grade in row.items():
+                    with self._bad_rows.at(place):
+                        if not self._documents.is_in(id, corpus):
+                            raise RowError(Reason.UNKNOWN_DOCUMENT, repr(id))
+                        yield query, self._documents.numbers[id], _grade(grade, id), entry
+
+
+def _grade(grade: object, id: str) -> int:
+    if isinstance(grade, bool) or not isinstance(grade, int) or not 0 <= grade <= MAX_GRADE:
+        raise RowError(Reason.BAD_GRADE, f"{grade!r} of {id!r}")
+    return grade
+
+
+@SOURCES.register("marqo_gs")
 class MarqoGSSource(TablesSource):
-    """The data set in `directory`, whose layout is found out.
+    """The data set in the folder `data`, whose layout is found out.
 
     Args:
-        image_root: where the relative paths of layout 1 begin; default: `directory`.
-        score: the column of scores: score_linear, score_reciprocal or no_score.
+        image_root: where the relative paths of layout 1 begin; default: `data`.
+        score_column: score_linear, score_reciprocal or no_score.
 
     Raises:
         DataError: a file of the layout is not there, or, with the strict policy, a row is bad.
@@ -43,37 +108,36 @@ class MarqoGSSource(TablesSource):
 
     def __init__(
         self,
-        directory: Path,
+        data: Path,
         bad_rows: BadRows,
         *,
         image_root: Path | None = None,
-        score: str = SCORE,
+        score_column: str = "score_linear",
         document_fields: dict[str, str] | None = None,
     ):
-        if not directory.is_dir():
-            raise DataError(f"{directory} is no folder")
-        layout = 1 if any(directory.glob("corpus_*.json")) else 2
-        pairs = _pairs_of_layout_1(directory) if layout == 1 else _pairs_of_layout_2(directory)
-        corpora = [Table(directory / f"corpus_{half + 1}.json", f"half_{half}") for half in (0, 1)]
+        if not data.is_dir():
+            raise DataError(f"{data} is no folder")
+        layout = 1 if any(data.glob("corpus_*.json")) else 2
+        pairs = _pairs_of_layout_1(data) if layout == 1 else _pairs_of_layout_2(data)
+        corpora = [Table(data / f"corpus_{half + 1}.json", f"half_{half}") for half in (0, 1)]
         documents = corpora if layout == 1 else []
         if absent := [table.path for table in (*documents, *pairs) if not table.path.is_file()]:
             raise DataError(f"{absent[0]}: no such file; layout 1 of Marqo-GS has it")
         super().__init__(
-            "marqo_gs",
             pairs,
-            Columns({"query": "text"}, document_fields or DOCUMENT_FIELDS, _ID, score),
+            Columns({"query": "text"}, document_fields or DOCUMENT_FIELDS, _ID, score_column),
             bad_rows,
             documents=documents,
             image_root=image_root,
             in_order_of_pairs=True,
-            reader=Reader(_rows, _count),
-            about={"source": "marqo_gs", "layout": layout, "judgements": _checksums(directory)},
+            formats={**TABLES, ".json": Format(_corpus_rows, _count_entries)},
+            about={"source": "marqo_gs", "layout": layout, "judgements": _checksums(data)},
         )
         self._ground_truth = {
             split: {
                 kind: self._read_ground_truth(table)
                 for kind in _GROUND_TRUTH
-                if (table := _of_split(directory, split, f"_gt_{kind}.json")).path.is_file()
+                if (table := _of_split(data, split, f"_gt_{kind}.json")).path.is_file()
             }
             for split in PAPER_SPLITS
         }
@@ -135,17 +199,14 @@ def _checksums(directory: Path) -> dict[str, dict[str, str]]:
     return found
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Rows:
-    if path.suffix != ".json":
-        yield from TABLES.rows(path, columns)
-        return
+def _corpus_rows(path: Path, columns: list[str]) -> Rows:
     for number, key, row in corpus_entries(path):
         if isinstance(row, RowError):
             yield number, row
         else:
-            cells = row | {_ID: key, "image": row.get("image_local", row.get("image"))}
-            yield number, checked({column: cells.get(column) for column in columns})
+            image = row.get("image_local", row.get("image"))
+            yield number, row | {_ID: key, "image": image}
 
 
-def _count(path: Path) -> int:
-    return count_bytes(path, b"{") - 1 if path.suffix == ".json" else TABLES.count(path)
+def _count_entries(path: Path) -> int:
+    return count_bytes(path, b"{") - 1

@@ -1,23 +1,27 @@
-"""The queries or the documents of tables: noted in a first pass, loaded in a second."""
+"""The queries or the documents of tables, noted in a first pass, loaded in a second; the hard
+negatives that rows name; and what a cell may hold: text, names, a score, a split, an image."""
 
 import array
 import functools
+import io
 import json
+import math
+import os
+import re
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, UnidentifiedImageError
 
-from gcl_jax.prepare.bad_rows import Place, Reason, RowError
-from gcl_jax.prepare.cells import image_cell, load_image, text_cell
-from gcl_jax.prepare.parts import Loaded, Record
-from gcl_jax.prepare.rows import ReadRows, Row
-
-EMBEDDING = (".parquet", ".tar")  # files that may hold the bytes of images
+from gcl_jax.data.negatives import compacted
+from gcl_jax.data.transforms import MAX_PIXELS, decode_image
+from gcl_jax.prepare.builder import Item, Loaded, Place, Reason, Record, RowError
+from gcl_jax.prepare.rows import Formats, Row, read_rows
 
 
-class Records:
+class TableRecords:
     """Of every record its id, its place and a hash of its cells; `numbers` maps ids to 0, 1, ... in
     the order of appearance. Iterating yields {"id", **fields}, or where an image has to be loaded
     the call that does it; images are bytes that decode, then."""
@@ -27,15 +31,17 @@ class Records:
         files: Sequence[Path],
         fields: dict[str, str],
         image_root: Path | None,
-        read: ReadRows,
+        formats: Formats,
     ):
-        self._files, self._fields, self._read = files, fields, read
+        self._files, self._fields, self._formats = files, fields, formats
         self._image_root = image_root
         self.numbers: dict[str, int] = {}
         self._file, self._row, self._hash = array.array("i"), array.array("q"), array.array("q")
         self._corpora = array.array("B")
-        # Images that stand in the files are read again from there.
-        embedded = "image" in fields.values() and any(path.suffix in EMBEDDING for path in files)
+        # The bytes of images that stand in the files are read again from there.
+        embedded = "image" in fields.values() and any(
+            path.suffix in (".parquet", ".tar") for path in files
+        )
         self._cells = None if embedded else _Cells()
 
     def check(self, key: str, values: tuple) -> None:
@@ -88,7 +94,7 @@ class Records:
     def __length_hint__(self) -> int:
         return len(self.numbers)
 
-    def __iter__(self) -> Iterator[Record | Callable[[], Loaded]]:
+    def __iter__(self) -> Iterator[Item]:
         images = [field for field, kind in self._fields.items() if kind == "image"]
         ids = list(self.numbers)
         for number, (place, cells) in zip(self.order, self._rows(), strict=True):
@@ -109,7 +115,7 @@ class Records:
         wanted = ((self._file[number], self._row[number]) for number in self.order)
         following = next(wanted, None)
         for file, path in enumerate(self._files):
-            for number, row in self._read(path, list(self._fields)):
+            for number, row in read_rows(path, list(self._fields), self._formats):
                 if (file, number) == following and isinstance(row, dict):
                     yield Place(path, number), cells_of(row, self._fields)
                     following = next(wanted, None)
@@ -152,9 +158,243 @@ class _Cells:
         return tuple(json.loads(self._file.read(end - start)))
 
 
+class GivenNegatives:
+    """Hard negatives that the rows of pairs name: ids of documents, texts of queries. A row may
+    name a document that a later one brings, so names wait until all rows are read.
+
+    Args:
+        columns: {"query" and "document": the column that lists them, or None}.
+    """
+
+    def __init__(self, columns: Mapping[str, str | None]):
+        self.columns = {side: column for side, column in columns.items() if column}
+        self._lists = {side: _Lists() for side in self.columns}
+        self._numbers: dict[str, np.ndarray] = {}
+        self._noted = 0
+
+    def read(self, row: Row, query: str, document_id: str) -> dict[str, list[str]]:
+        """The names in `row`, whose own pair is of `query` (a text) and `document_id`. Raises
+        `RowError`."""
+        own = {"query": query, "document": document_id}
+        named = {side: names_cell(row[column]) for side, column in self.columns.items()}
+        for side, names in named.items():
+            if own[side] in names:
+                raise RowError(Reason.OWN_NEGATIVE, f"{side} {own[side]!r}")
+        return named
+
+    def add(self, named: Mapping[str, list[str]]) -> int:
+        """Notes what `read` gave; its number."""
+        for side, names in named.items():
+            self._lists[side].append(names)
+        self._noted += 1
+        return self._noted - 1
+
+    def resolve(
+        self,
+        pairs: np.ndarray,
+        queries: TableRecords,
+        documents: TableRecords,
+        report: Callable[[np.void, RowError], None],
+    ) -> None:
+        """Finds the records that are named, and adds queries that no pair has. A name that is
+        reported is left out.
+
+        Args:
+            pairs: those that were kept; their "given" is the number that `add` gave.
+            report: is told of the pair and what is wrong with a name.
+        """
+
+        def query(text: str, pair: np.void) -> int:
+            queries.check(text, (text,))
+            return queries.add(int(pair["file"]), int(pair["row"]), text, (text,))
+
+        def document(key: str, _pair: np.void) -> int:
+            if key in documents.numbers:
+                return documents.numbers[key]
+            raise RowError(Reason.UNKNOWN_NEGATIVE, repr(key))
+
+        for side, find in (("query", query), ("document", document)):
+            if side not in self._lists:
+                continue
+            names, codes = self._lists[side].names, self._lists[side].take(pairs["given"])
+            numbers = np.full(len(names), -1)
+            named, first = np.unique(codes.ravel(), return_index=True)
+            unresolved = {}
+            for place in np.sort(first[named >= 0]):
+                code, pair = codes.flat[place], pairs[place // codes.shape[1]]
+                try:
+                    numbers[code] = find(names[code], pair)
+                except RowError as error:
+                    unresolved[code] = error
+            for row, column in np.argwhere(np.isin(codes, list(unresolved))):
+                report(pairs[row], unresolved[codes[row, column]])
+            self._numbers[side] = numbers
+
+    def of_pairs(
+        self,
+        pairs: np.ndarray,
+        positions: Mapping[str, np.ndarray],
+        halves: Mapping[str, np.ndarray] | None,
+    ) -> dict[str, np.ndarray]:
+        """{"query" or "document": int32 (pairs, H), -1 where there are fewer}; no side without any.
+
+        Args:
+            positions: {side: int (records,)}, -1 for a record that was not written.
+            halves: {side: int (positions,)}: if given, negatives are of their pair's half, or of
+                none (-1), so that training sees nothing that is held out.
+        """
+        found = {}
+        for side, lists in self._lists.items():
+            # The last element serves the index -1: no such record.
+            number = np.append(self._numbers[side], -1)[lists.take(pairs["given"])]
+            rows = np.append(positions[side], -1)[number]
+            if halves is not None:
+                half = np.append(halves[side], -1)[rows]
+                own = halves[side][pairs[side]]
+                rows = np.where((half == own[:, None]) | (half == -1), rows, -1)
+            if (rows >= 0).any():
+                found[side] = compacted(rows)
+        return found
+
+
+class _Lists:
+    """Lists of names, as codes: places in `names`."""
+
+    def __init__(self) -> None:
+        self._code: dict[str, int] = {}
+        self._codes, self._ends = array.array("i"), array.array("q", [0])
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._code)
+
+    def append(self, names: list[str]) -> None:
+        self._codes.extend(self._code.setdefault(name, len(self._code)) for name in names)
+        self._ends.append(len(self._codes))
+
+    def take(self, numbers: np.ndarray) -> np.ndarray:
+        """int32 (numbers, longest list): the codes of these lists, -1 behind the end of each."""
+        ends = np.array(self._ends)
+        starts, counts = ends[numbers], np.diff(ends)[numbers]
+        place = np.arange(max(counts.max(initial=0), 1))
+        index = np.where(place < counts[:, None], starts[:, None] + place, len(self._codes))
+        return np.append(np.array(self._codes, np.int32), np.int32(-1))[index]
+
+
 def cells_of(row: Row, fields: dict[str, str]) -> tuple:
     """The cells of `fields`, empty where missing. Raises `RowError`."""
     return tuple(
         image_cell(row[field]) if kind == "image" else text_cell(row[field])
         for field, kind in fields.items()
     )
+
+
+def text_cell(value: object) -> str:
+    """A cell as text, "" where it is missing or blank. Raises `RowError`."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise RowError(Reason.NOT_UTF8, str(error)) from None
+    if isinstance(value, int | float):
+        value = str(value)
+    if not isinstance(value, str):
+        raise RowError(Reason.WRONG_TYPE, f"a {type(value).__name__} in place of a text")
+    return "" if value.isspace() else value
+
+
+def names_cell(value: object) -> list[str]:
+    """A cell as a list of texts, each once: a list, or the JSON of one; empty where it is missing.
+    Raises `RowError`."""
+    shown = repr(value)[:80]
+    if not isinstance(value, list):
+        text = text_cell(value)
+        try:
+            value = json.loads(text or "[]")
+        except (ValueError, RecursionError):
+            raise RowError(Reason.BAD_LIST, shown) from None
+        if not isinstance(value, list):
+            raise RowError(Reason.BAD_LIST, shown)
+    names = [text_cell(name) for name in value]
+    if not all(names):
+        raise RowError(Reason.BAD_LIST, f"an empty entry in {shown}")
+    try:
+        "".join(names).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(Reason.NOT_UTF8, str(error)) from None
+    return list(dict.fromkeys(names))
+
+
+def image_cell(value: object) -> str | bytes:
+    """A cell as the path or the encoded bytes of an image, empty where it is missing; takes the
+    {"bytes", "path"} structs of Hugging Face data sets too. Raises `RowError`."""
+    if isinstance(value, dict) and value.keys() & {"bytes", "path"}:
+        value = value.get("bytes") or value.get("path")
+    return value if isinstance(value, bytes) else text_cell(value)
+
+
+def score_cell(value: object) -> float:
+    """A cell as a score. Raises `RowError` when it is no number in [1, 100]."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        score = float(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise RowError(Reason.BAD_SCORE, f"{value!r} is no number") from None
+    if not 1 <= score <= 100:  # NaN too
+        raise RowError(Reason.BAD_SCORE, f"{value!r}")
+    return score
+
+
+def split_cell(value: object) -> str:
+    """A cell as the name of a split, which names a folder of the store. Raises `RowError`."""
+    name = text_cell(value)
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+        raise RowError(Reason.BAD_SPLIT, f"{name!r}")
+    return name
+
+
+def load_image(cell: str | bytes, root: Path, confined: bool = False) -> bytes:
+    """The encoded bytes of a still image that decodes, as they are; `root` is where a relative path
+    begins, and where an absolute one must lead too if `confined`. Raises `RowError`."""
+    data = cell if isinstance(cell, bytes) else _read_file(cell, root, confined)
+    name = cell if isinstance(cell, str) else f"{len(cell)} bytes"
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+            # A phone's MPO is a JPEG with extras behind the photo, no animation.
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
+            # Pillow cuts the channels of some 16-bit modes at 255, others it divides.
+            stored = [str(tile[3]) for tile in image.tile]
+            deep = image.mode[0] in "IF" or any(";16" in arguments for arguments in stored)
+        decode_image(data)
+    except UnidentifiedImageError:
+        raise RowError(Reason.UNREADABLE_IMAGE, f"{name} is no image") from None
+    except Image.DecompressionBombError as error:
+        raise RowError(Reason.HUGE_IMAGE, f"{name}: {error}") from None
+    except Exception as error:  # a broken file can make Pillow's parsers raise anything
+        detail = str(error).removeprefix("unreadable image: ")
+        raise RowError(Reason.UNREADABLE_IMAGE, f"{name}: {detail}") from None
+    if animated:
+        raise RowError(Reason.ANIMATED_IMAGE, name)
+    if deep:
+        raise RowError(Reason.DEEP_IMAGE, name)
+    return data
+
+
+def _read_file(path: str, root: Path, confined: bool) -> bytes:
+    # Lexically, so that a root full of symbolic links serves.
+    within = os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path)
+    may_leave = os.path.isabs(path) and not confined
+    if within.split(os.sep)[0] == os.pardir and not may_leave:
+        raise RowError(Reason.OUTSIDE_ROOT, path)
+    file = Path(os.path.normpath(root / path))
+    try:
+        return file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise RowError(Reason.MISSING_IMAGE, str(file)) from None
+    except (OSError, ValueError) as error:
+        raise RowError(Reason.UNREADABLE_IMAGE, f"{path!r}: {error}") from None

@@ -1,70 +1,74 @@
-"""CSV, JSONL and parquet files as rows."""
+"""CSV, JSONL and parquet files, and large JSON objects, as rows."""
 
 import collections
 import csv
+import functools
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.bad_rows import Reason, RowError
-from gcl_jax.prepare.json_rows import Row, json_object
-
-Rows = Iterator[tuple[int, Row | RowError]]
-ReadRows = Callable[[Path, Sequence[str]], Rows]
+from gcl_jax.prepare.builder import Reason, RowError
 
 SAMPLED_LINES = 1000
 PARQUET_BATCH = 256
-READ_BUFFER = 1 << 20  # bytes of a column at a time, however large the row group is
+READ_BUFFER = 1 << 20  # bytes of a column, or characters of a JSON object, read at a time
+MAX_ENTRY = 1 << 24  # characters; more than one entry of a JSON object can have
 
 
-def read_rows(path: Path, columns: Sequence[str]) -> Rows:
-    """Yields (number, {column: cell}) for every row of the file, or (number, RowError) for one that
-    cannot be read. Numbers are the lines of a text file, where the row begins, or the rows of a
-    parquet file, from 1.
+Row = dict[str, object]
+Rows = Iterator[tuple[int, Row | RowError]]
+
+
+class Format(NamedTuple):
+    """How files of one kind are read. `rows` is given a path and the columns wanted, and yields
+    (number, {column: cell}) for every row, or (number, RowError) for one that cannot be read;
+    numbers count from 1, as `Place` shows them. `count` finds the last one, or nearly. Columns
+    that are not wanted may come too, those that are missing are empty."""
+
+    rows: Callable[[Path, list[str]], Rows]
+    count: Callable[[Path], int]
+
+
+Formats = Mapping[str, Format]  # by a file's suffix; "" is a folder
+
+
+def read_rows(path: Path, columns: Sequence[str], formats: Formats) -> Rows:
+    """The rows of a file, as `Format.rows` yields them.
 
     Raises:
         DataError: no such file or format, or it lacks one of `columns`.
     """
-    reader = _reader(path)
+    rows, wanted = _format(path, formats).rows, list(dict.fromkeys(columns))
     try:
-        yield from reader(path, list(dict.fromkeys(columns)))
+        for number, row in rows(path, wanted):
+            yield number, row if isinstance(row, RowError) else _checked(row, wanted)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
-def count_rows(path: Path) -> int:
+def count_rows(path: Path, formats: Formats) -> int:
     """The last number that `read_rows` gives, or nearly: the end of a progress bar."""
-    if path.suffix == ".parquet":
-        return _open_parquet(path).metadata.num_rows
-    _reader(path)
-    return count_bytes(path, b"\n")
+    return _format(path, formats).count(path)
+
+
+def _format(path: Path, formats: Formats) -> Format:
+    if not (path.is_file() or ("" in formats and path.is_dir())):
+        raise DataError(f"{path}: no such file")
+    found = formats.get("" if path.is_dir() else path.suffix)
+    if found is None:
+        raise DataError(f"{path}: unknown format; use one of {', '.join(formats)}")
+    return found
 
 
 def count_bytes(path: Path, byte: bytes) -> int:
     """How often `byte` stands in the file."""
     with path.open("rb") as file:
         return sum(chunk.count(byte) for chunk in iter(lambda: file.read(1 << 20), b""))
-
-
-class Reader(NamedTuple):
-    """`rows` reads a file like `read_rows`, `count` counts them like `count_rows`."""
-
-    rows: ReadRows
-    count: Callable[[Path], int]
-
-
-TABLES = Reader(read_rows, count_rows)
-
-
-def _reader(path: Path) -> Callable[[Path, list[str]], Rows]:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix not in _READERS:
-        raise DataError(f"{path}: unknown format; use one of {', '.join(_READERS)}")
-    return _READERS[path.suffix]
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
@@ -93,7 +97,7 @@ def _csv_rows(path: Path, columns: list[str]) -> Rows:
                 lines.put_back()
                 continue
             if len(cells) == len(header):
-                yield number, checked({column: cells[i] for column, i in places.items()})
+                yield number, {column: cells[i] for column, i in places.items()}
             elif cells:  # an empty line is no row
                 detail = f"{len(cells)} cells, {len(header)} in the header"
                 yield number, RowError(Reason.WRONG_COLUMNS, detail)
@@ -140,10 +144,7 @@ def _jsonl_rows(path: Path, columns: list[str]) -> Rows:
         file.seek(0)
         for number, line in enumerate(file, 1):
             if line.strip():
-                row = json_object(line)
-                if isinstance(row, dict):
-                    row = checked({column: row.get(column) for column in columns})
-                yield number, row
+                yield number, json_object(line)
 
 
 def _open_parquet(path: Path):
@@ -180,11 +181,12 @@ def _parquet_row(batch) -> Row | RowError:
         return RowError(Reason.NOT_UTF8, str(error))
 
 
-_READERS: dict[str, Callable[[Path, list[str]], Rows]] = {
-    ".csv": _csv_rows,
-    ".tsv": _csv_rows,
-    ".jsonl": _jsonl_rows,
-    ".parquet": _parquet_rows,
+_count_lines = functools.partial(count_bytes, byte=b"\n")
+TABLES: Formats = {
+    ".csv": Format(_csv_rows, _count_lines),
+    ".tsv": Format(_csv_rows, _count_lines),
+    ".jsonl": Format(_jsonl_rows, _count_lines),
+    ".parquet": Format(_parquet_rows, lambda path: _open_parquet(path).metadata.num_rows),
 }
 
 
@@ -200,10 +202,10 @@ def _require_columns(path: Path, columns: list[str], present: list[str]) -> None
             raise DataError(f"{path}: column {column!r} appears twice in the header")
 
 
-def checked(row: Row) -> Row | RowError:
-    """`row`, unless a text in it is no UTF-8."""
-    texts = [value for value in row.values() if isinstance(value, str)]
-    if _is_utf8(texts):
+def _checked(row: Row, columns: list[str]) -> Row | RowError:
+    """The `columns` of a row, unless a text in them is no UTF-8."""
+    row = {column: row.get(column) for column in columns}
+    if _is_utf8([value for value in row.values() if isinstance(value, str)]):
         return row
     bad = next(column for column, value in row.items() if not _is_utf8([str(value)]))
     return RowError(Reason.NOT_UTF8, f"column {bad!r}")
@@ -215,3 +217,113 @@ def _is_utf8(texts: list[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def json_object(line: str) -> Row | RowError:
+    """The object that `line` holds."""
+    try:
+        value = json.loads(line, object_pairs_hook=_without_duplicate_keys)
+    except (ValueError, RecursionError) as error:
+        return RowError(Reason.BROKEN_JSON, str(error))
+    return _object(value)
+
+
+def _object(value: object) -> Row | RowError:
+    if isinstance(value, dict):
+        return value
+    return RowError(Reason.BROKEN_JSON, f"a {type(value).__name__} in place of an object")
+
+
+def _without_duplicate_keys(items: list[tuple[str, object]]) -> Row:
+    row = dict(items)
+    if len(row) < len(items):
+        keys = collections.Counter(key for key, _ in items)
+        raise ValueError(f"duplicate key {keys.most_common(1)[0][0]!r}")
+    return row
+
+
+def corpus_entries(path: Path) -> Iterator[tuple[int, str, Row | RowError]]:
+    """Yields (number, id, row) for every entry of a file with one object {id: {field: value}}, of
+    any size; numbers count from 1, an id that is there twice comes twice.
+
+    Raises:
+        DataError: the file is no such object, from the entry named on.
+    """
+    number = 0
+    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = _Text(file)
+        try:
+            mark = text.mark("{")
+            if text.peek() == "}":
+                mark = text.mark("}")
+            while mark != "}":
+                number += 1
+                key = text.value()
+                if not isinstance(key, str):
+                    raise ValueError(f"a {type(key).__name__} in place of an id")
+                text.mark(":")
+                value = text.value()
+                repeated = RowError(Reason.BROKEN_JSON, text.repeated) if text.repeated else None
+                yield number, key, repeated or _object(value)
+                mark = text.mark(",}")
+            if text.peek():
+                raise ValueError("text after the end")
+        except (ValueError, RecursionError) as error:
+            message = f"{path}, entry {max(number, 1)}: broken JSON: {error}"
+            raise DataError(f"{message}; write one object {{id: {{field: value}}}}") from None
+
+
+class _Text:
+    """The text of a file, of which only what is being parsed is in memory."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._text, self._at = "", 0
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._collect)
+        self.repeated = ""  # what is wrong with the keys of the last value
+
+    def _collect(self, items: list[tuple[str, object]]) -> Row:
+        try:
+            return _without_duplicate_keys(items)
+        except ValueError as error:
+            self.repeated = str(error)
+            return dict(items)
+
+    def _read_more(self) -> bool:
+        block = self._file.read(READ_BUFFER)
+        self._text, self._at = self._text[self._at :] + block, 0
+        return bool(block)
+
+    def peek(self) -> str:
+        """The next character that is no white space, "" at the end."""
+        while not (found := re.compile(r"\S").search(self._text, self._at)):
+            self._at = len(self._text)
+            if not self._read_more():
+                return ""
+        self._at = found.start()
+        return found[0]
+
+    def mark(self, expected: str) -> str:
+        """Takes the next character, one of `expected`."""
+        found = self.peek()
+        if not found or found not in expected:
+            where = repr(found) if found else "the end"
+            raise ValueError(f"{where} in place of {' or '.join(map(repr, expected))}")
+        self._at += 1
+        return found
+
+    def value(self) -> object:
+        """Takes the next JSON value."""
+        self.peek()
+        while True:
+            self.repeated, broken = "", None
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                broken, end = error, len(self._text)
+            if end == len(self._text) and end - self._at < MAX_ENTRY and self._read_more():
+                continue  # it may go on in the text just read
+            if broken:
+                raise ValueError(broken.msg)
+            self._at = end
+            return value

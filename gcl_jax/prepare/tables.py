@@ -17,13 +17,17 @@ import numpy as np
 from gcl_jax import logs
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.bad_rows import BadRows, Place, Reason, RowError
-from gcl_jax.prepare.builder import Source, Split
-from gcl_jax.prepare.cells import score_cell, split_cell, text_cell
-from gcl_jax.prepare.columns import Columns, Table
-from gcl_jax.prepare.given_negatives import GivenNegatives
-from gcl_jax.prepare.records import Records, cells_of
-from gcl_jax.prepare.rows import TABLES, Reader, Row
+from gcl_jax.prepare.builder import BadRows, Place, Reason, RowError, Source, Split
+from gcl_jax.prepare.records import (
+    GivenNegatives,
+    TableRecords,
+    cells_of,
+    score_cell,
+    split_cell,
+    text_cell,
+)
+from gcl_jax.prepare.rows import TABLES, Formats, Row, count_rows, read_rows
+from gcl_jax.registry import SOURCES
 
 # The half of the queries and of the documents (its corpus) that each split of the paper takes.
 PAPER_SPLITS = {
@@ -37,6 +41,41 @@ _PAIR = np.dtype("i4, i4, f4, i4, i4, i8, i4")
 _PAIR.names = ("query", "document", "score", "split", "file", "row", "given")
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns mean what; fields map a column to its kind, "text" or "image". Without
+    `query_id`, the query's texts identify it; without `score`, every pair has the best one. The
+    cells of `negative_documents` list ids, those of `negative_queries` texts of queries."""
+
+    query_fields: dict[str, str]
+    document_fields: dict[str, str]
+    document_id: str
+    score: str | None
+    query_id: str | None = None
+    split: str | None = None
+    negative_documents: str | None = None
+    negative_queries: str | None = None
+
+    def __post_init__(self) -> None:
+        for fields in (self.query_fields, self.document_fields):
+            if "id" in fields:
+                raise DataError("a field cannot be named 'id'; rename that column")
+        if self.query_id is None and "image" in self.query_fields.values():
+            raise DataError("a query with an image needs a column with its id")
+        if self.negative_queries and list(self.query_fields.values()) != ["text"]:
+            raise DataError("negative queries are texts: they need queries of one text field")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """A file of pairs or of documents: the corpus that its documents belong to, and the split that
+    its pairs make, where no column and no draw decides it."""
+
+    path: Path
+    corpus: str = "all"
+    split: str = "train"
+
+
 class TablesSource(Source):
     """A `Source` from files of pairs; the documents' fields stand in the same rows, or in files of
     their own, `documents`.
@@ -46,7 +85,7 @@ class TablesSource(Source):
 
     Args:
         in_order_of_pairs: write documents as the pairs first name them, not as their files do.
-        reader: what reads a table's rows.
+        formats: how files are read.
         about: what else the store's provenance tells.
 
     Raises:
@@ -55,7 +94,6 @@ class TablesSource(Source):
 
     def __init__(
         self,
-        name: str,
         pairs: Sequence[Table],
         columns: Columns,
         bad_rows: BadRows,
@@ -65,27 +103,27 @@ class TablesSource(Source):
         split: str = "train",
         seed: int = 0,
         in_order_of_pairs: bool = False,
-        reader: Reader = TABLES,
+        formats: Formats = TABLES,
         about: dict[str, object] | None = None,
     ):
-        self.name = name
         self.query_fields, self.document_fields = columns.query_fields, columns.document_fields
         self._columns, self._bad_rows, self._split, self._seed = columns, bad_rows, split, seed
         self._pair_tables, self._document_tables = pairs, documents
-        self._reader, self._about = reader, about or {}
+        self._formats, self._about = formats, about or {}
         self._corpora = list(dict.fromkeys(table.corpus for table in (*documents, *pairs)))
-        self._negatives = GivenNegatives(columns)
+        self._negatives = GivenNegatives(
+            {"query": columns.negative_queries, "document": columns.negative_documents}
+        )
         names = [] if columns.split else dict.fromkeys(table.split for table in pairs)
         self._split_names = {name: number for number, name in enumerate(names)}
 
         pair_files = [table.path for table in pairs]
         files = [table.path for table in documents] or pair_files
-        kinds = self.query_fields, self.document_fields
-        self._queries = Records(pair_files, kinds[0], image_root, reader.rows)
-        self._documents = Records(files, kinds[1], image_root, reader.rows)
+        self._queries = TableRecords(pair_files, self.query_fields, image_root, formats)
+        self._documents = TableRecords(files, self.document_fields, image_root, formats)
         if image_root and not image_root.is_dir():
             raise DataError(f"image root {image_root} is no folder")
-        total = sum(reader.count(table.path) for table in (*documents, *pairs))
+        total = sum(count_rows(table.path, formats) for table in (*documents, *pairs))
         with logs.progress(total, unit="rows", description="read") as bar:
             self._read_documents(bar)
             self._pairs = self._without_duplicates(np.fromiter(self._read_pairs(bar), _PAIR))
@@ -97,10 +135,10 @@ class TablesSource(Source):
             rest = np.setdiff1d(np.arange(len(self._documents.numbers)), named)
             self._documents.order = np.concatenate([named[np.argsort(first)], rest])
 
-    def queries(self) -> Records:
+    def queries(self) -> TableRecords:
         return self._queries
 
-    def documents(self) -> Records:
+    def documents(self) -> TableRecords:
         return self._documents
 
     def leave_out(self, kind: str, positions: list[int]) -> None:
@@ -158,7 +196,7 @@ class TablesSource(Source):
         """(number of the table, place, row) of every row that can be read; reports the others."""
         for file, table in enumerate(tables):
             last = 0
-            for number, row in self._reader.rows(table.path, columns):
+            for number, row in read_rows(table.path, columns, self._formats):
                 bar.update(number - last)
                 last = number
                 place = Place(table.path, number)
@@ -183,7 +221,7 @@ class TablesSource(Source):
         names = self._columns
         columns = [names.document_id, *self.query_fields]
         columns += [column for column in (names.score, names.query_id, names.split) if column]
-        columns += self._negatives.columns
+        columns += self._negatives.columns.values()
         inline = not self._document_tables
         if inline:
             columns += self.document_fields
@@ -278,3 +316,42 @@ class TablesSource(Source):
         paired, alone = np.split(self._queries.kept, [self._paired_queries])
         query = np.append(draw(paired, 5), np.full(alone.sum(), -1, np.int8))
         return {"query": query, "document": draw(self._documents.kept, 2)}
+
+
+@SOURCES.register("tables")
+def tables_source(
+    pairs: list[Path],
+    query_fields: dict[str, str],
+    document_fields: dict[str, str],
+    id_column: str,
+    score_column: str,
+    bad_rows: BadRows,
+    documents: Sequence[Path] = (),
+    query_id_column: str | None = None,
+    negative_documents_column: str | None = None,
+    negative_queries_column: str | None = None,
+    split_column: str | None = None,
+    split: str = "train",
+    seed: int = 0,
+    image_root: Path | None = None,
+) -> TablesSource:
+    """Tables of scored pairs, and of their documents if these stand in files of their own."""
+    columns = Columns(
+        query_fields,
+        document_fields,
+        id_column,
+        score_column,
+        query_id_column,
+        split_column,
+        negative_documents_column,
+        negative_queries_column,
+    )
+    return TablesSource(
+        [Table(path) for path in pairs],
+        columns,
+        bad_rows,
+        documents=[Table(path) for path in documents],
+        image_root=image_root,
+        split=split,
+        seed=seed,
+    )
