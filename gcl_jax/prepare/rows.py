@@ -37,34 +37,6 @@ class Format(NamedTuple):
 Formats = Mapping[str, Format]  # by a file's suffix; "" is a folder
 
 
-def read_rows(path: Path, columns: Sequence[str], formats: Formats) -> Rows:
-    """The rows of a file, as `Format.rows` yields them.
-
-    Raises:
-        DataError: no such file or format, or it lacks one of `columns`.
-    """
-    rows, wanted = _format(path, formats).rows, list(dict.fromkeys(columns))
-    try:
-        for number, row in rows(path, wanted):
-            yield number, row if isinstance(row, RowError) else _checked(row, wanted)
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def count_rows(path: Path, formats: Formats) -> int:
-    """The last number that `read_rows` gives, or nearly: the end of a progress bar."""
-    return _format(path, formats).count(path)
-
-
-def _format(path: Path, formats: Formats) -> Format:
-    if not (path.is_file() or ("" in formats and path.is_dir())):
-        raise DataError(f"{path}: no such file")
-    found = formats.get("" if path.is_dir() else path.suffix)
-    if found is None:
-        raise DataError(f"{path}: unknown format; use one of {', '.join(formats)}")
-    return found
-
-
 def count_bytes(path: Path, byte: bytes) -> int:
     """How often `byte` stands in the file."""
     with path.open("rb") as file:
@@ -188,6 +160,34 @@ TABLES: Formats = {
     ".jsonl": Format(_jsonl_rows, _count_lines),
     ".parquet": Format(_parquet_rows, lambda path: _open_parquet(path).metadata.num_rows),
 }
+
+
+def read_rows(path: Path, columns: Sequence[str], formats: Formats = TABLES) -> Rows:
+    """The rows of a file, as `Format.rows` yields them.
+
+    Raises:
+        DataError: no such file or format, or it lacks one of `columns`.
+    """
+    rows, wanted = _format(path, formats).rows, list(dict.fromkeys(columns))
+    try:
+        for number, row in rows(path, wanted):
+            yield number, row if isinstance(row, RowError) else _checked(row, wanted)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def count_rows(path: Path, formats: Formats = TABLES) -> int:
+    """The last number that `read_rows` gives, or nearly: the end of a progress bar."""
+    return _format(path, formats).count(path)
+
+
+def _format(path: Path, formats: Formats) -> Format:
+    if not (path.is_file() or ("" in formats and path.is_dir())):
+        raise DataError(f"{path}: no such file")
+    found = formats.get("" if path.is_dir() else path.suffix)
+    if found is None:
+        raise DataError(f"{path}: unknown format; use one of {', '.join(formats)}")
+    return found
 
 
 def _require_columns(path: Path, columns: list[str], present: list[str]) -> None:
