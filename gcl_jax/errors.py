@@ -18,6 +18,12 @@ class DataError(UserError):
     """Input data that cannot be used; the message names the file and the row."""
 
 
+def require(condition: bool, message: str) -> None:
+    """Raises `ConfigError` with `message`, which starts with the key, unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"config.{message}")
+
+
 @contextlib.contextmanager
 def reported_in_one_line() -> Iterator[None]:
     """Turns a `UserError`, or what the operating system refuses, into one line on stderr and exit

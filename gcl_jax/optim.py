@@ -17,20 +17,8 @@ from flax import traverse_util
 
 from gcl_jax.config import OptimConfig
 from gcl_jax.errors import ConfigError
-from gcl_jax.registry import OPTIMIZERS, SCHEDULES
+from gcl_jax.registry import OPTIMIZERS, SCHEDULES, TEXT_TOWERS, VISION_TOWERS
 from gcl_jax.sharding import Params
-
-# What a tower computes before its blocks.
-EMBEDDINGS = {
-    "patch_embedding",
-    "patch_bias",
-    "class_embedding",
-    "token_embedding",
-    "token_type_embedding",
-    "positional_embedding",
-    "ln_pre",
-    "ln_embedding",
-}
 
 
 def total_steps(cfg: OptimConfig, num_pairs: int) -> int:
@@ -148,7 +136,12 @@ def _layers(name: str, depth: int):
         for block in range(depth):
             yield block + 1, name.replace(".blocks.", f".blocks.{block}.")
     else:
-        yield (0 if EMBEDDINGS & set(name.split(".")[1:2]) else depth + 1), name
+        yield (0 if _is_embedding(name) else depth + 1), name
+
+
+def _is_embedding(name: str) -> bool:
+    families = {"visual": VISION_TOWERS, "text": TEXT_TOWERS}.get(_tower(name))
+    return any(name.split(".")[1] in one.embedding_names for one in (families or {}).values())
 
 
 def trained_part(cfg: OptimConfig, params: Params) -> Params:

@@ -149,9 +149,9 @@ SOURCES = Registry(
         "emoji_languages": "gcl_jax.prepare.emoji",
     },
 )
-VISION_TOWERS = Registry("image tower", {"vit": "gcl_jax.models.vision"})
+VISION_TOWERS = Registry("image tower", {"vit": "gcl_jax.models.families"})
 TEXT_TOWERS = Registry(
-    "text tower", {"clip": "gcl_jax.models.text_towers", "bert": "gcl_jax.models.text_towers"}
+    "text tower", {"clip": "gcl_jax.models.families", "bert": "gcl_jax.models.families"}
 )
 OPTIMIZERS = Registry("optimizer", dict.fromkeys(("adamw", "adafactor", "muon"), "gcl_jax.optim"))
 SCHEDULES = Registry(

@@ -10,11 +10,11 @@ from flax import traverse_util
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
-from jax.tree_util import DictKey
 from jaxtyping import Array, Float, Int
 
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import ConfigError
+from gcl_jax.registry import TEXT_TOWERS
 
 Params = dict[str, Any]  # of a model: nested dicts of arrays, or of what describes them
 
@@ -58,17 +58,26 @@ def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None)
 
 
 def param_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
-    """The largest dimension that `fsdp` divides is split over "fsdp", of the table of tokens its
+    """The largest dimension that `fsdp` divides is split over "fsdp", of a table of tokens its
     columns if they can be (see `looked_up`); small parameters, and the stacked axis of the scanned
     blocks, never are."""
     names = {getattr(key, "key", None) for key in path}
-    candidates = [i for i in range("blocks" in names, len(shape)) if shape[i] % fsdp == 0]
-    if "token_embedding" in names and candidates:
+    return _spec(shape, fsdp, stacked="blocks" in names, table=bool(names & _token_tables()))
+
+
+def _spec(shape: tuple[int, ...], fsdp: int, stacked=False, table=False) -> PartitionSpec:
+    candidates = [i for i in range(stacked, len(shape)) if shape[i] % fsdp == 0]
+    if table:
         candidates = candidates[-1:]
     if fsdp == 1 or not candidates or np.prod(shape) < MIN_SHARDED_SIZE:
         return PartitionSpec()
     largest = max(candidates, key=lambda i: shape[i])
     return PartitionSpec(*("fsdp" if i == largest else None for i in range(largest + 1)))
+
+
+def _token_tables() -> set[str]:
+    """The parameters that text towers read by `looked_up`."""
+    return {name for family in TEXT_TOWERS.values() for name in family.token_tables}
 
 
 def param_shardings(params, mesh: Mesh):
@@ -95,9 +104,10 @@ def gathered(params, dtype):
 
 def gathered_outside_layers(params, dtype):
     """`gathered`, of all parameters of a model but those of its stacked layers, which follow layer
-    by layer, and the table of tokens, which stays split (see `looked_up`)."""
+    by layer, and tables of tokens, which stay split (see `looked_up`)."""
     flat = traverse_util.flatten_dict(params)
-    outside = {name: x for name, x in flat.items() if not {"blocks", "token_embedding"} & {*name}}
+    inside = {"blocks", *_token_tables()}
+    outside = {name: x for name, x in flat.items() if not inside & {*name}}
     return traverse_util.unflatten_dict(flat | gathered(outside, dtype))
 
 
@@ -109,7 +119,7 @@ def looked_up(
     the table, larger than what is looked up, stays where it is, and its gradient is summed over
     "data" alone."""
     fsdp = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
-    spec = param_spec((DictKey("token_embedding"),), table.shape, fsdp)
+    spec = _spec(table.shape, fsdp, table=True)
     if spec != PartitionSpec(None, "fsdp"):
         return table[tokens].astype(dtype)
     constrain = jax.lax.with_sharding_constraint
@@ -131,7 +141,7 @@ def _gathered(params):
 
 def _split(params):
     fsdp = jax.sharding.get_abstract_mesh().shape["fsdp"]
-    specs = jax.tree.map(lambda x: param_spec((), x.shape, fsdp), params)
+    specs = jax.tree.map(lambda x: _spec(x.shape, fsdp), params)
     return jax.lax.with_sharding_constraint(params, specs)
 
 

@@ -18,15 +18,10 @@ from gcl_jax.config import (
     nested,
 )
 from gcl_jax.data.score_weights import score_to_weight
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, require
+from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
 LARGEST = 2**31 - 1  # whole number: what a device counts with
-
-
-def require(condition: bool, message: str) -> None:
-    """Raises `ConfigError` with `message`, which starts with the key, unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"config.{message}")
 
 
 def validate(cfg: TrainConfig) -> None:
@@ -143,52 +138,8 @@ def in_words(hint: Any) -> str:
 def _validate_model(cfg: TrainConfig) -> None:
     model, vision, text = cfg.model, cfg.model.vision, cfg.model.text
     if vision is not None:
-        require(
-            vision.patch_size <= vision.image_size,
-            f"model.vision.patch_size={vision.patch_size} is larger than the image",
-        )
-        require(
-            vision.width % vision.head_width == 0,
-            f"model.vision.width={vision.width} is no multiple of head_width={vision.head_width}",
-        )
-        require(
-            vision.pool == "tok" or vision.width == model.embed_dim,
-            f"model.vision.width={vision.width} must be embed_dim={model.embed_dim}: with "
-            "pool='map' there is no projection",
-        )
-    require(
-        text.width % text.heads == 0,
-        f"model.text.width={text.width} is no multiple of heads={text.heads}",
-    )
-    require(
-        text.proj != "none" or text.width == model.embed_dim,
-        f"model.text.proj='none' needs width={text.width} to be embed_dim={model.embed_dim}",
-    )
-    if text.family == "bert":
-        require(
-            text.tokenizer != "clip",
-            "model.text.tokenizer must name the folder or hub id of the BERT's own tokenizer",
-        )
-        require(
-            text.pool in ("mean", "first"),
-            f"model.text.pool={text.pool!r} must be 'mean' or 'first' for family='bert'",
-        )
-        longest = text.max_positions - text.first_position
-        require(
-            text.context_length <= longest,
-            f"model.text.context_length={text.context_length} is more than the {longest} positions "
-            "of this BERT",
-        )
-    else:
-        require(
-            text.pool != "argmax" or text.tokenizer == "clip",
-            f"model.text.tokenizer={text.tokenizer!r} must be 'clip': pool='argmax' reads the end "
-            "token of CLIP's vocabulary",
-        )
-        require(
-            text.pool in ("argmax", "last"),
-            f"model.text.pool={text.pool!r} must be 'argmax' or 'last' for family='clip'",
-        )
+        VISION_TOWERS[vision.family].validate(vision, model.embed_dim)
+    TEXT_TOWERS[text.family].validate(text, model.embed_dim)
     require(
         model.attention == "xla" or model.dtype == "bfloat16",
         "model.attention='cudnn' needs model.dtype='bfloat16'",

@@ -1,6 +1,5 @@
 """The towers, from encoded images to gradients; `test_parity_models` has every family."""
 
-import functools
 import io
 import math
 
@@ -200,11 +199,12 @@ def test_one_token_alone_is_that_of_all(is_causal, post_norm, read, options):
     """Values and gradients, by parameters and inputs."""
     rng = np.random.default_rng(0)
     model = small_model(**options)
-    how = Numerics.of(model)
-    make = functools.partial(Transformer, model.text, model.text.heads, how, post_norm=post_norm)
-    graphdef, params = nnx.split(make(rngs=nnx.Rngs(0)))
+    numerics = Numerics.of(model)
+    text = model.text
+    made = Transformer(text, text.heads, numerics, nnx.Rngs(0), post_norm=post_norm)
+    graphdef, params = nnx.split(made)
     params = jax.tree.map(lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), params)
-    x = jnp.asarray(rng.standard_normal((PAIRS, 7, 48)), how.dtype)
+    x = jnp.asarray(rng.standard_normal((PAIRS, 7, 48)), numerics.dtype)
     lengths = jnp.asarray([7, 3, 5, 7, 2]) if post_norm else None
     read = jnp.asarray([1, 2, 4, 6, 0]) if read == "own" else read
 
@@ -219,6 +219,6 @@ def test_one_token_alone_is_that_of_all(is_causal, post_norm, read, options):
 
     computed = jax.jit(jax.value_and_grad(summed, (0, 1), has_aux=True), static_argnums=2)
     expected, actual = computed(params, x, False), computed(params, x, True)
-    tolerance = 1e-5 if how.dtype == jnp.float32 else 5e-2
+    tolerance = 1e-5 if numerics.dtype == jnp.float32 else 5e-2
     for one, other in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         assert relative_error(one, other) < tolerance

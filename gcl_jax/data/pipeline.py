@@ -39,6 +39,7 @@ from gcl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.flops import TextLengths
+from gcl_jax.registry import TEXT_TOWERS
 
 Batch = dict[str, dict[str, np.ndarray]]
 Side = Literal["query", "document"]
@@ -194,7 +195,7 @@ def _check_tokenizer(text: TextConfig, tokenizer: Tokenizer) -> None:
             f"config.model.text.vocab_size={text.vocab_size} is too small for the "
             f"{tokenizer.vocab_size} ids of tokenizer {text.tokenizer!r}"
         )
-    if text.family == "bert" and tokenizer.pad_id != text.pad_id:
+    if TEXT_TOWERS[text.family].pad_id(text) not in (None, tokenizer.pad_id):
         raise ConfigError(
             f"config.model.text.pad_id={text.pad_id} is not the padding of tokenizer "
             f"{text.tokenizer!r}, {tokenizer.pad_id}"
@@ -307,12 +308,6 @@ def corpus_batches(
             yield batch, len(chunk)
 
 
-def ignores_padding(text: TextConfig) -> bool:
-    """Whether embeddings do not depend on the padding behind a text: BERT's towers mask it, CLIP's
-    causal one reads the end token. SigLIP's attends to it."""
-    return text.family == "bert" or (text.causal and text.pool == "argmax")
-
-
 def padded_length(longest: int, context_length: int) -> int:
     """`longest` rounded up to a multiple of `MULTIPLE`, at most `context_length`."""
     return min(-(-longest // MULTIPLE) * MULTIPLE, context_length)
@@ -352,7 +347,7 @@ def longest_texts(
         made_of_text = side == "query" and data.text_negatives != "none"
         with_images = "image" in records.fields.values()
         found[side] = {}
-        if not ignores_padding(text) or made_of_text or with_images:
+        if not TEXT_TOWERS[text.family].ignores_padding(text) or made_of_text or with_images:
             continue
         rows = _training_rows(cfg, store, side, records)
         tokenizer = load_tokenizer(text.tokenizer, text.context_length, text.clean)

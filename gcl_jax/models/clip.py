@@ -12,8 +12,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from gcl_jax.config import ModelConfig
 from gcl_jax.models.layers import Numerics
-from gcl_jax.models.text_towers import BertTower, TextTower
-from gcl_jax.models.vision import VisionTower
+from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 from gcl_jax.sharding import Params, param_shardings
 
 LORA = ("lora_a", "lora_b")
@@ -31,11 +30,10 @@ class CLIP(nnx.Module):
     learned temperature and, if configured, SigLIP's learned bias of the logits."""
 
     def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        how = Numerics.of(cfg)
-        vision = cfg.vision
-        self.visual = VisionTower(vision, cfg.embed_dim, how, rngs) if vision else None
-        tower = BertTower if cfg.text.family == "bert" else TextTower
-        self.text = tower(cfg.text, cfg.embed_dim, how, rngs)
+        numerics, vision, text = Numerics.of(cfg), cfg.vision, cfg.text
+        build = VISION_TOWERS[vision.family].build if vision else lambda *_: None
+        self.visual = build(vision, cfg.embed_dim, numerics, rngs)
+        self.text = TEXT_TOWERS[text.family].build(text, cfg.embed_dim, numerics, rngs)
         self.logit_scale = nnx.Param(jnp.float32(cfg.init_logit_scale))
         if cfg.init_logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.float32(cfg.init_logit_bias))

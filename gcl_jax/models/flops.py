@@ -8,8 +8,9 @@ import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from gcl_jax.config import ModelConfig, TextConfig, TrainConfig, VisionConfig
+from gcl_jax.config import ModelConfig, TrainConfig
 from gcl_jax.errors import ConfigError
+from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
 Kinds = Mapping[str, Mapping[str, str]]
 TextLengths = Mapping[str, Mapping[str, int]]
@@ -31,43 +32,9 @@ def tower_flops(
     if kind == "image":
         if cfg.vision is None:
             raise ConfigError("the model has no image tower (config.model.vision is None)")
-        return _image_flops(cfg.vision, cfg.embed_dim, training)
-    return _text_flops(cfg.text, cfg.embed_dim, tokens or cfg.text.context_length)
-
-
-def _image_flops(cfg: VisionConfig, embed_dim: int, training: bool) -> float:
-    width, patches = cfg.width, (cfg.image_size // cfg.patch_size) ** 2
-    embedding = 2 * patches * 3 * cfg.patch_size**2 * width
-    kept = max(1, int(patches * (1 - cfg.patch_dropout))) if training else patches
-    tokens = kept + (cfg.pool == "tok")
-    if cfg.pool == "tok":
-        blocks = _blocks_flops(cfg, tokens, reads_one=True)
-        return embedding + blocks + 2 * width * embed_dim
-    pooling = _block_flops(cfg, tokens, queries=1)
-    return embedding + _blocks_flops(cfg, tokens, reads_one=False) + pooling
-
-
-def _text_flops(cfg: TextConfig, embed_dim: int, tokens: int) -> float:
-    blocks = _blocks_flops(cfg, tokens, reads_one=cfg.pool != "mean")
-    if cfg.proj == "none":
-        return blocks
-    if cfg.proj == "mlp":
-        return blocks + 2 * (cfg.width + embed_dim) * ((cfg.width + embed_dim) // 2)
-    return blocks + 2 * cfg.width * embed_dim
-
-
-def _blocks_flops(cfg: VisionConfig | TextConfig, tokens: int, *, reads_one: bool) -> float:
-    """Of all blocks; the last has one query if the tower reads one token alone."""
-    last = _block_flops(cfg, tokens, queries=1 if reads_one else tokens)
-    return (cfg.layers - 1) * _block_flops(cfg, tokens, queries=tokens) + last
-
-
-def _block_flops(cfg: VisionConfig | TextConfig, tokens: int, queries: int) -> float:
-    """Keys and values of all tokens; the other two square projections, the MLP's two, attention's
-    scores and weighted sums of the queries."""
-    width = cfg.width
-    of_query = 2 * width**2 + 2 * width * int(width * cfg.mlp_ratio) + 2 * tokens * width
-    return 2 * (2 * tokens * width**2 + queries * of_query)
+        return VISION_TOWERS[cfg.vision.family].flops(cfg.vision, cfg.embed_dim, training)
+    tokens = tokens or cfg.text.context_length
+    return TEXT_TOWERS[cfg.text.family].flops(cfg.text, cfg.embed_dim, tokens)
 
 
 def pair_flops(

@@ -53,7 +53,8 @@ def normal(std: float) -> nnx.initializers.Initializer:
 
 @dataclasses.dataclass(frozen=True)
 class Numerics:
-    """How a tower computes, whatever its shape: see `ModelConfig`."""
+    """Precision, attention kernel, rematerialisation and low-rank updates of a tower, whatever its
+    family: see `ModelConfig`. Makes its parameters and norms."""
 
     dtype: jnp.dtype
     param_dtype: jnp.dtype
@@ -92,20 +93,20 @@ class Linear(nnx.Linear):
     """A linear map; with a LoRA rank r (arXiv 2106.09685) plus x @ lora_a @ lora_b * alpha / r,
     which starts at 0."""
 
-    def __init__(self, inputs: int, outputs: int, std: float, how: Numerics, rngs: nnx.Rngs):
+    def __init__(self, inputs: int, outputs: int, std: float, numerics: Numerics, rngs: nnx.Rngs):
         super().__init__(
             inputs,
             outputs,
             kernel_init=normal(std),
-            dtype=how.dtype,
-            param_dtype=how.param_dtype,
+            dtype=numerics.dtype,
+            param_dtype=numerics.param_dtype,
             rngs=rngs,
         )
         self.lora_scale = 0.0
-        if how.lora_rank:
-            self.lora_scale = how.lora_alpha / how.lora_rank
-            self.lora_a = how.param(inputs**-0.5, (inputs, how.lora_rank), rngs)
-            self.lora_b = how.param(0.0, (how.lora_rank, outputs), rngs)
+        if numerics.lora_rank:
+            self.lora_scale = numerics.lora_alpha / numerics.lora_rank
+            self.lora_a = numerics.param(inputs**-0.5, (inputs, numerics.lora_rank), rngs)
+            self.lora_b = numerics.param(0.0, (numerics.lora_rank, outputs), rngs)
 
     def __call__(
         self, x: Float[Array, "... i"], outputs: slice = slice(None), *_
@@ -124,10 +125,10 @@ class Linear(nnx.Linear):
 class Attention(nnx.Module):
     """Multi-head self-attention with one fused projection to queries, keys and values."""
 
-    def __init__(self, width: int, heads: int, out_std: float, how: Numerics, rngs: nnx.Rngs):
-        self.heads, self.implementation = heads, how.attention
-        self.in_proj = Linear(width, 3 * width, width**-0.5, how, rngs)
-        self.out_proj = Linear(width, width, out_std, how, rngs)
+    def __init__(self, width: int, heads: int, out_std: float, numerics: Numerics, rngs: nnx.Rngs):
+        self.heads, self.implementation = heads, numerics.attention
+        self.in_proj = Linear(width, 3 * width, width**-0.5, numerics, rngs)
+        self.out_proj = Linear(width, width, out_std, numerics, rngs)
 
     def __call__(
         self,
@@ -162,11 +163,11 @@ class Mlp(nnx.Module):
     """Two linear layers around the activation."""
 
     def __init__(
-        self, width: int, hidden: int, out_std: float, act: str, how: Numerics, rngs: nnx.Rngs
+        self, width: int, hidden: int, out_std: float, act: str, numerics: Numerics, rngs: nnx.Rngs
     ):
         self.act = ACTIVATIONS[act]
-        self.c_fc = Linear(width, hidden, (2 * width) ** -0.5, how, rngs)
-        self.c_proj = Linear(hidden, width, out_std, how, rngs)
+        self.c_fc = Linear(width, hidden, (2 * width) ** -0.5, numerics, rngs)
+        self.c_proj = Linear(hidden, width, out_std, numerics, rngs)
 
     def __call__(self, x: Float[Array, "... d"]) -> Float[Array, "... d"]:
         return self.c_proj(self.act(self.c_fc(x)))
@@ -179,17 +180,17 @@ class ResidualBlock(nnx.Module):
         self,
         cfg: VisionConfig | TextConfig,
         heads: int,
-        how: Numerics,
+        numerics: Numerics,
         rngs: nnx.Rngs,
         *,
         post_norm: bool,
     ):
         width, out_std = cfg.width, (2 * cfg.layers * cfg.width) ** -0.5
         self.post_norm = post_norm
-        self.ln_1 = how.layer_norm(width, cfg.norm_eps, rngs)
-        self.attn = Attention(width, heads, out_std, how, rngs)
-        self.ln_2 = how.layer_norm(width, cfg.norm_eps, rngs)
-        self.mlp = Mlp(width, int(width * cfg.mlp_ratio), out_std, cfg.act, how, rngs)
+        self.ln_1 = numerics.layer_norm(width, cfg.norm_eps, rngs)
+        self.attn = Attention(width, heads, out_std, numerics, rngs)
+        self.ln_2 = numerics.layer_norm(width, cfg.norm_eps, rngs)
+        self.mlp = Mlp(width, int(width * cfg.mlp_ratio), out_std, cfg.act, numerics, rngs)
 
     def __call__(
         self,
@@ -216,7 +217,7 @@ class Transformer(nnx.Module):
         self,
         cfg: VisionConfig | TextConfig,
         heads: int,
-        how: Numerics,
+        numerics: Numerics,
         rngs: nnx.Rngs,
         *,
         post_norm: bool = False,
@@ -224,10 +225,10 @@ class Transformer(nnx.Module):
         @nnx.split_rngs(splits=cfg.layers)
         @nnx.vmap(in_axes=0, out_axes=0)
         def make_blocks(rngs: nnx.Rngs) -> ResidualBlock:
-            return ResidualBlock(cfg, heads, how, rngs, post_norm=post_norm)
+            return ResidualBlock(cfg, heads, numerics, rngs, post_norm=post_norm)
 
         self.blocks = make_blocks(rngs)
-        self.remat, self.dtype = how.remat, how.dtype
+        self.remat, self.dtype = numerics.remat, numerics.dtype
 
     def __call__(
         self,

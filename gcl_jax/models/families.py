@@ -1,0 +1,247 @@
+"""The families of towers: what the rest must know of each, without jax.
+
+A tower of your own is one class, in a module that the config file imports:
+
+    @gcl_jax.VISION_TOWERS.register("mine")
+    class Mine(VisionTower, nnx.Module):
+        embedding_names = ("patches",)
+
+        def __init__(self, cfg: VisionConfig, embed_dim: int, numerics: Numerics, rngs: nnx.Rngs):
+            ...
+
+        def __call__(self, images, key=None):  # float (b, h, w, 3), normalised -> (b, embed_dim)
+            ...
+
+and `config.model.vision.family` names it; of a text tower (`TEXT_TOWERS`, `TextTower`), which maps
+int32 token ids (b, t) to (b, embed_dim), `config.model.text.family`. What it takes beside the
+options that are there stands in `options` of the same. Layers that are stacked on axis 0 and
+scanned (`layers.Transformer`) are called "blocks": they are layers to `optim.layer_decay`.
+
+Here are the families that come with gcl_jax; their modules lie in `gcl_jax.models.towers`.
+"""
+
+from typing import Any, ClassVar
+
+from gcl_jax.config import TextConfig, VisionConfig
+from gcl_jax.errors import require
+from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
+
+
+class _Tower:
+    """What both kinds declare.
+
+    embedding_names: of its parameters and modules, those that compute what enters the first block;
+        the bottom layer to `optim.layer_decay`.
+    """
+
+    embedding_names: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def build(cls, *args: Any) -> Any:
+        """The nnx module; arguments are those of `__init__` in the example above."""
+        return cls(*args)
+
+
+class VisionTower(_Tower):
+    """A family of image towers."""
+
+    @staticmethod
+    def validate(cfg: VisionConfig, embed_dim: int) -> None:
+        """Raises `ConfigError`, one line that names the key, if `cfg` cannot work."""
+
+    @staticmethod
+    def flops(cfg: VisionConfig, embed_dim: int, training: bool) -> float:
+        """Of the forward pass of one image, with patches left out if `training`; by default 0:
+        utilisation and plans do without this tower."""
+        return 0.0
+
+
+class TextTower(_Tower):
+    """A family of text towers.
+
+    token_tables: of its parameters, those that are read by `sharding.looked_up`, which splits their
+        columns over "fsdp". Others are gathered whole.
+    """
+
+    token_tables: ClassVar[tuple[str, ...]] = ()
+
+    @staticmethod
+    def validate(cfg: TextConfig, embed_dim: int) -> None:
+        """Raises `ConfigError`, one line that names the key, if `cfg` cannot work."""
+
+    @staticmethod
+    def flops(cfg: TextConfig, embed_dim: int, tokens: int) -> float:
+        """Of the forward pass of one text of so many tokens; by default 0, as for images."""
+        return 0.0
+
+    @staticmethod
+    def pad_id(cfg: TextConfig) -> int | None:
+        """The token id that it takes for padding; None, the default, if it can do with any."""
+        return None
+
+    @staticmethod
+    def ignores_padding(cfg: TextConfig) -> bool:
+        """Whether embeddings do not depend on the padding behind a text; then batches are cut to
+        the longest text of the data. By default they are not."""
+        return False
+
+
+@VISION_TOWERS.register("vit")
+class Vit(VisionTower):
+    """`towers.VisionTransformer`: CLIP's and SigLIP's."""
+
+    embedding_names = (
+        "patch_embedding",
+        "patch_bias",
+        "class_embedding",
+        "positional_embedding",
+        "ln_pre",
+    )
+
+    @classmethod
+    def build(cls, *args: Any) -> Any:
+        from gcl_jax.models.towers import VisionTransformer
+
+        return VisionTransformer(*args)
+
+    @staticmethod
+    def validate(cfg: VisionConfig, embed_dim: int) -> None:
+        require(
+            cfg.patch_size <= cfg.image_size,
+            f"model.vision.patch_size={cfg.patch_size} is larger than the image",
+        )
+        require(
+            cfg.width % cfg.head_width == 0,
+            f"model.vision.width={cfg.width} is no multiple of head_width={cfg.head_width}",
+        )
+        require(
+            cfg.pool == "tok" or cfg.width == embed_dim,
+            f"model.vision.width={cfg.width} must be embed_dim={embed_dim}: with pool='map' there "
+            "is no projection",
+        )
+
+    @staticmethod
+    def flops(cfg: VisionConfig, embed_dim: int, training: bool) -> float:
+        width, patches = cfg.width, (cfg.image_size // cfg.patch_size) ** 2
+        embedding = 2 * patches * 3 * cfg.patch_size**2 * width
+        kept = max(1, int(patches * (1 - cfg.patch_dropout))) if training else patches
+        tokens = kept + (cfg.pool == "tok")
+        if cfg.pool == "tok":
+            return embedding + _blocks_flops(cfg, tokens, reads_one=True) + 2 * width * embed_dim
+        pooling = _block_flops(cfg, tokens, queries=1)
+        return embedding + _blocks_flops(cfg, tokens, reads_one=False) + pooling
+
+
+class _TextTransformer(TextTower):
+    """What the two families of text transformers share."""
+
+    token_tables = ("token_embedding",)
+
+    @staticmethod
+    def validate(cfg: TextConfig, embed_dim: int) -> None:
+        require(
+            cfg.width % cfg.heads == 0,
+            f"model.text.width={cfg.width} is no multiple of heads={cfg.heads}",
+        )
+        require(
+            cfg.proj != "none" or cfg.width == embed_dim,
+            f"model.text.proj='none' needs width={cfg.width} to be embed_dim={embed_dim}",
+        )
+
+    @staticmethod
+    def flops(cfg: TextConfig, embed_dim: int, tokens: int) -> float:
+        blocks = _blocks_flops(cfg, tokens, reads_one=cfg.pool != "mean")
+        if cfg.proj == "none":
+            return blocks
+        if cfg.proj == "mlp":
+            return blocks + 2 * (cfg.width + embed_dim) * ((cfg.width + embed_dim) // 2)
+        return blocks + 2 * cfg.width * embed_dim
+
+
+@TEXT_TOWERS.register("clip")
+class ClipText(_TextTransformer):
+    """`towers.TextTransformer`: CLIP's and SigLIP's."""
+
+    embedding_names = ("token_embedding", "positional_embedding")
+
+    @classmethod
+    def build(cls, *args: Any) -> Any:
+        from gcl_jax.models.towers import TextTransformer
+
+        return TextTransformer(*args)
+
+    @staticmethod
+    def validate(cfg: TextConfig, embed_dim: int) -> None:
+        _TextTransformer.validate(cfg, embed_dim)
+        require(
+            cfg.pool != "argmax" or cfg.tokenizer == "clip",
+            f"model.text.tokenizer={cfg.tokenizer!r} must be 'clip': pool='argmax' reads the end "
+            "token of CLIP's vocabulary",
+        )
+        require(
+            cfg.pool in ("argmax", "last"),
+            f"model.text.pool={cfg.pool!r} must be 'argmax' or 'last' for family='clip'",
+        )
+
+    @staticmethod
+    def ignores_padding(cfg: TextConfig) -> bool:
+        """CLIP's causal tower reads the end token; SigLIP's attends to its padding."""
+        return cfg.causal and cfg.pool == "argmax"
+
+
+@TEXT_TOWERS.register("bert")
+class BertText(_TextTransformer):
+    """`towers.Bert`: BERT, RoBERTa and XLM-RoBERTa, which mask their padding."""
+
+    embedding_names = (
+        "token_embedding",
+        "token_type_embedding",
+        "positional_embedding",
+        "ln_embedding",
+    )
+
+    @classmethod
+    def build(cls, *args: Any) -> Any:
+        from gcl_jax.models.towers import Bert
+
+        return Bert(*args)
+
+    @staticmethod
+    def validate(cfg: TextConfig, embed_dim: int) -> None:
+        _TextTransformer.validate(cfg, embed_dim)
+        require(
+            cfg.tokenizer != "clip",
+            "model.text.tokenizer must name the folder or hub id of the BERT's own tokenizer",
+        )
+        require(
+            cfg.pool in ("mean", "first"),
+            f"model.text.pool={cfg.pool!r} must be 'mean' or 'first' for family='bert'",
+        )
+        longest = cfg.max_positions - cfg.first_position
+        require(
+            cfg.context_length <= longest,
+            f"model.text.context_length={cfg.context_length} is more than the {longest} positions "
+            "of this BERT",
+        )
+
+    @staticmethod
+    def pad_id(cfg: TextConfig) -> int | None:
+        return cfg.pad_id
+
+    @staticmethod
+    def ignores_padding(cfg: TextConfig) -> bool:
+        return True
+
+
+def _blocks_flops(cfg: VisionConfig | TextConfig, tokens: int, *, reads_one: bool) -> float:
+    """Of all blocks; the last has one query if the tower reads one token alone."""
+    last = _block_flops(cfg, tokens, queries=1 if reads_one else tokens)
+    return (cfg.layers - 1) * _block_flops(cfg, tokens, queries=tokens) + last
+
+
+def _block_flops(cfg: VisionConfig | TextConfig, tokens: int, queries: int) -> float:
+    """Keys and values of all tokens; the other two square projections, the MLP's two, attention's
+    scores and weighted sums of the queries."""
+    width = cfg.width
+    of_query = 2 * width**2 + 2 * width * int(width * cfg.mlp_ratio) + 2 * tokens * width
+    return 2 * (2 * tokens * width**2 + queries * of_query)

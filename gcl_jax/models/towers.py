@@ -1,0 +1,179 @@
+"""The towers that come with gcl_jax: vision transformers as open_clip (CLIP) and timm (SigLIP)
+build them, their text transformer, and BERT. `gcl_jax.models.families` declares them."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from gcl_jax.config import TextConfig, VisionConfig
+from gcl_jax.models.layers import ACTIVATIONS, Linear, Mlp, Numerics, Transformer
+from gcl_jax.sharding import looked_up
+
+
+class VisionTransformer(nnx.Module):
+    """Patches, learned positions, transformer, ln_post, pooling.
+
+    CLIP adds a class token, `ln_pre` and a projection of the class token; SigLIP a bias to the
+    patches and a pooling by attention over them.
+    """
+
+    def __init__(self, cfg: VisionConfig, embed_dim: int, numerics: Numerics, rngs: nnx.Rngs):
+        width, heads = cfg.width, cfg.width // cfg.head_width
+        self.patch_size, self.patch_dropout = cfg.patch_size, cfg.patch_dropout
+        self.dtype, self.has_class_token = numerics.dtype, cfg.pool == "tok"
+        patches, pixels = (cfg.image_size // cfg.patch_size) ** 2, 3 * cfg.patch_size**2
+        std = width**-0.5
+        self.patch_embedding = numerics.param(pixels**-0.5, (pixels, width), rngs)
+        self.positional_embedding = numerics.param(
+            std, (patches + self.has_class_token, width), rngs
+        )
+        if self.has_class_token:
+            self.class_embedding = numerics.param(std, (width,), rngs)
+            self.ln_pre = numerics.layer_norm(width, cfg.norm_eps, rngs)
+            self.proj = numerics.param(std, (width, embed_dim), rngs)
+        else:
+            self.patch_bias = numerics.param(0.0, (width,), rngs)
+            self.pool = AttentionPool(cfg, heads, numerics, rngs)
+        self.transformer = Transformer(cfg, heads, numerics, rngs)
+        self.ln_post = numerics.layer_norm(width, cfg.norm_eps, rngs)
+
+    def __call__(
+        self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "b e"]:
+        """Normalised images to unnormalised embeddings; with `key`, patches are dropped."""
+        x = self._patches(images).astype(self.dtype) @ self.patch_embedding[...].astype(self.dtype)
+        positions = self.positional_embedding[...].astype(self.dtype)
+        if not self.has_class_token:
+            x = x + self.patch_bias[...].astype(self.dtype) + positions
+            x = _drop_patches(x, self.patch_dropout, key)
+            return self.pool(self.ln_post(self.transformer(x, is_causal=False)))
+        x = _drop_patches(x + positions[1:], self.patch_dropout, key)
+        token = self.class_embedding[...].astype(self.dtype) + positions[0]
+        x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, x.shape[-1])), x], axis=1)
+        x = self.transformer(self.ln_pre(x), is_causal=False, read=0)
+        return self.ln_post(x[:, 0]) @ self.proj[...].astype(self.dtype)
+
+    def _patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n p"]:
+        """Pixels of each patch: the convolution of stride = kernel size becomes one matmul over
+        (row, column, channel). As in a convolution, what no whole patch covers is left out."""
+        b, p = len(images), self.patch_size
+        rows, columns = images.shape[1] // p, images.shape[2] // p
+        images = images[:, : rows * p, : columns * p]
+        return images.reshape(b, rows, p, columns, p, 3).swapaxes(2, 3).reshape(b, -1, p * p * 3)
+
+
+def _drop_patches(
+    x: Float[Array, "b n d"], rate: float, key: PRNGKeyArray | None
+) -> Float[Array, "b m d"]:
+    """A random choice of the patches of each row (patch dropout, arXiv 2212.00794)."""
+    if key is None or not rate:
+        return x
+    b, n, _ = x.shape
+    kept = max(1, int(n * (1 - rate)))
+    chosen = jnp.argsort(jax.random.uniform(key, (b, n)), axis=1)[:, :kept]
+    return jnp.take_along_axis(x, chosen[:, :, None], axis=1)
+
+
+class AttentionPool(nnx.Module):
+    """SigLIP's head: a learned query attends to all patches; then a residual MLP."""
+
+    def __init__(self, cfg: VisionConfig, heads: int, numerics: Numerics, rngs: nnx.Rngs):
+        width, std = cfg.width, cfg.width**-0.5
+        self.heads, self.dtype = heads, numerics.dtype
+        self.probe = numerics.param(std, (width,), rngs)
+        self.q_proj = Linear(width, width, std, numerics, rngs)
+        self.kv_proj = Linear(width, 2 * width, std, numerics, rngs)
+        self.out_proj = Linear(width, width, std, numerics, rngs)
+        self.ln = numerics.layer_norm(width, cfg.norm_eps, rngs)
+        self.mlp = Mlp(width, int(width * cfg.mlp_ratio), std, cfg.act, numerics, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        b, n, d = x.shape
+        q = self.q_proj(self.probe[...].astype(self.dtype)).reshape(1, 1, self.heads, -1)
+        q = jnp.broadcast_to(q, (b, *q.shape[1:]))
+        k, v = jnp.split(self.kv_proj(x).reshape(b, n, 2 * self.heads, -1), 2, axis=2)
+        pooled = self.out_proj(jax.nn.dot_product_attention(q, k, v).reshape(b, d))
+        return pooled + self.mlp(self.ln(pooled))
+
+
+class TextTransformer(nnx.Module):
+    """Token and position embeddings, pre-LN transformer, ln_final, projection of one token."""
+
+    def __init__(self, cfg: TextConfig, embed_dim: int, numerics: Numerics, rngs: nnx.Rngs):
+        width = cfg.width
+        self.dtype, self.causal, self.pool = numerics.dtype, cfg.causal, cfg.pool
+        self.token_embedding = numerics.param(0.02, (cfg.vocab_size, width), rngs)
+        self.positional_embedding = numerics.param(0.01, (cfg.context_length, width), rngs)
+        self.transformer = Transformer(cfg, cfg.heads, numerics, rngs)
+        self.ln_final = numerics.layer_norm(width, cfg.norm_eps, rngs)
+        self.projection = Projection(cfg, embed_dim, numerics, rngs)
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
+        """Token ids, padded at the end, to unnormalised embeddings.
+
+        CLIP's end token has the highest id, so argmax finds it, and what follows is out of a causal
+        model's sight; SigLIP's tower attends to its padding and reads the last token.
+        """
+        x = looked_up(self.token_embedding[...], tokens, self.dtype)
+        x += self.positional_embedding[...][: tokens.shape[1]].astype(self.dtype)
+        read = tokens.shape[1] - 1 if self.pool == "last" else jnp.argmax(tokens, axis=-1)
+        x = self.transformer(x, is_causal=self.causal, read=read)
+        return self.projection(self.ln_final(x[:, 0]))
+
+
+class Bert(nnx.Module):
+    """BERT, RoBERTa or XLM-RoBERTa: summed embeddings, post-LN transformer, pooling, projection."""
+
+    def __init__(self, cfg: TextConfig, embed_dim: int, numerics: Numerics, rngs: nnx.Rngs):
+        width = cfg.width
+        self.dtype, self.pool = numerics.dtype, cfg.pool
+        self.pad_id, self.first_position = cfg.pad_id, cfg.first_position
+        self.token_embedding = numerics.param(0.02, (cfg.vocab_size, width), rngs)
+        self.positional_embedding = numerics.param(0.02, (cfg.max_positions, width), rngs)
+        self.token_type_embedding = numerics.param(0.02, (cfg.token_types, width), rngs)
+        self.ln_embedding = numerics.layer_norm(width, cfg.norm_eps, rngs)
+        self.transformer = Transformer(cfg, cfg.heads, numerics, rngs, post_norm=True)
+        self.projection = Projection(cfg, embed_dim, numerics, rngs)
+
+    def __call__(self, tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
+        """Token ids, padded at the end with `pad_id`, to unnormalised embeddings. Padding starts
+        behind the last other token; a row of nothing else counts as one, so that it stays finite.
+        """
+        t = tokens.shape[1]
+        lengths = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(1, t + 1), 1), axis=1)
+        positions = self.positional_embedding[...][self.first_position : self.first_position + t]
+        x = looked_up(self.token_embedding[...], tokens, self.dtype)
+        x += (positions + self.token_type_embedding[...][0]).astype(self.dtype)
+        x = self.ln_embedding(x)
+        read = 0 if self.pool == "first" else None
+        x = self.transformer(x, is_causal=False, lengths=lengths, read=read)
+        if self.pool == "first":
+            return self.projection(x[:, 0])
+        real = jnp.arange(t) < lengths[:, None]
+        total = jnp.sum(jnp.where(real[:, :, None], x, 0), axis=1, dtype=jnp.float32)
+        return self.projection((total / lengths[:, None]).astype(self.dtype))
+
+
+class Projection(nnx.Module):
+    """From the tower's width to the embedding's: see `TextConfig.proj`."""
+
+    def __init__(self, cfg: TextConfig, embed_dim: int, numerics: Numerics, rngs: nnx.Rngs):
+        self.kind, self.dtype = cfg.proj, numerics.dtype
+        width, std = cfg.width, cfg.width**-0.5
+        if cfg.proj == "mlp":
+            hidden = (width + embed_dim) // 2
+            self.hidden = numerics.param(std, (width, hidden), rngs)
+            self.kernel = numerics.param(hidden**-0.5, (hidden, embed_dim), rngs)
+        elif cfg.proj != "none":
+            self.kernel = numerics.param(std, (width, embed_dim), rngs)
+        if cfg.proj == "linear_bias":
+            self.bias = numerics.param(0.0, (embed_dim,), rngs)
+
+    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+        if self.kind == "none":
+            return x
+        if self.kind == "mlp":
+            x = ACTIVATIONS["gelu"](x @ self.hidden[...].astype(self.dtype))
+        x = x @ self.kernel[...].astype(self.dtype)
+        return x + self.bias[...].astype(self.dtype) if self.kind == "linear_bias" else x
