@@ -29,48 +29,40 @@ def rows_of(store: RankedStore, side: "Side", split: str | None) -> np.ndarray:
     """int64 row numbers, ascending: all records of the side, or those of `split`: the corpus that
     it searches, or the queries of its pairs."""
     if split is None:
-        return np.arange(len(store.documents if side == "document" else store.queries))
+        return np.arange(len(getattr(store, FOLDERS[side])))
     chosen = store.corpus(split) if side == "document" else np.unique(store.pairs(split).query)
     return np.asarray(chosen, np.int64)
-
-
-def other_data(args: argparse.Namespace, trained: DataConfig) -> DataConfig | None:
-    """What the arguments say of the data, if it is not what the run was trained on."""
-    if args.store is None and args.query_fields is None and args.document_fields is None:
-        return None
-    return DataConfig(
-        store=args.store or trained.store,
-        query_fields=args.query_fields or trained.query_fields,
-        document_fields=args.document_fields or trained.document_fields,
-    )
 
 
 def embed_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
     # Whatever can be wrong with the arguments is told before jax and the model are loaded.
     exports.check(args.export)
-    trained = config.load(args.workdir / "config.json").data
-    data = other_data(args, trained)
+    trained, data = config.load(args.workdir / "config.json").data, None
+    if args.store or args.query_fields or args.document_fields:
+        data = DataConfig(
+            store=args.store or trained.store,
+            query_fields=args.query_fields or trained.query_fields,
+            document_fields=args.document_fields or trained.document_fields,
+        )
     store = open_store((data or trained).store)
     if args.split is not None:
         store.pairs(args.split)
 
     from gcl_jax.embed import vectors
-    from gcl_jax.embed.cache import EmbeddingCache
     from gcl_jax.embed.embedder import Embedder
-    from gcl_jax.embed.task import Task
-    from gcl_jax.runs import load_run, parameters_digest
 
-    cfg, store, params, mesh, step = load_run(args.workdir, args.embed_dim, data, args.checkpoint)
+    cfg, store, params, mesh, step = runs.load_run(
+        args.workdir, args.embed_dim, data, args.checkpoint
+    )
     if args.batch_size is not None:
         cfg.eval.batch_size = args.batch_size
-    embedder = Embedder(cfg, params, mesh)
-    digest = parameters_digest(params)
-    cache = EmbeddingCache(args.workdir, step)
+    embedder, digest = Embedder(cfg, params, mesh), runs.parameters_digest(params)
+    cache = vectors.EmbeddingCache(args.workdir, step)
     sides: list[Side] = list(FOLDERS) if args.side == "both" else [args.side]
     for side in sides:
         rows, kept = rows_of(store, side, args.split), args.out is None
-        task = Task(cfg, store, side, rows, step, digest, per_field=kept or args.per_field)
+        task = vectors.Task(cfg, store, side, rows, step, digest, per_field=kept or args.per_field)
         if kept:
             folder = cache.folder(task)
         else:

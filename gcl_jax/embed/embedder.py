@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from gcl_jax import distributed, logs
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side, corpus_batches
-from gcl_jax.data.store import Records
+from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.losses.matryoshka import truncated
 from gcl_jax.models.clip import abstract_model, merge, merge_fields
 from gcl_jax.sharding import Params, local_rows, replicated, to_global
@@ -52,6 +53,17 @@ class Corpus:
 
     rows: Int[np.ndarray, " n"]
     arrays: Mapping[str, Float[np.ndarray, "n e"]]
+
+    @classmethod
+    def embedded(
+        cls, cfg: TrainConfig, store: RankedStore, embedder, rows: np.ndarray, quiet: bool = False
+    ) -> "Corpus":
+        """Documents of `store`, embedded now and in memory."""
+        fields = cfg.data.document_fields
+        found = embedder.embed(
+            "document", store.documents, list(fields), rows, description="documents", quiet=quiet
+        )
+        return cls(rows, found.searched(fields))
 
     def of(self, rows: Int[np.ndarray, " m"]) -> dict[str, Float[np.ndarray, "m e"]]:
         """The arrays of some of its rows, ascending; neighbours are not copied."""
@@ -92,15 +104,10 @@ class Embedder:
         records: Records,
         fields: Sequence[str],
         indices: np.ndarray,
-        *,
-        description: str = "embed",
-        quiet: bool = False,
+        **options: Any,
     ) -> FieldEmbeddings:
-        """Embeds the records `indices`, in that order and as what they are to the model (`side`),
-        with a progress bar unless `quiet`."""
-        batches = list(
-            self.batches(side, records, fields, indices, description=description, quiet=quiet)
-        )
+        """What `batches` yields, in one piece; its options are the same."""
+        batches = list(self.batches(side, records, fields, indices, **options))
         return FieldEmbeddings(
             {field: np.concatenate([batch.fields[field] for batch in batches]) for field in fields},
             {field: np.concatenate([b.present[field] for b in batches]) for field in fields},
@@ -117,8 +124,9 @@ class Embedder:
         description: str = "embed",
         quiet: bool = False,
     ) -> Iterator[FieldEmbeddings]:
-        """`embed`, batch by batch: while the devices work on one, the next is read. The first
-        `skip` records are left out, as they were embedded before."""
+        """Embeds the records `indices`, in that order and as what they are to the model (`side`),
+        with a progress bar unless `quiet`. While the devices work on one batch, the next is read.
+        The first `skip` records are left out, as they were embedded before."""
         # Few records need no whole batch. Rounded up to what splits evenly over the devices.
         size = min(self._cfg.eval.batch_size, 1 << (len(indices) - 1).bit_length())
         size = -(-size // self._mesh.size) * self._mesh.size

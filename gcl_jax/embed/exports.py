@@ -19,7 +19,8 @@ ROWS_AT_A_TIME = 65_536
 def check(kinds: list[str]) -> None:
     """Raises `UserError` if what an export of `EXPORTS` needs is not installed."""
     for kind in kinds:
-        if (package := PACKAGES.get(kind)) and importlib.util.find_spec(kind) is None:
+        *_, module, package = EXPORTS[kind]
+        if importlib.util.find_spec(module) is None:
             raise UserError(
                 f"--export={kind} needs the package {package}: pip install {package} "
                 "(or gcl_jax[search])"
@@ -28,7 +29,7 @@ def check(kinds: list[str]) -> None:
 
 def export(folder: Path, kind: str) -> Path:
     """Writes one of `EXPORTS` of the embeddings in `folder`, beside them, and returns its path."""
-    write, name = EXPORTS[kind]
+    write, name, *_ = EXPORTS[kind]
     path, unfinished = folder / name, folder / f"{name}.incomplete"
     write(folder, unfinished)
     return unfinished.replace(path)
@@ -84,9 +85,9 @@ def _usearch(folder: Path, path: Path) -> None:
     index.save(str(path))
 
 
-EXPORTS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
-    "parquet": (_parquet, "embeddings.parquet"),
-    "faiss": (_faiss, "embeddings.faiss"),
-    "usearch": (_usearch, "embeddings.usearch"),
+# What writes each, the file's name, the module that it needs, and the package that has it.
+EXPORTS: dict[str, tuple[Callable[[Path, Path], None], str, str, str]] = {
+    "parquet": (_parquet, "embeddings.parquet", "pyarrow", "pyarrow"),
+    "faiss": (_faiss, "embeddings.faiss", "faiss", "faiss-cpu"),
+    "usearch": (_usearch, "embeddings.usearch", "usearch", "usearch"),
 }
-PACKAGES = {"faiss": "faiss-cpu", "usearch": "usearch"}

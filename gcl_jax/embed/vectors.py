@@ -7,16 +7,20 @@
       ids.parquet                           `row`, the number in the store, and `id` of each row
       manifest.json                         what the embeddings depend on, and the arrays' checksums
 
-A folder is complete or absent: it grows in FOLDER.incomplete, which says how far it is.
+A folder is complete or absent: it grows in FOLDER.incomplete, which says how far it is. A run keeps
+the embeddings of its documents in WORKDIR/embeddings, so that a checkpoint embeds a corpus once.
 """
 
 import collections
 import concurrent.futures
 import contextlib
+import dataclasses
+import hashlib
 import json
 import math
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,19 +30,100 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gcl_jax import distributed
-from gcl_jax.data.store import locked, sha256
+from gcl_jax.config import TrainConfig
+from gcl_jax.data.pipeline import Side
+from gcl_jax.data.store import RankedStore, is_locked, locked, read_checksums, sha256
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.embed.exports import EMBEDDINGS, IDS
-from gcl_jax.embed.task import FORMAT, Task, key
 from gcl_jax.errors import DataError
+from gcl_jax.runs import parameters_digest
 
+FORMAT = 2
 MANIFEST = "manifest.json"
 # Work that a kill may cost.
 SECONDS_PER_NOTE = 5.0
 IDS_AT_A_TIME = 1 << 20
 
 
-def make(folder: Path, task: Task, embedder: Embedder, quiet: bool = False) -> Corpus:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Task:
+    """Which records to embed, by which model: the records `rows` (ascending) of one side of
+    `store`, the fields and weights of `cfg`, and the parameters of training step `step` with the
+    digest `parameters`. `per_field` keeps each field alone as well, if there are several."""
+
+    cfg: TrainConfig
+    store: RankedStore
+    side: Side
+    rows: np.ndarray
+    step: int
+    parameters: str
+    per_field: bool = False
+
+    @property
+    def records(self):
+        return self.store.documents if self.side == "document" else self.store.queries
+
+    @property
+    def dim(self) -> int:
+        return self.cfg.eval.embed_dim or self.cfg.model.embed_dim
+
+    @property
+    def weights(self) -> dict[str, float]:
+        data = self.cfg.data
+        return data.document_fields if self.side == "document" else data.query_fields
+
+    @property
+    def bytes(self) -> int:
+        """About what the arrays take on disk."""
+        return 4 * (1 + len(self.weights) * self.per_field) * len(self.rows) * self.dim
+
+    def manifest(self) -> dict:
+        """All that the embeddings depend on, and where the store was."""
+        selection = "all"
+        if len(self.rows) != len(self.records):
+            selection = hashlib.sha256(np.asarray(self.rows, "<i8").tobytes()).hexdigest()
+        kinds = self.records.fields
+        return {
+            "format": FORMAT,
+            "side": self.side,
+            "records": len(self.rows),
+            "selection": selection,
+            "dim": self.dim,
+            "fields": {n: {"kind": kinds[n], "weight": w} for n, w in self.weights.items()},
+            "per_field": self.per_field and len(self.weights) > 1,
+            "checkpoint": {"step": self.step, "parameters": self.parameters},
+            "store": {
+                "path": str(self.store.directory.resolve()),
+                "fingerprint": fingerprint(self.store, self.side),
+            },
+            # As JSON, where a list and a tuple are the same.
+            "model": json.loads(json.dumps(dataclasses.asdict(self.cfg.model))),
+        }
+
+
+def fingerprint(store: RankedStore, side: Side) -> str:
+    """Changes with the records of that side of the store, not with its pairs."""
+    folder = "documents" if side == "document" else "queries"
+    try:
+        known = read_checksums(store.directory)
+    except DataError:  # removed by hand: size and time tell a changed file then
+        files = [path for path in (store.directory / folder).rglob("*") if path.is_file()]
+        known = {
+            str(path.relative_to(store.directory)): f"{stat.st_size} {stat.st_mtime_ns}"
+            for path, stat in ((path, path.stat()) for path in files)
+        }
+    lines = sorted(f"{n} {digest}" for n, digest in known.items() if n.startswith(f"{folder}/"))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def key(manifest: dict) -> str:
+    """Names what the embeddings depend on, wherever the store is."""
+    same = manifest | {"store": manifest["store"]["fingerprint"]}
+    same.pop("checksums", None)
+    return hashlib.sha256(json.dumps(same, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
     """The embeddings of `task` in `folder`, made unless they are there; what a killed call left
     unfinished is continued. All processes of a run call it together, and the first one writes.
 
@@ -60,13 +145,7 @@ def make(folder: Path, task: Task, embedder: Embedder, quiet: bool = False) -> C
         if done < len(task.rows):
             name = "documents" if task.side == "document" else "queries"
             batches = embedder.batches(
-                task.side,
-                task.records,
-                list(task.weights),
-                task.rows,
-                skip=done,
-                description=name,
-                quiet=quiet,
+                task.side, task.records, list(task.weights), task.rows, skip=done, description=name
             )
             if first:
                 _write(building, task, manifest, batches, done)
@@ -166,9 +245,14 @@ def _done(folder: Path, building: Path, manifest: dict) -> int:
 
 
 def _write_manifest(folder: Path, manifest: dict) -> None:
-    unfinished = folder / f"{MANIFEST}.incomplete"
-    unfinished.write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
-    unfinished.replace(folder / MANIFEST)
+    _replace(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    """Writes a file that is complete or as it was."""
+    unfinished = path.with_name(f"{path.name}.incomplete")
+    unfinished.write_text(text, "utf-8")
+    unfinished.replace(path)
 
 
 def _write(
@@ -180,10 +264,9 @@ def _write(
         arrays: dict[str, BinaryIO] = {}
         for batch in batches:
             parts = batch.searched(task.weights)
-            files = {EMBEDDINGS: parts.pop("merged").astype("<f4", copy=False)}
+            files = {EMBEDDINGS: parts.pop("merged")}
             for field, x in parts.items() if per_field else ():
-                files[f"fields/{field}.npy"] = x.astype("<f4", copy=False)
-                files[f"present/{field}.npy"] = batch.present[field]
+                files |= {f"fields/{field}.npy": x, f"present/{field}.npy": batch.present[field]}
             for name, x in files.items():
                 if name not in arrays:
                     array = _array(building / "made" / name, (size, *x.shape[1:]), x.dtype, done)
@@ -194,8 +277,7 @@ def _write(
                 for file in arrays.values():
                     file.flush()
                     os.fsync(file.fileno())
-                (building / "done.new").write_text(str(done))
-                (building / "done.new").replace(building / "done")
+                _replace(building / "done", str(done))
                 noted = time.monotonic()
 
 
@@ -226,3 +308,95 @@ def _write_ids(task: Task, path: Path) -> None:
         for start in range(0, len(rows), IDS_AT_A_TIME):
             part = pa.array(rows[start : start + IDS_AT_A_TIME])
             writer.write_table(pa.table({"row": part, "id": ids.take(part)}, schema))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class EmbeddingCache:
+    """WORKDIR/embeddings, of the checkpoint at `step` of the run in `workdir`: a folder for each
+    `Task` that was asked for."""
+
+    workdir: Path
+    step: int
+
+    def documents(
+        self, cfg: TrainConfig, store: RankedStore, embedder: Embedder, rows: np.ndarray
+    ) -> Corpus:
+        """The documents `rows` (ascending), or more, embedded now unless they were before; in
+        memory, with a warning, where the run's directory cannot be written. All processes of a run
+        call it together."""
+        digest = parameters_digest(embedder.params)
+        task = Task(cfg, store, "document", rows, self.step, digest, per_field=True)
+        every = dataclasses.replace(task, rows=np.arange(len(store.documents)))
+        folders = [self.folder(task), self.folder(every)]
+        found, problem = -1, ""
+        if distributed.is_first():
+            found = next((i for i, folder in enumerate(folders) if _is_usable(folder)), -1)
+            problem = "" if found >= 0 else _cannot_write(folders[0].parent, task.bytes)
+        found, failed = multihost_utils.broadcast_one_to_all(np.array([found, bool(problem)]))
+        if found >= 0:
+            return opened(folders[found])
+        if failed:
+            distributed.announce(f"warning: embeddings are not kept in {self.workdir}: {problem}")
+            return Corpus.embedded(cfg, store, embedder, rows)
+        corpus = make(folders[0], task, embedder)
+        if distributed.is_first():
+            self.remove_stale(task)
+        return corpus
+
+    def folder(self, task: Task) -> Path:
+        """Where the embeddings of `task` are, or will be."""
+        return self.workdir / "embeddings" / f"{task.side}-{task.step}-{key(task.manifest())}"
+
+    def remove_stale(self, task: Task) -> None:
+        """Removes what no call will ask for again: embeddings of checkpoints that are gone or were
+        trained anew, of records that the store of `task` no longer holds, and leftovers."""
+        steps = {path.name for path in (self.workdir / "checkpoints").iterdir()}
+        new = task.manifest()
+
+        def stale(folder: Path) -> bool:
+            old = read_manifest(folder)
+            if old is None:
+                return folder.name != "made"  # else another process may just begin
+            if str(old["checkpoint"]["step"]) not in steps:
+                return True
+            trained_anew = old["checkpoint"]["step"] == self.step
+            trained_anew &= old["checkpoint"] != new["checkpoint"]
+            same_place = (old["side"], old["store"]["path"]) == (task.side, new["store"]["path"])
+            return trained_anew or (same_place and old["store"] != new["store"])
+
+        for folder in (self.workdir / "embeddings").iterdir():
+            unfinished = folder.suffix == ".incomplete"
+            in_use = unfinished and is_locked(folder)
+            if not in_use and stale(folder / "made" if unfinished else folder):
+                _remove(folder)
+
+
+def _is_usable(folder: Path) -> bool:
+    """Whether it holds embeddings; damaged ones are removed, with a warning."""
+    if not folder.exists():
+        return False
+    try:
+        verify(folder)
+        return True
+    except DataError as error:
+        distributed.announce(f"warning: {error}: that is done now")
+        _remove(folder)
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """As one step: nobody finds half of it."""
+    with contextlib.suppress(OSError):
+        removed = folder.rename(folder.with_name(f"{folder.name}.removed"))
+        shutil.rmtree(removed)
+
+
+def _cannot_write(folder: Path, size: int) -> str:
+    """Why `size` bytes cannot be written to `folder`; empty if they can."""
+    try:
+        folder.mkdir(exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except OSError as error:
+        return str(error)
+    return f"{size / 1e9:.1f} GB do not fit, {free / 1e9:.1f} are free" if size > free else ""

@@ -17,8 +17,8 @@ from jaxtyping import Float, Int
 from gcl_jax import distributed
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embed.cache import EmbeddingCache
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
+from gcl_jax.embed.vectors import EmbeddingCache
 from gcl_jax.evaluate import metrics, results, trec
 from gcl_jax.evaluate.judgements import (
     Judgements,
@@ -55,14 +55,11 @@ def evaluate_splits(
     groups = {}
     if group_by is not None:
         groups = {s: query_groups(cfg, store, judged[s].queries, group_by) for s in judged}
-    rows, fields = np.unique(np.concatenate(list(corpora.values()))), cfg.data.document_fields
+    rows = np.unique(np.concatenate(list(corpora.values())))
     if cache:
         documents = cache.documents(cfg, store, embedder, rows)
     else:
-        embedded = embedder.embed(
-            "document", store.documents, list(fields), rows, description="documents", quiet=quiet
-        )
-        documents = Corpus(rows, embedded.searched(fields))
+        documents = Corpus.embedded(cfg, store, embedder, rows, quiet)
     query_rows = np.unique(np.concatenate([j.queries for j in judged.values()]))
     asked = list(dict.fromkeys([*cfg.data.query_fields, *cfg.eval.query_fields]))
     queries = embedder.embed(

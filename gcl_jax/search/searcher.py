@@ -28,20 +28,18 @@ class SearchIndex:
         Raises:
             DataError: a document that cannot be read.
         """
-        from gcl_jax.embed.cache import EmbeddingCache
+        from gcl_jax.embed.embedder import Corpus
         from gcl_jax.embed.model import Model, kinds_of
+        from gcl_jax.embed.vectors import EmbeddingCache
 
         cfg, store, params, mesh, step = run
         self.model, self._rows = Model(cfg, params, mesh, step, kinds_of(store)), rows
         if workdir is not None:
             cache = EmbeddingCache(workdir, step)
             corpus = cache.documents(cfg, store, self.model.embedder, rows)
-            self._documents = corpus.of(rows)["merged"]
         else:
-            fields = cfg.data.document_fields
-            self._documents = self.model.embedder.embed(
-                "document", store.documents, list(fields), rows, description="documents"
-            ).merged(fields)
+            corpus = Corpus.embedded(cfg, store, self.model.embedder, rows)
+        self._documents = corpus.of(rows)["merged"]
 
     def search(
         self, queries: Sequence[Query], top_k: int, within: Int[np.ndarray, " m"] | None = None
