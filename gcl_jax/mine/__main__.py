@@ -17,6 +17,7 @@ import dataclasses
 import json
 import shlex
 import shutil
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -141,43 +142,16 @@ def make_parser() -> argparse.ArgumentParser:
         default="documents",
         help="what to mine: documents for the query of a pair (default), queries for its document",
     )
-    add("--num_negatives", type=int, default=8, metavar="N", help="per pair, at most (default 8)")
-    add(
-        "--range_min",
-        type=int,
-        default=0,
-        metavar="RANK",
-        help="leave out the best so many (default 0)",
-    )
-    add(
-        "--range_max",
-        type=int,
-        default=100,
-        metavar="RANK",
-        help="go down to this rank; what the query has a score for has no rank (default 100)",
-    )
-    add(
-        "--absolute_margin",
-        type=float,
-        metavar="X",
-        help="cosines at most the own one less X (-2: no limit)",
-    )
-    add(
-        "--relative_margin",
-        type=float,
-        metavar="X",
-        help="cosines at most the own one less the share X of it (default 0.05, unless "
-        "--absolute_margin is given)",
-    )
-    add(
-        "--max_score",
-        type=float,
-        default=0.0,
-        metavar="SCORE",
-        help="documents with a lower score serve as well (default 0: those without alone)",
-    )
-    add("--sampling", choices=("top", "random"), default="top", help="(default: top)")
-    add("--seed", type=int, default=0, help="of --sampling=random (default 0)")
+    for field in dataclasses.fields(Mining):
+        option, kind = field.metadata["option"], (*typing.get_args(field.type), field.type)[0]
+        add(
+            f"--{field.name}",
+            type=kind,
+            default=argparse.SUPPRESS,
+            choices=option.choices or None,
+            metavar=None if option.choices else kind.__name__.upper(),
+            help=f"{option.meaning} (default: {field.default})",
+        )
     runs.add_checkpoint(parser)
     distributed.add_arguments(parser)
     return parser
@@ -186,10 +160,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = make_parser().parse_args()
     with reported_in_one_line():
-        options = {field.name: getattr(args, field.name) for field in dataclasses.fields(Mining)}
-        if args.relative_margin is None and args.absolute_margin is None:
-            del options["relative_margin"]
-        mining = Mining(**options)
+        given = {
+            f.name: getattr(args, f.name) for f in dataclasses.fields(Mining) if f.name in args
+        }
+        if "absolute_margin" in given:
+            given.setdefault("relative_margin", None)
+        mining = Mining(**given)
         check_absent(args.out)
         with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):
             negatives, note = mine_run(args.workdir, SIDES[args.side], mining, args.checkpoint)

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax import logs
+from gcl_jax.config import option
 from gcl_jax.data.negatives import compacted
 from gcl_jax.errors import UserError
 
@@ -16,22 +17,18 @@ PAIRS_PER_BLOCK = 8192
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Mining:
-    """What serves as a negative.
+    """What serves as a negative; None is no limit."""
 
-    `num_negatives` at most, of the ranks from `range_min` (0 is the best) up to `range_max`, what
-    has a score of `max_score` or more not counting; `sampling` takes the "top" ones, or draws at
-    `random` with `seed`. Cosines are at most the own one less `absolute_margin`, and less
-    `relative_margin` of its size; None is no limit.
-    """
-
-    num_negatives: int = 8
-    range_min: int = 0
-    range_max: int = 100
-    max_score: float = 0.0
-    absolute_margin: float | None = None
-    relative_margin: float | None = 0.05
-    sampling: str = "top"
-    seed: int = 0
+    num_negatives: int = option(8, "negatives per pair, at most")
+    range_min: int = option(0, "leave out the best so many")
+    range_max: int = option(100, "go down to this rank; what the query has a score for has no rank")
+    max_score: float = option(0.0, "what has a lower score serves as well; 0: what has none alone")
+    absolute_margin: float | None = option(None, "cosines at most the own one less this")
+    relative_margin: float | None = option(
+        0.05, "cosines at most the own one less this share of it; no limit beside the absolute one"
+    )
+    sampling: str = option("top", "which of those that serve", ("top", "random"))
+    seed: int = option(0, "of random sampling")
 
     def __post_init__(self) -> None:
         """Raises `UserError` for what cannot work."""
