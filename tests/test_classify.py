@@ -54,7 +54,7 @@ def folder(tmp_path, pictures):
 
 
 def read(images) -> list[bytes]:
-    return [load() for _, load in images]
+    return [x if isinstance(x, bytes) else x.read_bytes() for x in images]
 
 
 def test_a_folder_is_read_as_torchvision_does(folder, pictures):
@@ -62,14 +62,14 @@ def test_a_folder_is_read_as_torchvision_does(folder, pictures):
     assert data.classnames == list(CLASSES)
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1, 1]
     assert read(data.images) == pictures
-    assert data.images[2][0] == "ant_lion/more/c.png"
+    assert data.images[2] == folder / "ant_lion/more/c.png"
     named = classify.read_images(folder, ["x", "y", "z"])
     assert named.classnames == ["x", "y", "z"]
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "bytes", "hugging face"])
 def test_a_table_is_read(folder, pictures, kind):
-    paths = [name for name, _ in classify.read_images(folder).images]
+    paths = [str(x.relative_to(folder)) for x in classify.read_images(folder).images]
     labels = ["ant lion"] * 3 + ["bee"] * 4
     file = folder / ("labels.csv" if kind == "csv" else "labels.parquet")
     cells = paths
@@ -91,6 +91,8 @@ def test_a_table_is_read(folder, pictures, kind):
 
 def test_numbers_are_places_in_the_classnames(tmp_path):
     file = tmp_path / "t.csv"
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).touch()
     file.write_text("image,label\na.png,2\nb.png,0\n")
     assert classify.read_images(file, CLASSES).labels.tolist() == [2, 0]
     with pytest.raises(DataError, match="name their classes with --classnames"):
@@ -114,6 +116,7 @@ def test_numbers_are_places_in_the_classnames(tmp_path):
 )
 def test_tables_that_are_refused(tmp_path, name, text, message):
     (tmp_path / name).write_text(text)
+    (tmp_path / "a.png").touch()
     with pytest.raises(DataError, match=message):
         classify.read_images(tmp_path / name)
 
@@ -135,9 +138,8 @@ def test_other_input_that_is_refused(tmp_path, folder):
     with pytest.raises(DataError, match="no UTF-8"):
         classify.read_lines(file)
     (file := tmp_path / "t.csv").write_text("image,label\na.png,x\n")
-    ((_, load),) = classify.read_images(file).images
-    with pytest.raises(DataError, match=r"t\.csv, line 2: .*a\.png: No such file"):
-        load()
+    with pytest.raises(DataError, match=r"t\.csv, line 2: .*a\.png: no such file"):
+        classify.read_images(file)
 
 
 def test_accuracy_is_that_of_a_plain_loop():
@@ -179,7 +181,7 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     (folder / "bee" / "5.png").write_bytes(b"no image")
     with pytest.raises(SystemExit):
         evaluate.main()
-    assert "'bee/5.png', field 'image': unreadable" in capsys.readouterr().err.splitlines()[-1]
+    assert "bee/5.png)', field 'image': unreadable" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_classes_and_answers_are_open_clips(open_clip, tmp_path, folder):

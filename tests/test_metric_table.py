@@ -17,7 +17,7 @@ from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate import metrics, results, trec
 from gcl_jax.logs import MetricWriter
 from gcl_jax.registry import METRICS, extensions
-from gcl_jax.report import __main__ as report
+from gcl_jax.report.pages import write_report
 from gcl_jax.train.setup import require_metric
 
 BUILT_IN = list(METRICS)
@@ -129,7 +129,7 @@ def test_a_metric_from_outside_is_where_the_others_are(added, tmp_path, command)
     compared = command("--compare", workdir, workdir)
     for name in ("Top", "mMisses@2", "mMisses@5"):
         assert compared.count(f"{name} ") == 4, "in each split"
-    page = report.write_report([workdir]).read_text()
+    page = write_report([workdir]).read_text()
     for name in ("Top", "mMisses@5"):
         assert f'<th scope="col">{name}</th>' in page
         assert f"{found['summary'][name]:.4f}</td>" in page

@@ -22,7 +22,7 @@ from gcl_jax.evaluate.judgements import sample_judgements
 from gcl_jax.evaluate.results import compare
 from gcl_jax.logs import MetricWriter
 from gcl_jax.report import __main__ as report
-from gcl_jax.report import charts, comparison, evaluated, examples
+from gcl_jax.report import charts, pages
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
 from gcl_jax.search.searcher import SearchIndex
@@ -59,7 +59,7 @@ def workdir(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(workdir) -> str:
-    return report.write_report([workdir]).read_text()
+    return pages.write_report([workdir]).read_text()
 
 
 class Tags(HTMLParser):
@@ -104,19 +104,20 @@ def test_page_shows_evaluation_curves_and_examples(page, workdir):
     titles = [a["aria-label"].split(" by ")[0] for tag, a in parsed.tags if tag == "svg"]
     assert titles == ["loss", "NDCG@10 during training", "learning rate"]
     results = [attrs for tag, attrs in parsed.tags if tag == "li" and "title" in attrs]
-    queries = report.TYPICAL_PER_SPLIT + 2 * examples.EXTREME_PER_SPLIT
-    assert len(results) == len(SPLITS) * queries * examples.RESULTS_PER_QUERY
+    queries = pages.TYPICAL_PER_SPLIT + 2 * pages.EXTREME_PER_SPLIT
+    assert len(results) == len(SPLITS) * queries * pages.RESULTS_PER_QUERY
     headings = re.findall("<h2>(.*)</h2>", page)
     assert headings[-3:] == ["What it finds", "Best queries", "Worst queries"]
 
 
 def test_examples_agree_with_the_evaluation(workdir):
     """Every test query, its nDCG@10 and its documents."""
-    run = load_run(workdir)
-    cfg, store, index = run.cfg, run.store, SearchIndex(run, np.arange(24))
-    for split in SPLITS:
-        sample = examples.read_sample(workdir, cfg, store, split)
-        found = examples.answers("x", cfg, store, index, split, sample.judgements)
+    opened = load_run(workdir)
+    store, index = opened.store, SearchIndex(opened, np.arange(24))
+    run = pages.read_run("x", workdir, store, SPLITS)
+    for split, sample in run.samples.items():
+        every = {split: np.arange(len(sample.ndcg))}
+        found = list(pages.answer_all(run, store, index, {split: sample}, [every])[split].values())
         np.testing.assert_allclose([a.ndcg for a in found], sample.ndcg, rtol=1e-6)
         table = pq.read_table(workdir / "eval" / f"{split}.parquet").to_pydict()
         ids = [store.queries.ids[row] for row in sample.judgements.queries]
@@ -125,8 +126,8 @@ def test_examples_agree_with_the_evaluation(workdir):
         )
         chosen = {split: np.array([2, 0])}
         samples = {split: sample}
-        answered = examples.answer_all("x", cfg, store, index, samples, [chosen])
-        section = examples.make_section("t", "n", chosen, store, samples, [answered])
+        answered = pages.answer_all(run, store, index, samples, [chosen])
+        section = pages.make_section("t", "n", chosen, store, samples, [answered])
         assert [e.answers for e in section.examples] == [[found[2]], [found[0]]]
         assert [e.query.texts for e in section.examples] == [
             [store.queries[sample.judgements.queries[place]]["query"]] for place in (2, 0)
@@ -135,18 +136,18 @@ def test_examples_agree_with_the_evaluation(workdir):
 
 
 def test_typical_best_and_worst_places():
-    assert examples.spread(3, 12).tolist() == [2, 6, 10]
-    assert examples.spread(3, 2).tolist() == [0, 1]
+    assert pages.spread(3, 12).tolist() == [2, 6, 10]
+    assert pages.spread(3, 2).tolist() == [0, 1]
     values = np.array([0.5, 1, 0, 1, 0.2])
-    assert examples.highest(values, 2).tolist() == [1, 3]
-    assert examples.highest(-values, 2).tolist() == [2, 4]
-    assert examples.highest(np.array([0.5]), 2).tolist() == [], "it is neither best nor worst"
+    assert pages.highest(values, 2).tolist() == [1, 3]
+    assert pages.highest(-values, 2).tolist() == [2, 4]
+    assert pages.highest(np.array([0.5]), 2).tolist() == [], "it is neither best nor worst"
 
 
 def test_documents_without_images_and_run_without_metrics(workdir, tmp_path):
     text_only = untrained_run(TextSource(), tmp_path)
     shutil.copytree(workdir / "eval", text_only / "eval")
-    page = report.write_report([text_only]).read_text()
+    page = pages.write_report([text_only]).read_text()
     assert "<img" not in page
     assert "<svg" not in page
     assert ">thing 1" in page
@@ -162,7 +163,7 @@ def test_several_query_fields_are_evaluated_reported_and_searched(tmp_path, monk
     assert report_of["query_fields"]["de"]["queries"] == 2
     rows = pq.read_table(workdir / "eval" / "in_domain.parquet")
     assert sorted(rows["query_id"].to_pylist()) == ["q0", "q1", "q2", "q3"]
-    text = Tags(report.write_report([workdir]).read_text()).text
+    text = Tags(pages.write_report([workdir]).read_text()).text
     for field, summary in report_of["query_fields"].items():
         assert f"{field} alone" in text
         assert f"{summary['Recall@5']:.4f}" in text
@@ -191,7 +192,7 @@ def test_damaged_evaluation_is_refused(tmp_path):
     (tmp_path / "eval").mkdir()
     (tmp_path / "eval" / "zero_shot.json").write_text("{")
     with pytest.raises(DataError, match=r"zero_shot\.json is missing or damaged"):
-        evaluated.read_evaluation(tmp_path, "zero_shot")
+        pages.read_evaluation(tmp_path, "zero_shot")
 
 
 def test_evaluation_of_other_queries_is_refused(workdir, tmp_path):
@@ -204,17 +205,17 @@ def test_evaluation_of_other_queries_is_refused(workdir, tmp_path):
     others = [query not in ids for query in table["query_id"].to_pylist()]
     pq.write_table(table.filter(others), path)
     with pytest.raises(DataError, match=r"zero_shot\.parquet evaluates other queries"):
-        report.write_report([tmp_path / "run"])
+        pages.write_report([tmp_path / "run"])
     path.write_bytes(b"")
     with pytest.raises(DataError, match=r"zero_shot\.parquet is missing or damaged"):
-        report.write_report([tmp_path / "run"])
+        pages.write_report([tmp_path / "run"])
 
 
 def test_metrics_cut_short_or_not_finite(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert evaluated.read_metrics(path) == []
+    assert pages.read_metrics(path) == []
     path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
-    rows = evaluated.read_metrics(path)
+    rows = pages.read_metrics(path)
     (chart,) = charts.training_charts(rows, SPLITS)
     assert [row["step"] for row in rows] == [1, 2]
     assert [line.last for line in chart.lines] == ["0.5"]
@@ -257,12 +258,12 @@ def others(workdir, tmp_path_factory) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def content(workdir, others) -> dict:
-    return comparison.several_runs([workdir, *others])
+    return pages.several_runs([workdir, *others])
 
 
 def test_comparison_of_three_runs(workdir, others, content, monkeypatch):
-    monkeypatch.setattr(report, "several_runs", lambda _: content)
-    path = report.write_report([workdir, *others])
+    monkeypatch.setattr(pages, "several_runs", lambda _: content)
+    path = pages.write_report([workdir, *others])
     assert path == workdir / "comparison.html"
     page = path.read_text()
     assert not re.search(r"https?:|<script|@import|url\(", page)
@@ -302,15 +303,15 @@ def test_gains_are_gains_and_losses_losses(workdir, others, content):
 
 def test_runs_that_cannot_be_compared(workdir, others, tmp_path):
     with pytest.raises(UserError, match="a --workdir is given twice"):
-        report.write_report([workdir, workdir])
+        pages.write_report([workdir, workdir])
     elsewhere = untrained_run(HostileSource(), tmp_path)
     with pytest.raises(UserError, match="side by side all need the same store"):
-        report.write_report([workdir, elsewhere])
+        pages.write_report([workdir, elsewhere])
     shutil.copytree(others[0], tmp_path / "dev")
     path = tmp_path / "dev" / "eval" / "zero_shot.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"ground_truth": "dev"}))
     with pytest.raises(DataError, match=r"was evaluated by the ground truth 'sampled', .*'dev'"):
-        report.write_report([workdir, tmp_path / "dev"])
+        pages.write_report([workdir, tmp_path / "dev"])
 
 
 def test_interval_chart_encloses_its_intervals_and_zero():

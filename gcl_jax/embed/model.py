@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -159,9 +159,10 @@ class Model:
 
 
 class GivenRecords(Records):
-    """Records in memory, as those of a store; the i-th has the id NAME[i]."""
+    """Records in memory, as those of a store; the i-th has the id NAME[i], and the path of an image
+    after it."""
 
-    def __init__(self, name: str, kinds: dict[str, str], rows: list[Mapping[str, Any]]):
+    def __init__(self, name: str, kinds: dict[str, str], rows: Sequence[Mapping[str, Any]]):
         self.fields, self._name, self._rows = kinds, name, rows
 
     def __len__(self) -> int:
@@ -177,6 +178,7 @@ class GivenRecords(Records):
             elif isinstance(value, np.ndarray):
                 value = Image.fromarray(value)
             elif kind == "image" and isinstance(value, str | os.PathLike):
+                record["id"] += f" ({os.fspath(value)})"
                 try:
                     value = Path(value).read_bytes()
                 except (OSError, ValueError) as error:

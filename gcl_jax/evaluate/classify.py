@@ -8,8 +8,7 @@ A class is the mean of its embedded prompts, at length 1 again; an image belongs
 highest cosine (arXiv 2103.00020, as open_clip's `build_zero_shot_classifier` does it).
 """
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +16,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax import distributed
-from gcl_jax.data.store import Records
 from gcl_jax.embed.embedder import Embedder
+from gcl_jax.embed.model import GivenRecords
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate.results import write_json
 from gcl_jax.prepare.builder import Place, RowError
@@ -33,28 +32,13 @@ TOP = (1, 5)
 
 
 class Labelled(NamedTuple):
-    """Images, each its name and what reads its encoded bytes, and their classes: `labels`, int64
-    (n,), are places in `classnames`."""
+    """Images, files or encoded bytes, and their classes: `labels`, int64 (n,), are places in
+    `classnames`. `source`: where the images are from."""
 
-    images: Sequence[tuple[str, Callable[[], bytes]]]
+    source: Path
+    images: list[Path | bytes]
     labels: Int[np.ndarray, " n"]
     classnames: list[str]
-
-
-class _LoadedOnDemand(Records):
-    """Records of one field, each (id, what loads its value), with the interface of a store's."""
-
-    def __init__(self, kind: str, values: Sequence[tuple[str, Callable]]):
-        self.fields = {kind: kind}
-        self._values = values
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __getitem__(self, index: int) -> dict:
-        name, load = self._values[index]
-        (field,) = self.fields
-        return {"id": name, field: load()}
 
 
 def read_images(path: Path, classnames: Sequence[str] | None = None) -> Labelled:
@@ -91,7 +75,7 @@ def classifier(
 ) -> Float[np.ndarray, "c e"]:
     """The classes as rows of length 1: means over the templates, in which {} is the name."""
     texts = [template.replace("{}", name) for name in classnames for template in templates]
-    records = _LoadedOnDemand("text", [(text, lambda text=text: text) for text in texts])
+    records = GivenRecords("prompts", {"text": "text"}, [{"text": text} for text in texts])
     embedded = embedder.embed(
         "query", records, ["text"], np.arange(len(texts)), description="prompts"
     )
@@ -125,12 +109,13 @@ def classify(embedder: Embedder, data: Labelled, templates: Sequence[str] = TEMP
         DataError: an image that cannot be read.
     """
     classes = classifier(embedder, data.classnames, templates)
-    records = _LoadedOnDemand("image", data.images)
-    rows = np.arange(len(records))
-    embedded = embedder.embed("document", records, ["image"], rows, description="images")
+    rows = [{"image": image} for image in data.images]
+    records = GivenRecords(str(data.source), {"image": "image"}, rows)
+    numbers = np.arange(len(rows))
+    embedded = embedder.embed("document", records, ["image"], numbers, description="images")
     result = accuracy(embedded.fields["image"], classes, data.labels)
     result["per_class"] = {data.classnames[c]: x for c, x in result["per_class"].items()}
-    return {"images": len(records), "classes": len(data.classnames), **result}
+    return {"images": len(rows), "classes": len(data.classnames), **result}
 
 
 def classify_workdir(
@@ -185,20 +170,22 @@ def _of_folder(folder: Path, classnames: Sequence[str] | None) -> Labelled:
         raise DataError(
             f"--classnames has {len(classnames)} names for the {len(folders)} folders in {folder}"
         )
-    images, labels = [], []
-    for label, subfolder in enumerate(folders):
-        for path in sorted(subfolder.rglob("*")):
-            if path.suffix.lower() in IMAGES and path.is_file():
-                images.append((str(path.relative_to(folder)), path.read_bytes))
-                labels.append(label)
-    if not images:
+    found = [
+        (path, label)
+        for label, subfolder in enumerate(folders)
+        for path in sorted(subfolder.rglob("*"))
+        if path.suffix.lower() in IMAGES and path.is_file()
+    ]
+    if not found:
         raise DataError(f"{folder} has no subfolder with images; one for each class is expected")
+    images, labels = zip(*found, strict=True)
     names = list(classnames or (path.name.replace("_", " ") for path in folders))
-    return Labelled(images, np.array(labels), names)
+    return Labelled(folder, list(images), np.array(labels), names)
 
 
 def _of_table(path: Path, classnames: Sequence[str] | None) -> Labelled:
-    images, texts = [], []
+    images: list[Path | bytes] = []
+    texts = []
     for number, row in read_rows(path, ("image", "label")):
         place = Place(path, number)
         try:
@@ -209,8 +196,9 @@ def _of_table(path: Path, classnames: Sequence[str] | None) -> Labelled:
             raise DataError(f"{place}: {error}") from None
         if not image or not text:
             raise DataError(f"{place}: no {'label' if image else 'image'}")
-        name = image if isinstance(image, str) else str(place)
-        images.append((name, functools.partial(_read_image, image, place)))
+        if isinstance(image, str) and not (path.parent / image).is_file():
+            raise DataError(f"{place}: {path.parent / image}: no such file")
+        images.append(path.parent / image if isinstance(image, str) else image)
         texts.append(text)
     if not images:
         raise DataError(f"{path} has no row")
@@ -219,18 +207,8 @@ def _of_table(path: Path, classnames: Sequence[str] | None) -> Labelled:
     if numbered and classnames is None:
         raise DataError(f"{path}: the labels are numbers; name their classes with --classnames")
     if numbered and max(map(int, texts)) < len(names):
-        return Labelled(images, np.array(texts, np.int64), names)
-    place_of = {name: i for i, name in enumerate(names)}
-    if unknown := [text for text in texts if text not in place_of]:
+        return Labelled(path, images, np.array(texts, np.int64), names)
+    places = {name: i for i, name in enumerate(names)}
+    if unknown := [text for text in texts if text not in places]:
         raise DataError(f"{path}: the label {unknown[0]!r} is not in --classnames")
-    return Labelled(images, np.array([place_of[text] for text in texts]), names)
-
-
-def _read_image(image: str | bytes, place: Place) -> bytes:
-    if isinstance(image, bytes):
-        return image
-    file = place.file.parent / image
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{place}: {file}: {error.strerror}") from None
+    return Labelled(path, images, np.array([places[text] for text in texts]), names)

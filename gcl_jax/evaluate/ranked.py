@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 
 from gcl_jax import distributed
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.embed.vectors import EmbeddingCache
 from gcl_jax.evaluate import metrics, results, trec
@@ -48,8 +48,6 @@ def evaluate_splits(
     With `rankings` they have what was found, with `group_by` the groups of the queries, these
     fields among them. The documents' embeddings are those of `cache`, if it is given.
     """
-    import pyarrow.compute as pc
-
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     judged = {split: load_judgements(cfg, store, split, max_queries) for split in corpora}
     groups = {}
@@ -65,8 +63,7 @@ def evaluate_splits(
     queries = embedder.embed(
         "query", store.queries, asked, query_rows, description="queries", quiet=quiet
     )
-    document_rank = np.empty(len(store.documents), np.int64)  # the place among the sorted ids
-    document_rank[pc.sort_indices(store.documents.id_column)] = np.arange(len(document_rank))
+    document_rank = id_ranks(store.documents)
     return {
         split: evaluate_split(
             cfg,
@@ -134,6 +131,15 @@ def evaluate_split(
     return SplitResult(query_ids, by_documents, by_query_field, variance, ranking, groups or {})
 
 
+def id_ranks(records: Records) -> np.ndarray:
+    """int64 (n,): each record's place among the sorted ids, which breaks ties."""
+    import pyarrow.compute as pc
+
+    ranks = np.empty(len(records), np.int64)
+    ranks[pc.sort_indices(records.id_column)] = np.arange(len(ranks))
+    return ranks
+
+
 def in_trec_order(
     scores: np.ndarray, found: np.ndarray, document_rank: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +147,7 @@ def in_trec_order(
 
     Args:
         scores, found: (q, k) scores and positions within the corpus of the retrieved documents.
-        document_rank: int (n,), each document's place among the sorted ids, which breaks ties.
+        document_rank: (n,) `id_ranks` of the corpus.
     """
     order = metrics.trec_order(scores, document_rank[found])
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
