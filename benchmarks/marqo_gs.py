@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh
 
 from gcl_jax.config import TrainConfig
 from gcl_jax.models.flops import CHIPS, pair_flops, tower_flops
-from gcl_jax.plan.abstract import abstract_training, bytes_per_device
+from gcl_jax.plan.planner import abstract_training, bytes_per_device
 from gcl_jax.sharding import BATCH_AXES
 
 CONFIGS = Path(__file__).parents[1] / "configs" / "marqo_gs"

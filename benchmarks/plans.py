@@ -64,11 +64,10 @@ def opened(name: str, quick: bool):
 
 def compiled(case: Case, topology) -> dict:
     """All figures of one case."""
-    from gcl_jax.plan import abstract, planner
-    from gcl_jax.plan.__main__ import figures
+    from gcl_jax.plan import planner
 
-    cfg, data = abstract.resolve(config(case))
-    return figures(cfg, planner.compile_plan(cfg, data, topology), topology, UTILISATION)
+    cfg, data = planner.resolve(config(case))
+    return planner.figures(cfg, planner.compile_plan(cfg, data, topology), topology, UTILISATION)
 
 
 def first_that_fits(case: Case, topology) -> tuple[Case, dict]:

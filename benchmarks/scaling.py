@@ -126,8 +126,7 @@ def formulas(cfg, chips: int) -> dict[str, float]:
 
 def compiled(case: Case) -> dict:
     """All figures of one case."""
-    from gcl_jax.plan import abstract, planner
-    from gcl_jax.plan.__main__ import figures
+    from gcl_jax.plan import planner
     from gcl_jax.plan.topology import QUICK, open_topology
 
     topology = open_topology(case.topology)
@@ -136,8 +135,8 @@ def compiled(case: Case) -> dict:
     chips = len(topology.devices)
     # CPUs neither multiply nor send bfloat16.
     dtype = "float32" if topology.platform == "cpu" else "bfloat16"
-    cfg, data = abstract.resolve(config(case, chips, dtype))
-    found = figures(cfg, planner.compile_plan(cfg, data, topology), topology, UTILISATION)
+    cfg, data = planner.resolve(config(case, chips, dtype))
+    found = planner.figures(cfg, planner.compile_plan(cfg, data, topology), topology, UTILISATION)
     chip = topology.chip._asdict() if topology.chip else None
     copies = cfg.optim.batch_size * cfg.model.embed_dim * (8 if dtype == "float32" else 6)
     return found | {

@@ -6,8 +6,7 @@ import pytest
 from conftest import make_cpu_mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
-from gcl_jax.plan.hlo import Collective, read_collectives
-from gcl_jax.plan.program import read_program
+from gcl_jax.plan.hlo import Collective, read_collectives, read_program
 from tests.test_loss_memory import compile_loss, tpu_mesh
 
 WEIGHT = (12, 512, 2048)

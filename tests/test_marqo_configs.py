@@ -16,8 +16,8 @@ from benchmarks import marqo_gs as plan
 from gcl_jax import sharding
 from gcl_jax.config import TrainConfig
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.plan import abstract, planner
-from gcl_jax.plan.abstract import bytes_per_device
+from gcl_jax.plan import planner
+from gcl_jax.plan.planner import bytes_per_device
 from gcl_jax.port.convert import to_state_dict
 from gcl_jax.port.hugging_face import is_hub_id
 from gcl_jax.search import __main__ as search
@@ -81,7 +81,7 @@ def test_a_variant_is_named_behind_a_colon():
 def test_full_size_without_arrays(name, shape):
     """The whole training step is traced and lowered for eight devices; a state's share on each."""
     cfg, mesh = plan.load(name), make_cpu_mesh(*shape)
-    cfg, data = abstract.resolve(cfg)
+    cfg, data = planner.resolve(cfg)
     lowered, state, _ = planner.lower(cfg, data, mesh)
     after, metrics = lowered.out_info
     same = jax.tree.map(lambda x, y: (x.shape, x.dtype) == (y.shape, y.dtype), state, after)
@@ -89,7 +89,7 @@ def test_full_size_without_arrays(name, shape):
     assert metrics["loss"].shape == ()
 
     # Parameters, of which frozen ones have no moments, in float32; over fsdp all but small change.
-    whole = bytes_per_device(abstract.abstract_training(cfg, make_cpu_mesh(8, 1), data.pairs)[0])
+    whole = bytes_per_device(planner.abstract_training(cfg, make_cpu_mesh(8, 1), data.pairs)[0])
     frozen = state.params["visual"] if cfg.optim.freeze else {}
     count = lambda tree: sum(np.prod(x.shape, dtype=int) for x in jax.tree.leaves(tree))
     numbers = 3 * count(state.params) - 2 * count(frozen)

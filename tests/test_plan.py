@@ -20,7 +20,7 @@ from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.models.flops import train_flops
 from gcl_jax.models.presets import preset
-from gcl_jax.plan import abstract, planner, topology
+from gcl_jax.plan import planner, topology
 from gcl_jax.plan.hlo import PARTS
 from gcl_jax.train.step import known_weights
 from tests.test_loss_memory import tpu_mesh
@@ -42,8 +42,8 @@ def test_the_abstract_batch_is_that_of_the_pipeline(tiny_config, tiny_store, cha
     cfg = tiny_config
     cfg.data = dataclasses.replace(cfg.data, store=str(tiny_store.directory), **changes)
     cfg.loss.targets = targets
-    cfg, data = abstract.resolve(cfg)
-    batch = abstract.abstract_batch(cfg, data, make_cpu_mesh(4, 2))
+    cfg, data = planner.resolve(cfg)
+    batch = planner.abstract_batch(cfg, data, make_cpu_mesh(4, 2))
     real = next(train_batches(cfg, tiny_store))
     if targets == "known":
         real["known"] = known_weights(cfg, tiny_store)
@@ -56,7 +56,7 @@ def test_without_a_store_the_config_names_the_fields(tiny_config):
     cfg = tiny_config
     cfg.data.store, cfg.loss.targets = "stores/to_come", "known"
     cfg.data.query_fields = {"photo": 1.0, "words": 1.0}
-    cfg, data = abstract.resolve(cfg, ["photo", "image"])
+    cfg, data = planner.resolve(cfg, ["photo", "image"])
     assert data.kinds == {
         "query": {"photo": "image", "words": "text"},
         "document": {"image": "image", "title": "text"},
@@ -64,7 +64,7 @@ def test_without_a_store_the_config_names_the_fields(tiny_config):
     assert data.known.document.shape == (data.pairs,)
     assert "no store at stores/to_come" in data.note
     cfg.data.query_fields = cfg.data.document_fields = {}
-    cfg, data = abstract.resolve(cfg)
+    cfg, data = planner.resolve(cfg)
     assert data.kinds == {
         "query": {"query": "text"},
         "document": {"image": "image", "title": "text"},
@@ -75,14 +75,14 @@ def test_an_image_without_an_image_tower(tiny_config):
     cfg = tiny_config
     cfg.data.store, cfg.model.vision = "stores/to_come", None
     with pytest.raises(ConfigError, match="'image' is an image, and the model has no image tower"):
-        abstract.resolve(cfg)
+        planner.resolve(cfg)
 
 
 def test_a_store_that_is_there_is_checked(tiny_config, tiny_store):
     cfg = tiny_config
     cfg.data.store, cfg.data.document_fields = str(tiny_store.directory), {"colour": 1.0}
     with pytest.raises(DataError, match="no document field 'colour'"):
-        abstract.resolve(cfg)
+        planner.resolve(cfg)
 
 
 @pytest.fixture(scope="module", params=[1, 4])
@@ -90,7 +90,7 @@ def planned(request):
     cfg = make_tiny_config()
     cfg.data.store, cfg.optim.batch_size = "none", 256
     cfg.mesh, cfg.loss.form, cfg.model.embed_dim = MeshConfig(fsdp=request.param), "gather", 256
-    cfg, data = abstract.resolve(cfg)
+    cfg, data = planner.resolve(cfg)
     return cfg, planner.compile_plan(cfg, data, EIGHT)
 
 
@@ -124,7 +124,7 @@ def test_under_fsdp_layers_move_and_activations_stay():
     cfg.data.store, cfg.optim.batch_size, cfg.mesh = "none", 512, MeshConfig(fsdp=8)
     cfg.model.vision.width = cfg.model.text.width = 256
     cfg.model.text.vocab_size = 64
-    cfg, data = abstract.resolve(cfg)
+    cfg, data = planner.resolve(cfg)
     plan = planner.compile_plan(cfg, data, EIGHT)
     layer = 12 * 256**2 * 4
     forward = (cfg.model.vision.layers + 2 * cfg.model.text.layers) * layer * 7 / 8
@@ -138,7 +138,7 @@ def test_under_fsdp_layers_move_and_activations_stay():
 def test_too_little_memory_is_an_answer(tiny_config):
     cfg = tiny_config
     cfg.data.store = "none"
-    cfg, data = abstract.resolve(cfg)
+    cfg, data = planner.resolve(cfg)
     plan = planner.compile_plan(cfg, data, EIGHT._replace(memory=1e6))
     assert (plan.fits, plan.peak) == (False, None)
     assert re.fullmatch(r"state and batch alone need 0.01 of 0.00 GiB", plan.verdict)
@@ -268,7 +268,7 @@ def test_the_command(config_file, tmp_path):
 
 def test_the_tables_cases_are_configurations():
     case = plans.Case("ViT-L-14", "v5e:16x16", 32768, fsdp=16, chunks=2, form="ring")
-    cfg, data = abstract.resolve(plans.config(case))
+    cfg, data = planner.resolve(plans.config(case))
     assert data.kinds["document"] == {"image": "image"}
     assert cfg.model.vision.width == preset("ViT-L-14").vision.width
     assert (cfg.mesh.fsdp, cfg.optim.grad_cache_chunks, cfg.loss.form) == (16, 2, "ring")
@@ -279,7 +279,7 @@ def test_vit_b32_on_a_tpu_slice():
     tpu_mesh()  # skips without libtpu
     target = topology.open_topology("v5e:4x4")
     target = target._replace(compiler_options=topology.QUICK)
-    cfg, data = abstract.resolve(plans.config(plans.Case("ViT-B-32", "v5e:4x4", 4096, fsdp=4)))
+    cfg, data = planner.resolve(plans.config(plans.Case("ViT-B-32", "v5e:4x4", 4096, fsdp=4)))
     plan = planner.compile_plan(cfg, data, target)
     assert plan.fits
     assert plan.parameters == pytest.approx(4 * 151.28e6 / 4, rel=0.01)

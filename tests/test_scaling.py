@@ -3,13 +3,13 @@
 import pytest
 
 from benchmarks import scaling
-from gcl_jax.plan import abstract
+from gcl_jax.plan import planner
 
 CASE = scaling.Case("ViT-B-32", "v5e:4x4", 256, 4)
 
 
 def formulas(form: str = "gather", dtype: str = "bfloat16", case: scaling.Case = CASE):
-    cfg, _ = abstract.resolve(scaling.config(case, 16, dtype))
+    cfg, _ = planner.resolve(scaling.config(case, 16, dtype))
     cfg.loss.form = form
     return scaling.formulas(cfg, 16)
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gcl_jax.plan.program import arrays, read_program
+from gcl_jax.plan.hlo import arrays, read_program
 from gcl_jax.plan.work import Moved, product_flops, read_work
 
 

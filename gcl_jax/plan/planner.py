@@ -1,31 +1,159 @@
 """The training step of a configuration, compiled for devices that are not here.
 
-No array is made: state and batch are shapes with shardings, the program is the target's compiler's
-own, and what it holds and sends is read from it. Times are projected (`project`), never measured.
+No data is read and no array made: state and batch are shapes with shardings, the program is the
+target's compiler's own, and what it holds and sends is read from it. Times are projected
+(`project`), never measured.
 """
 
 import dataclasses
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from gcl_jax import optim
+from gcl_jax.checkpoints.state import TrainState, abstract_state
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.negatives import negative_files
+from gcl_jax.errors import ConfigError
+from gcl_jax.losses.targets import KnownWeights
 from gcl_jax.models import flops
-from gcl_jax.plan.abstract import Data, abstract_batch, abstract_training, bytes_per_device
-from gcl_jax.plan.hlo import Collective, read_collectives
-from gcl_jax.plan.program import read_program
+from gcl_jax.models.clip import abstract_model, with_shardings
+from gcl_jax.plan.hlo import Collective, read_collectives, read_program
 from gcl_jax.plan.topology import Topology
 from gcl_jax.plan.work import Work, read_work
-from gcl_jax.sharding import make_mesh
-from gcl_jax.train.step import make_train_step
+from gcl_jax.registry import SOURCES
+from gcl_jax.sharding import batch_sharding, make_mesh, replicated
+from gcl_jax.stores import open_store
+from gcl_jax.train.step import known_weights, make_train_step
+
+GIB, MIB = 2**30, 2**20
+
+# Of a store that is not there yet: Marqo-GS-10M's in-domain split.
+ASSUMED_PAIRS, ASSUMED_QUERIES = 3_930_000, 78_000
 
 # Passes that a float32 product of `Precision.HIGHEST` takes of the unit that bfloat16 takes one of:
 # a TPU adds up six products of parts; a GPU leaves its tensor cores (67 of 989 TFLOP/s on an H100).
 FLOAT32_PASSES = {"tpu": 6, "gpu": 15}
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """What a step needs to know of a store. kinds: {"query" and "document": {field: "image" or
+    "text"}}. negatives: sides that bring hard negatives. known: shapes of all known relevance, if
+    it is the target. note: where this comes from."""
+
+    kinds: Mapping[str, Mapping[str, str]]
+    pairs: int
+    negatives: tuple[str, ...]
+    known: KnownWeights | None
+    note: str
+
+
+def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple[TrainConfig, Data]:
+    """`cfg` with its fields spelled out, and its data: those of the store, or, where there is none
+    yet, the fields that `cfg` names, of which `image_fields` are images.
+
+    Raises:
+        ConfigError: an image field of a model without image tower.
+        DataError: a store that is damaged or lacks what `cfg` names.
+    """
+    name, wants_known, known = cfg.data.store, cfg.loss.targets == "known", None
+    given: tuple[str, ...] = ()
+    if name in SOURCES or (Path(name) / "store.json").is_file():
+        store = open_store(name)
+        cfg = store.resolve(cfg)
+        kinds = {"query": store.queries.fields, "document": store.documents.fields}
+        pairs, note = len(store.pairs(cfg.data.train_split)), f"store {name}"
+        if cfg.data.negatives:
+            given = tuple(negative_files(cfg.data.negatives, store, cfg.data.train_split))
+        if wants_known:
+            weights = known_weights(cfg, store)
+            known = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+    else:
+        default = {"image": 0.5, "title": 0.5} if cfg.model.vision else {"title": 1.0}
+        spelled_out = dataclasses.replace(
+            cfg.data,
+            query_fields=cfg.data.query_fields or {"query": 1.0},
+            document_fields=cfg.data.document_fields or default,
+        )
+        cfg, images = dataclasses.replace(cfg, data=spelled_out), set(image_fields)
+        kinds = {
+            side: {field: "image" if field in images else "text" for field in fields}
+            for side, fields in _sides(cfg).items()
+        }
+        pairs = ASSUMED_PAIRS
+        note = f"no store at {name}: fields as the config names them, {pairs:,} pairs"
+        if cfg.data.negatives:
+            given = ("document",)
+        if wants_known:
+            array: Any = jax.ShapeDtypeStruct
+            known = KnownWeights(
+                array((ASSUMED_QUERIES + 1,), np.int32),
+                array((pairs,), np.int32),
+                array((pairs,), np.float32),
+                search_steps=7,
+            )
+    for side, fields in _sides(cfg).items():
+        images_of_side = [field for field in fields if kinds[side][field] == "image"]
+        if images_of_side and cfg.model.vision is None:
+            raise ConfigError(
+                f"config.data.{side}_fields: {images_of_side[0]!r} is an image, and the model has "
+                "no image tower (config.model.vision is None); name text fields only"
+            )
+    of_text = ("query",) if cfg.data.text_negatives != "none" else ()
+    return cfg, Data(kinds, pairs, (*given, *of_text), known, note)
+
+
+def _sides(cfg: TrainConfig) -> dict[str, dict[str, float]]:
+    return {"query": cfg.data.query_fields, "document": cfg.data.document_fields}
+
+
+def abstract_batch(cfg: TrainConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
+    """A global batch (`gcl_jax.data.pipeline`) as ShapeDtypeStructs, rows over all devices;
+    texts as long as they may be, of which a run may need less (`pipeline.longest_texts`)."""
+    n, split = cfg.optim.batch_size, batch_sharding(mesh)
+
+    def rows(dtype, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((n, *shape), dtype, sharding=split)
+
+    def inputs(side: str, field: str, *per_pair: int) -> jax.ShapeDtypeStruct:
+        if data.kinds[side][field] == "text":
+            return rows(np.int32, *per_pair, cfg.model.text.context_length)
+        assert cfg.model.vision is not None, "`resolve` has checked it"
+        size = cfg.model.vision.image_size
+        return rows(np.uint8, *per_pair, size, size, 3)
+
+    sides = _sides(cfg)
+    batch: dict[str, Any] = {"weight": rows(np.float32)}
+    negatives = [(f"negative_{side}", side, (cfg.data.num_negatives,)) for side in data.negatives]
+    for name, side, per_pair in [*((side, side, ()) for side in sides), *negatives]:
+        batch[name] = {field: inputs(side, field, *per_pair) for field in sides[side]}
+        batch[f"{name}_present"] = {field: rows(np.bool_, *per_pair) for field in sides[side]}
+        batch[f"{name}_id"] = rows(np.int32, *per_pair)
+    if data.known is not None:
+        everywhere = jax.tree.map(lambda _: replicated(mesh), data.known)
+        batch["known"] = with_shardings(data.known, everywhere)
+    return batch
+
+
+def abstract_training(cfg: TrainConfig, mesh: Mesh, pairs: int) -> tuple[TrainState, Any]:
+    """(state as ShapeDtypeStructs with shardings, optimizer) of a run over `pairs` on `mesh`."""
+    steps = optim.total_steps(cfg.optim, pairs)
+    tx = optim.make_optimizer(cfg.optim, steps, abstract_model(cfg.model)[1])
+    return abstract_state(cfg, tx, mesh), tx
+
+
+def bytes_per_device(tree) -> int:
+    """Of the ShapeDtypeStructs with shardings in `tree`."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +188,7 @@ class Plan:
 
     @property
     def exposed(self) -> float:
-        """Of `sent`, bytes that nothing is computed behind."""
+        """Bytes of `sent` that no computation hides."""
         return sum(c.exposed for c in self.collectives)
 
 
@@ -93,8 +221,9 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
         "loss_flops": flops.loss_flops(cfg) / chips,
     }
     arguments = known["parameters"] + known["optimizer"] + known["inputs"]
+    there = f"of {topology.memory / GIB:.2f} GiB"
     if arguments > topology.memory:
-        verdict = f"state and batch alone need {_gib(arguments, topology.memory)}"
+        verdict = f"state and batch alone need {arguments / GIB:.2f} {there}"
         return Plan(**known, verdict=verdict, fits=False)
     try:
         compiled = lowered.compile(compiler_options=topology.compiler_options)
@@ -115,7 +244,7 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
         program=held.generated_code_size_in_bytes,
         peak=peak,
         fits=peak <= topology.memory,
-        verdict=f"needs {_gib(peak, topology.memory)}",
+        verdict=f"needs {peak / GIB:.2f} {there}",
         collectives=tuple(collectives),
         work=read_work(program),
     )
@@ -153,10 +282,6 @@ def project(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float
     )
 
 
-def _gib(size: float, memory: float) -> str:
-    return f"{size / 2**30:.2f} of {memory / 2**30:.2f} GiB"
-
-
 def why_not(message: str) -> str:
     """The compiler's own figures, in one line."""
     line = message.partition("RESOURCE_EXHAUSTED:")[2].strip().splitlines()[0]
@@ -173,34 +298,104 @@ def find_batch(
     """The plan of the largest global batch that fits, to an eighth, of those with a power of two or
     up to eight steps between on each device; None if not even the smallest does.
 
-    Args:
-        tell: is called with every plan that was tried.
+    `tell` is called with every plan that was tried.
     """
     unit = len(topology.devices) * cfg.optim.grad_cache_chunks
-
-    def attempt(local: int) -> Plan:
+    local = 2 ** max(0, round(math.log2(max(1, cfg.optim.batch_size / unit))))
+    best, fits, failed = None, 0, 0
+    while True:
         sized = dataclasses.replace(cfg.optim, batch_size=local * unit)
         plan = compile_plan(dataclasses.replace(cfg, optim=sized), data, topology)
         tell(plan)
-        return plan
-
-    # Downwards a try is cheap, for the compiler gives up early on what does not fit.
-    local = 2 ** max(0, round(math.log2(max(1, cfg.optim.batch_size / unit))))
-    best = attempt(local)
-    failed = 2 * local
-    if best.fits:
-        while (plan := attempt(failed)).fits:
-            best, local, failed = plan, failed, 2 * failed
-    while not best.fits:
-        if local == 1:
-            return None
-        local, failed = local // 2, local
-        best = attempt(local)
-    while failed - local > max(1, local // 8):
-        middle = (local + failed) // 2
-        plan = attempt(middle)
         if plan.fits:
-            best, local = plan, middle
+            best, fits = plan, local
         else:
-            failed = middle
-    return best
+            failed = local
+        if not failed:
+            local *= 2
+        elif not fits and local > 1:
+            local //= 2
+        elif fits and failed - fits > max(1, fits // 8):
+            local = (fits + failed) // 2
+        else:
+            return best
+
+
+def figures(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float) -> dict:
+    """All figures of `plan`, for programs: sizes in bytes, times in seconds."""
+    found = dataclasses.asdict(plan) | {"sent": plan.sent, "exposed": plan.exposed}
+    found["collectives"] = [c._asdict() for c in plan.collectives]
+    if topology.chip is not None and plan.collectives:
+        times = project(cfg, plan, topology, utilisation)
+        found["projection"] = times._asdict() | {
+            "overlapped": times.overlapped,
+            "exposed": times.exposed,
+            "utilisation": utilisation,
+        }
+    return found
+
+
+def report(cfg: TrainConfig, data: Data, plan: Plan, topology: Topology, utilisation: float) -> str:
+    """All figures of `plan`, for people."""
+    sides = (
+        f"{side} {', '.join(f'{field} ({data.kinds[side][field]})' for field in fields)}"
+        for side, fields in _sides(cfg).items()
+    )
+    chips, (along_data, along_fsdp) = len(topology.devices), plan.mesh
+    held = {"parameters": plan.parameters, "optimizer state": plan.optimizer, "batch": plan.inputs}
+    if plan.temporaries is not None:
+        held |= {"temporaries": plan.temporaries, "program": plan.program or 0}
+    notes = {"temporaries": "   activations, gradients, copies"}
+    lines = [
+        f"{plan.topology}: {chips} devices, mesh data {along_data} x fsdp {along_fsdp}",
+        f"batch {plan.batch:,}: {plan.batch // chips:,} pairs on each, in "
+        f"{cfg.optim.grad_cache_chunks} chunks; remat {cfg.model.remat!r}, "
+        f"loss form {cfg.loss.form!r}",
+        f"{'; '.join(sides)} ({data.note})",
+        "",
+        "one device holds        GiB",
+        *(f"  {name:<16}{size / GIB:>9.2f}{notes.get(name, '')}" for name, size in held.items()),
+        f"{'fits' if plan.fits else 'does not fit'}: {plan.verdict}",
+        "",
+        f"one device computes {plan.tower_flops / 1e12:.3g} TFLOP in the towers (forward x 3) and "
+        f"{plan.loss_flops / 1e12:.3g} in the loss",
+    ]
+    if work := plan.work:
+        lines += [
+            "",
+            "one device sends        MiB     times",
+            *(
+                f"  {c.sent / MIB:>23,.1f}{c.times:>10,}   {c.kind}, {c.part}"
+                for c in plan.collectives
+            ),
+            f"  {plan.sent / MIB:>23,.1f}             in all; {plan.exposed / MIB:,.1f} of them "
+            "while it computes nothing",
+            "",
+            f"as compiled it computes {work.flops / 1e12:.3g} TFLOP in matrix products "
+            f"({work.padded / 1e12:.3g} in whole vectors of 128), and moves "
+            f"{work.memory / GIB:.3g} GiB to and from its memory:",
+            f"  {work.padding / work.memory:>6.1%} of that is padding, "
+            f"{work.copies.bytes / work.memory:.1%} copies into another layout "
+            f"({work.copies.times:,} times), {work.casts.bytes / work.memory:.1%} casts "
+            f"({work.casts.times:,} times)",
+            *(
+                f"  {one.moved.bytes / work.memory:>6.1%} {one.kind} of {one.shape} x "
+                f"{one.moved.times:,}: {one.name or 'the compiler'}"
+                for one in work.culprits[:3]
+            ),
+        ]
+    if plan.work and topology.chip is not None:
+        times = project(cfg, plan, topology, utilisation)
+        lines += [
+            "",
+            f"projection, not a measurement: {times.overlapped:.3g} s a step "
+            f"({plan.batch / times.overlapped:,.0f} pairs/s) if communication hides behind "
+            f"computation, {times.exposed:.3g} s ({plan.batch / times.exposed:,.0f} pairs/s) if "
+            "none does",
+            f"  towers {times.towers:.3g} s and loss {times.loss:.3g} s at an assumed "
+            f"{utilisation:.0%} of {topology.chip.flops / 1e12:.0f} TFLOP/s, with recomputation",
+            f"  {plan.sent / MIB:,.0f} MiB in {times.communication:.3g} s, all links of the chip "
+            f"busy ({topology.chip.link / 1e9:.0f} GB/s); reading memory, latencies and data are "
+            "not counted",
+        ]
+    return "\n".join(lines)

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from gcl_jax.plan.program import Array, Instruction, Program
+from gcl_jax.plan.hlo import Array, Instruction, Program
 
 # The unit that multiplies takes vectors of this length, in groups of 8.
 LANES, SUBLANES = 128, 8
@@ -35,9 +35,6 @@ class Moved:
 
     times: int = 0
     bytes: float = 0.0
-
-    def plus(self, times: int, size: float) -> "Moved":
-        return Moved(self.times + times, self.bytes + times * size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +70,6 @@ class Work:
 def read_work(program: Program, culprits: int = 8) -> Work:
     flops = padded = memory = padding = 0.0
     found: dict[tuple[str, str, str], Moved] = {}
-    kinds = {"copy": Moved(), "cast": Moved()}
     for name, times in program.runs.items():
         for one in program.computations[name]:
             for inner in program.within(one):
@@ -84,19 +80,21 @@ def read_work(program: Program, culprits: int = 8) -> Work:
             logical, laid_out = _traffic(one, program)
             memory, padding = memory + times * laid_out, padding + times * (laid_out - logical)
             if kind := _kind(one, program):
-                kinds[kind] = kinds[kind].plus(times, laid_out)
-                key = kind, one.jax_name(), _short(one.shape)
-                found[key] = found.get(key, Moved()).plus(times, laid_out)
-    largest = sorted(found.items(), key=lambda item: -item[1].bytes)[:culprits]
-    return Work(
-        flops,
-        padded,
-        memory,
-        padding,
-        kinds["copy"],
-        kinds["cast"],
-        tuple(Culprit(*key, moved) for key, moved in largest),
+                # Without tiles and memory spaces: "bf16[128,12,384]{2,0,1}".
+                key = kind, one.jax_name(), re.sub(r":[^}]*\}", "}", one.shape)
+                more = Moved(times, times * laid_out)
+                found[key] = _sum([found.get(key, Moved()), more])
+    copies, casts = (
+        _sum(moved for key, moved in found.items() if key[0] == kind) for kind in ("copy", "cast")
     )
+    largest = sorted(found.items(), key=lambda item: -item[1].bytes)[:culprits]
+    named = tuple(Culprit(*key, moved) for key, moved in largest)
+    return Work(flops, padded, memory, padding, copies, casts, named)
+
+
+def _sum(moved: Iterable[Moved]) -> Moved:
+    parts = list(moved)
+    return Moved(sum(one.times for one in parts), sum(one.bytes for one in parts))
 
 
 def product_flops(one: Instruction, program: Program) -> tuple[float, float]:
@@ -169,13 +167,12 @@ def _within_braces(line: str, key: str) -> str:
 
 def _meetings(size, results, window, stride, low, dilation, window_dilation) -> int:
     """How often a place of the window lies on a place of the left side that is no padding."""
-    count = 0
-    for result in range(results):
-        first = result * stride - low
-        for place in range(window):
-            at = first + place * window_dilation
-            count += 0 <= at <= (size - 1) * dilation and at % dilation == 0
-    return count
+    places = (
+        result * stride - low + place * window_dilation
+        for result in range(results)
+        for place in range(window)
+    )
+    return sum(0 <= at <= (size - 1) * dilation and at % dilation == 0 for at in places)
 
 
 def _kind(one: Instruction, program: Program) -> str:
@@ -252,8 +249,3 @@ def _written_by(body: list[Instruction], program: Program) -> Arrays:
         updates = inner.opcode == "dynamic-update-slice"
         written += _read(inner, 1, program) if updates else part.arrays
     return written
-
-
-def _short(shape: str) -> str:
-    """Without tiles and memory spaces: "bf16[128,12,384]{2,0,1}"."""
-    return re.sub(r":[^}]*\}", "}", shape)
