@@ -63,8 +63,8 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
         ConfigError: an image field of a model without image tower.
         DataError: a store that is damaged or lacks what `cfg` names.
     """
-    name, wants_known, known = cfg.data.store, cfg.loss.targets == "known", None
-    given: tuple[str, ...] = ()
+    name, known, given = cfg.data.store, None, tuple[str, ...]()
+    wants_known = cfg.loss.targets == "known"
     if name in SOURCES or (Path(name) / "store.json").is_file():
         store = open_store(name)
         cfg = store.resolve(cfg)
@@ -87,8 +87,8 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
             side: {field: "image" if field in images else "text" for field in fields}
             for side, fields in _sides(cfg).items()
         }
+        note = f"no store at {name}: fields as the config names them, {ASSUMED_PAIRS:,} pairs"
         pairs = ASSUMED_PAIRS
-        note = f"no store at {name}: fields as the config names them, {pairs:,} pairs"
         if cfg.data.negatives:
             given = ("document",)
         if wants_known:
@@ -151,9 +151,8 @@ def abstract_training(cfg: TrainConfig, mesh: Mesh, pairs: int) -> tuple[TrainSt
 
 def bytes_per_device(tree) -> int:
     """Of the ShapeDtypeStructs with shardings in `tree`."""
-    return sum(
-        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
-    )
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 @dataclasses.dataclass(frozen=True)
