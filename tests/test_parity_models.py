@@ -15,8 +15,7 @@ from gcl_jax.config import ModelConfig, TextConfig
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import abstract_model, merge
-from gcl_jax.models.open_clip import BERT, LARGE, XLM_ROBERTA
-from gcl_jax.models.presets import OPEN_CLIP, PRESETS, preset
+from gcl_jax.models.presets import BERT, LARGE, OPEN_CLIP, PRESETS, XLM_ROBERTA, preset
 from gcl_jax.port import hugging_face, sentence_transformers
 from gcl_jax.port.convert import expected_shapes, from_state_dict, to_state_dict
 

@@ -21,8 +21,7 @@ from gcl_jax import config
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.clip import abstract_model, init_params, merge, merge_lora
-from gcl_jax.models.open_clip import from_open_clip
-from gcl_jax.models.presets import OPEN_CLIP, TEXT_ONLY, preset
+from gcl_jax.models.presets import OPEN_CLIP, TEXT_ONLY, from_open_clip, preset
 from gcl_jax.port import __main__ as port
 from gcl_jax.port import hugging_face, sentence_transformers
 from gcl_jax.port.convert import expected_shapes, from_state_dict, to_state_dict

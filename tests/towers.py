@@ -7,7 +7,7 @@ import numpy as np
 
 from gcl_jax.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from gcl_jax.models.clip import abstract_model
-from gcl_jax.models.open_clip import BERT, XLM_ROBERTA
+from gcl_jax.models.presets import BERT, XLM_ROBERTA
 
 _VISION = VisionConfig(image_size=32, patch_size=8, width=64, layers=2, head_width=16)
 _TEXT = TextConfig(context_length=12, vocab_size=100, width=48, heads=3, layers=3)

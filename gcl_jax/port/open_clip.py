@@ -1,6 +1,6 @@
 """open_clip and OpenAI's CLIP: weights and configurations in their notation, and the tokenizer.
 
-A configuration is read by `gcl_jax.models.open_clip`.
+A configuration is read by `gcl_jax.models.presets`.
 """
 
 import dataclasses
@@ -14,8 +14,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.data.tokenizer import clip_bpe
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.models.open_clip import HF_TOWERS, from_open_clip
-from gcl_jax.models.presets import OPEN_CLIP
+from gcl_jax.models.presets import HF_TOWERS, OPEN_CLIP, from_open_clip
 from gcl_jax.port.convert import (
     ONE,
     ONE_ONE,

@@ -25,8 +25,7 @@ from gcl_jax.config import ModelConfig, TextConfig, from_dict
 from gcl_jax.data.tokenizer import load_hugging_face
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.clip import merge_lora
-from gcl_jax.models.open_clip import from_open_clip
-from gcl_jax.models.presets import preset
+from gcl_jax.models.presets import from_open_clip, preset
 from gcl_jax.port import hugging_face, open_clip, sentence_transformers
 from gcl_jax.port.convert import from_state_dict, to_state_dict
 from gcl_jax.port.hugging_face import (

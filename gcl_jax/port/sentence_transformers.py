@@ -8,7 +8,7 @@ from typing import Any
 
 from gcl_jax.config import ModelConfig, TextConfig
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.models import open_clip
+from gcl_jax.models import presets
 from gcl_jax.port.convert import SAME, Table, add_naming, blocks, norm, under
 from gcl_jax.port.hugging_face import BASE, Reader, Values, from_tower, require, to_tower
 
@@ -61,9 +61,9 @@ _BERT_DEFAULTS = BASE | {
     "pad_token_id": 1,
 }
 _BERTS: dict[str, tuple[TextConfig, Values]] = {
-    "bert": (open_clip.BERT, _BERT_DEFAULTS | {"pad_token_id": 0}),
-    "roberta": (open_clip.ROBERTA, _BERT_DEFAULTS | {"vocab_size": 50265}),
-    "xlm-roberta": (open_clip.XLM_ROBERTA, _BERT_DEFAULTS),
+    "bert": (presets.BERT, _BERT_DEFAULTS | {"pad_token_id": 0}),
+    "roberta": (presets.ROBERTA, _BERT_DEFAULTS | {"vocab_size": 50265}),
+    "xlm-roberta": (presets.XLM_ROBERTA, _BERT_DEFAULTS),
 }
 
 
