@@ -178,13 +178,14 @@ class GivenRecords(Records):
             elif isinstance(value, np.ndarray):
                 value = Image.fromarray(value)
             elif kind == "image" and isinstance(value, str | os.PathLike):
-                record["id"] += f" ({os.fspath(value)})"
+                path = Path(value)
                 try:
-                    value = Path(value).read_bytes()
+                    value = path.read_bytes()
                 except (OSError, ValueError) as error:
                     raise DataError(
                         f"{record['id']}, field {field!r}: cannot read the image: {error}"
                     ) from None
+                record["id"] += f" ({path})"
             record[field] = value
         return record
 
