@@ -2,12 +2,11 @@
 
 import contextlib
 import importlib.metadata
-import inspect
 import json
 import operator
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from gcl_jax.data import store
 from gcl_jax.data.negatives import save_negatives
 from gcl_jax.data.store import VERSION, Pairs, RankedStore
 from gcl_jax.errors import ConfigError, DataError, UserError
-from gcl_jax.prepare.builder import BadRows, Part, PartsWriter, Source
+from gcl_jax.prepare.builder import BadRows, Part, PartsWriter, Source, arguments_of, make_source
 from gcl_jax.registry import SOURCES
 
 
@@ -32,26 +31,20 @@ def open_store(name: str) -> RankedStore:
     """
     if name not in SOURCES or Path(name).is_dir():
         return RankedStore(name)
-    if needed := needed_arguments(SOURCES[name]):
+    make, bad_rows = SOURCES[name], BadRows()
+    if needed := [k for k, p in arguments_of(make).items() if p.default is p.empty]:
         raise ConfigError(
             f"config.data.store={name!r}: this source needs {', '.join(needed)}; prepare it with "
             f"`python -m gcl_jax.prepare --source={name} ...` and name the directory of the store"
         )
-    source: Source = SOURCES[name]()
+    source = make_source(make, {}, bad_rows)
     cache = Path(os.environ.get("GCL_JAX_CACHE", "~/.cache/gcl_jax")).expanduser()
     of_source = getattr(type(source), "fingerprint", Source.fingerprint)(source)
     fingerprint = f"{name}-{VERSION}-{of_source}"
     directory = cache / fingerprint / name
     if not directory.exists():
-        return write_store(source, directory, fingerprint=fingerprint)
+        return write_store(source, directory, bad_rows, fingerprint=fingerprint)
     return RankedStore(directory)
-
-
-def needed_arguments(make: Callable[..., Source]) -> list[str]:
-    """The parameters of a registered source that have no default."""
-    parameters = inspect.signature(make).parameters.values()
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return [p.name for p in named if p.default is p.empty]
 
 
 def one_store(workdirs: Sequence[Path]) -> RankedStore:

@@ -34,12 +34,15 @@ import os
 import shlex
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gcl_jax.data.store import VERSION
 from gcl_jax.errors import ConfigError, reported_in_one_line
+from gcl_jax.prepare.builder import BadRows, arguments_of, code_checksum, make_source
 from gcl_jax.registry import SOURCES, load_extensions
+from gcl_jax.stores import finished_store, write_store
 
 FIELD_KINDS = ("text", "image")
 LOCAL_BEAM = "--direct_running_mode=multi_processing --direct_num_workers=0"  # a process per core
@@ -201,20 +204,15 @@ def prepare(args: argparse.Namespace):
     load_extensions(args.extensions)
     make = find_source(args.source)
     given = given_arguments(args, make)
-
-    from gcl_jax.prepare.builder import BadRows
-    from gcl_jax.stores import finished_store, write_store
-
     fingerprint = fingerprint_of(args, given, make)
     if existing := finished_store(args.out, fingerprint):
         return existing
     bad_rows = BadRows(args.on_error)
-    if "bad_rows" in inspect.signature(make).parameters:
-        given["bad_rows"] = bad_rows
+    source = make_source(make, given, bad_rows)
     beam = None if args.beam is None else shlex.split(args.beam)
     workers = max(1, args.workers)
     return write_store(
-        make(**given), args.out, bad_rows, fingerprint=fingerprint, workers=workers, beam=beam
+        source, args.out, bad_rows, fingerprint=fingerprint, workers=workers, beam=beam
     )
 
 
@@ -236,39 +234,28 @@ def given_arguments(args: argparse.Namespace, make: Callable[..., Any]) -> dict[
     Raises:
         ConfigError: one that it does not take, one that it needs, or one of another type.
     """
-    flags = {k: v for k, v in vars(args).items() if v is not None and k not in OF_COMMAND}
-    of_init = make.__init__ if inspect.isclass(make) else make  # type: ignore[misc]
-    hints = typing.get_type_hints(of_init)
-    parameters = {k: p for k, p in inspect.signature(make).parameters.items() if k != "bad_rows"}
-    given: dict[str, Any] = {}
-    for name, value in flags.items():
+    parameters = arguments_of(make)
+    given = {k: v for k, v in vars(args).items() if v is not None and k not in OF_COMMAND}
+    options = [option.partition("=") for option in args.source_options]
+    for name in (*given, *(name for name, _, _ in options)):
         if name not in parameters:
-            raise ConfigError(f"--source={args.source} takes no --{name}; {_takes(parameters)}")
-        if isinstance(value, list) and hints.get(name) in (Path, Path | None):
+            takes = ", ".join(parameters) or "no arguments"
+            raise ConfigError(f"--source={args.source} takes no {name!r}; it takes {takes}")
+        value, kind = given.get(name), parameters[name].annotation
+        if isinstance(value, list) and kind in (Path, Path | None):
             if len(value) > 1:
                 raise ConfigError(f"--source={args.source} takes one --{name}, not {len(value)}")
-            value = value[0]
-        given[name] = value
-    for option in args.source_options:
-        name, equals, text = option.partition("=")
-        if not equals or name not in parameters:
-            raise ConfigError(
-                f"--source_options: {option!r} is no KEY=VALUE of --source={args.source}; "
-                f"{_takes(parameters)}"
-            )
+            given[name] = value[0]
+    for name, _, text in options:
+        kind = parameters[name].annotation
         try:
-            given[name] = _as(hints.get(name, str), text)
+            given[name] = _as(kind, text)
         except (ValueError, KeyError):
-            kind = inspect.formatannotation(hints[name])
-            raise ConfigError(f"--source_options {option}: {text!r} is no {kind}") from None
-    needed = [k for k, p in parameters.items() if p.default is p.empty and k not in given]
-    if needed:
+            wanted = inspect.formatannotation(kind)
+            raise ConfigError(f"--source_options {name}={text}: it must be {wanted}") from None
+    if needed := [k for k, p in parameters.items() if p.default is p.empty and k not in given]:
         raise ConfigError(f"missing --{needed[0]}; see --help for an example")
     return given
-
-
-def _takes(parameters: Iterable[str]) -> str:
-    return f"it takes {', '.join(parameters) or 'no arguments'}"
 
 
 def _as(kind: Any, text: str) -> Any:
@@ -276,7 +263,7 @@ def _as(kind: Any, text: str) -> Any:
     inner = [k for k in typing.get_args(kind) if k is not types.NoneType]
     if typing.get_origin(kind) in (typing.Union, types.UnionType):
         return _as(inner[0], text)
-    if typing.get_origin(kind) in (list, tuple, Sequence):
+    if typing.get_origin(kind) is list:
         return [_as(inner[0], part) for part in text.split(",")]
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
@@ -288,40 +275,21 @@ def fingerprint_of(
 ) -> str:
     """Stands for what decides a store's content: the arguments, and size and time of the tables
     that they name, or that lie in folders that they name. Image files are taken as unchanging."""
-    from gcl_jax.data.store import VERSION
-    from gcl_jax.prepare.builder import code_checksum
-
     options = {k: v for k, v in vars(args).items() if k not in NO_CONTENT}
     options |= {k: v for k, v in ABSENT.items() if options[k] is None}
-    if args.source_options:
-        options["source_options"] = sorted(args.source_options)
     if not make.__module__.startswith("gcl_jax."):
-        options["code"] = code_checksum(make)
-    files = [(str(file), *_size_and_time(file)) for path in _paths(given) for file in _tables(path)]
+        options["own"] = [code_checksum(make), sorted(args.source_options)]
+    files = []
+    for name in dict.fromkeys(["pairs", "documents", "data", "captions", *sorted(given)]):
+        paths = given.get(name) if name != "image_root" else None
+        for path in paths if isinstance(paths, list) else [paths]:
+            if isinstance(path, Path) and path.exists():
+                inside = sorted(x for x in path.rglob("*") if x.suffix in TABLE_SUFFIXES)
+                for file in inside if path.is_dir() else [path]:
+                    status = file.stat()
+                    files.append((str(file), status.st_size, status.st_mtime_ns))
     content = json.dumps([VERSION, options, files], default=str, sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _paths(given: Mapping[str, Any]) -> Iterator[Path]:
-    """The files and folders that arguments name, but for that of images."""
-    for name in dict.fromkeys(["pairs", "documents", "data", "captions", *sorted(given)]):
-        values = given.get(name) if name != "image_root" else None
-        for value in values if isinstance(values, list) else [values]:
-            if isinstance(value, Path):
-                yield value
-
-
-def _tables(path: Path) -> Iterator[Path]:
-    """`path`, or in a folder all files that may be tables."""
-    if path.is_dir():
-        yield from sorted(file for file in path.rglob("*") if file.suffix in TABLE_SUFFIXES)
-    elif path.exists():
-        yield path
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
 
 
 def summary(store) -> str:

@@ -220,6 +220,19 @@ class Source:
         raise DataError(f"{self.provenance()['source']} cannot do without its {kind} {positions}")
 
 
+def arguments_of(make: Callable[..., Source]) -> dict[str, inspect.Parameter]:
+    """The parameters of a registered source: what it takes, but for `bad_rows`."""
+    parameters = dict(inspect.signature(make, eval_str=True).parameters)
+    parameters.pop("bad_rows", None)
+    return parameters
+
+
+def make_source(make: Callable[..., Source], given: Mapping[str, Any], bad_rows: BadRows) -> Source:
+    """That of a registered class or function, with the arguments `given`."""
+    takes = "bad_rows" in inspect.signature(make).parameters
+    return make(**given, bad_rows=bad_rows) if takes else make(**given)
+
+
 def code_checksum(defined: Any) -> str:
     """That of the file in which a class or a function stands."""
     return f"{zlib.crc32(Path(inspect.getfile(defined)).read_bytes()):08x}"
