@@ -16,7 +16,8 @@ from gcl_jax.data import store
 from gcl_jax.data.negatives import save_negatives
 from gcl_jax.data.store import VERSION, Pairs, RankedStore
 from gcl_jax.errors import ConfigError, DataError, UserError
-from gcl_jax.prepare.builder import BadRows, Part, PartsWriter, Source, arguments_of, make_source
+from gcl_jax.prepare.parts import Part, PartsWriter
+from gcl_jax.prepare.source import BadRows, Source, arguments_of, make_source
 from gcl_jax.registry import SOURCES
 
 

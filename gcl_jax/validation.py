@@ -17,7 +17,6 @@ from gcl_jax.config import (
     described,
     nested,
 )
-from gcl_jax.data.score_weights import score_to_weight
 from gcl_jax.errors import ConfigError, require
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
@@ -162,6 +161,8 @@ def _validate_data(cfg: TrainConfig) -> None:
 
 
 def _validate_loss(cfg: TrainConfig) -> None:
+    from gcl_jax.data.sampling import score_to_weight  # loads grain
+
     loss = cfg.loss
     _validate_objectives(cfg)
     try:

@@ -34,7 +34,7 @@ from gcl_jax.config import (
     VisionConfig,
 )
 from gcl_jax.data.store import Pairs, RankedStore
-from gcl_jax.prepare.builder import Split
+from gcl_jax.prepare.source import Split
 from gcl_jax.sharding import BATCH_AXES
 from gcl_jax.stores import write_store
 

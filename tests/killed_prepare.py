@@ -13,9 +13,9 @@ from pathlib import Path
 import tensorflow_datasets  # noqa: F401  so that the children need not load it
 
 from gcl_jax.prepare import __main__ as prepare
-from gcl_jax.prepare import builder, tables  # noqa: F401
+from gcl_jax.prepare import parts, tables  # noqa: F401
 
-builder.RECORDS_PER_PART = 20  # many moments at which something is half done
+parts.RECORDS_PER_PART = 20  # many moments at which something is half done
 
 
 def start(arguments: list[str]) -> int:

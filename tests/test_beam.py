@@ -7,7 +7,7 @@ import pytest
 
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare import __main__ as prepare
-from gcl_jax.prepare import builder
+from gcl_jax.prepare import parts
 from gcl_jax.stores import write_store
 from tests.test_prepare import png, tree, write_table
 from tests.test_sources import marqo, write_layout_1, write_layout_2
@@ -18,7 +18,7 @@ FIELDS = "--query_fields=query --document_fields=image:image --id_column=id --sc
 
 @pytest.fixture
 def small_parts(monkeypatch):
-    monkeypatch.setattr(builder, "RECORDS_PER_PART", 5)
+    monkeypatch.setattr(parts, "RECORDS_PER_PART", 5)
 
 
 @pytest.fixture
@@ -83,14 +83,14 @@ def test_goes_on_behind_the_parts_that_are_done(tmp_path, monkeypatch):
     plain = tree(run(tmp_path / "store", *arguments).directory)
     shutil.rmtree(tmp_path / "store")
     with monkeypatch.context() as patch:
-        write = builder.PartsWriter.write_part
+        write = parts.PartsWriter.write_part
 
         def interrupted(self, number, *more):
             if number == 2:
                 raise KeyboardInterrupt
             return write(self, number, *more)
 
-        patch.setattr(builder.PartsWriter, "write_part", interrupted)
+        patch.setattr(parts.PartsWriter, "write_part", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path / "store", *arguments)
     done = tmp_path / "store.incomplete" / "parts" / "documents-00000" / "part.json"

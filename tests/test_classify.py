@@ -21,7 +21,7 @@ from gcl_jax.errors import DataError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate import classify, ranked
 from gcl_jax.port.pretrained import export_pretrained
-from gcl_jax.prepare.builder import Split
+from gcl_jax.prepare.source import Split
 
 CLASSES = ("ant lion", "bee", "cat")
 

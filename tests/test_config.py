@@ -11,7 +11,7 @@ import pytest
 
 from gcl_jax import config
 from gcl_jax.config import LossConfig, ObjectivesConfig, TrainConfig
-from gcl_jax.data.score_weights import KINDS
+from gcl_jax.data.sampling import KINDS
 from gcl_jax.errors import ConfigError
 from gcl_jax.models import presets
 from gcl_jax.train.flags import override, read_config, take_overrides

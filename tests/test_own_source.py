@@ -12,7 +12,7 @@ from gcl_jax import stores
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare import __main__ as prepare
-from gcl_jax.prepare.builder import Source, Split
+from gcl_jax.prepare.source import Source, Split
 from gcl_jax.registry import SOURCES, extensions
 
 CODE = """
@@ -21,7 +21,7 @@ CODE = """
     import numpy as np
 
     from gcl_jax.data.store import Pairs
-    from gcl_jax.prepare.builder import Source, Split
+    from gcl_jax.prepare.source import Source, Split
     from gcl_jax.registry import SOURCES
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.prepare import __main__ as prepare
-from gcl_jax.prepare import builder, records
+from gcl_jax.prepare import parts, records
 
 FIELDS = "--query_fields=query --document_fields=image:image,title --id_column=id"
 PAIRS = [
@@ -451,7 +451,7 @@ def test_every_process_writes_the_same_bytes(folder):
 @pytest.mark.parametrize("left_out", [0, 20])
 def test_order_over_shards(folder, monkeypatch, left_out):
     """Records keep their order over several shards, of which the last may stay empty."""
-    monkeypatch.setattr(builder, "RECORDS_PER_PART", 10)
+    monkeypatch.setattr(parts, "RECORDS_PER_PART", 10)
     rows = [{"query": "q", "id": str(i), "score": 1, "image": "img/a.png"} for i in range(35)]
     for row in rows[:left_out]:
         row["image"] = "none.png"
@@ -496,7 +496,7 @@ def tree(directory) -> dict:
 
 def test_goes_on_after_an_interrupt(folder, monkeypatch):
     """At any record, and with bad ones among them: the parts that were done are not done again."""
-    monkeypatch.setattr(builder, "RECORDS_PER_PART", 3)
+    monkeypatch.setattr(parts, "RECORDS_PER_PART", 3)
     rows = [
         {"query": f"q{i % 4}", "id": str(i), "score": 5, "image": f"img/{'abc'[i % 3]}.png"}
         for i in range(10)

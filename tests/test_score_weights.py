@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 
-from gcl_jax.data.score_weights import KINDS, score_to_weight
+from gcl_jax.data.sampling import KINDS, score_to_weight
 
 STEPS = {"thresholds": (20, 90), "values": (0.5, 1.0, 2.0)}
 

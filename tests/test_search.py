@@ -24,7 +24,7 @@ from gcl_jax.config import (
 )
 from gcl_jax.errors import UserError
 from gcl_jax.models import clip
-from gcl_jax.prepare.builder import Source
+from gcl_jax.prepare.source import Source
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
 from gcl_jax.search import searcher

@@ -4,7 +4,7 @@ A training batch of b pairs:
 
     query, document    {field: uint8 (b, size, size, 3) | int32 (b, t)}, t as `longest_texts` finds
     query_present, document_present   {field: bool (b,)}: False where the record lacks the field
-    weight             float32 (b,): the score's loss weight (`gcl_jax.data.score_weights`)
+    weight             float32 (b,): the score's loss weight (`gcl_jax.data.sampling`)
     query_id, document_id   int32 (b,): row numbers in the store
 
 and, of the sides for which `data.negatives` or `data.text_negatives` give any, `data.num_negatives`
@@ -32,9 +32,8 @@ from PIL import Image
 from gcl_jax import logs
 from gcl_jax.config import TextConfig, TrainConfig
 from gcl_jax.data.negatives import PairNegatives
-from gcl_jax.data.sampling import sampled
-from gcl_jax.data.score_weights import score_to_weight
-from gcl_jax.data.store import Pairs, RankedStore, Records
+from gcl_jax.data.sampling import pair_weights, sampled
+from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
 from gcl_jax.errors import ConfigError, DataError
@@ -200,15 +199,6 @@ def _check_tokenizer(text: TextConfig, tokenizer: Tokenizer) -> None:
             f"config.model.text.pad_id={text.pad_id} is not the padding of tokenizer "
             f"{text.tokenizer!r}, {tokenizer.pad_id}"
         )
-
-
-def pair_weights(cfg: TrainConfig, pairs: Pairs) -> np.ndarray:
-    """float32 (pairs,): every pair's loss weight, from its score as `cfg.loss` says."""
-    loss = cfg.loss
-    to_weight = score_to_weight(
-        loss.score_to_weight, cfg.data.max_score, loss.thresholds, loss.values
-    )
-    return to_weight(np.asarray(pairs.score))
 
 
 class _PairExamples:

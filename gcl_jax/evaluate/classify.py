@@ -20,9 +20,9 @@ from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate.results import write_json
-from gcl_jax.prepare.builder import Place, RowError
 from gcl_jax.prepare.records import image_cell, text_cell
 from gcl_jax.prepare.rows import read_rows
+from gcl_jax.prepare.source import Place, RowError
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 from gcl_jax.search.index import exact_top_k
 

@@ -40,7 +40,7 @@ from typing import Any
 
 from gcl_jax.data.store import VERSION
 from gcl_jax.errors import ConfigError, reported_in_one_line
-from gcl_jax.prepare.builder import BadRows, arguments_of, code_checksum, make_source
+from gcl_jax.prepare.source import BadRows, arguments_of, code_checksum, make_source
 from gcl_jax.registry import SOURCES, load_extensions
 from gcl_jax.stores import finished_store, write_store
 

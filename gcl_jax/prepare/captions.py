@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.builder import BadRows, Reason, RowError
 from gcl_jax.prepare.rows import Format, Row, Rows, json_object
+from gcl_jax.prepare.source import BadRows, Reason, RowError
 from gcl_jax.prepare.tables import Columns, Table, TablesSource
 from gcl_jax.registry import SOURCES
 

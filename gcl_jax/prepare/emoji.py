@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gcl_jax.data.store import Pairs
-from gcl_jax.prepare.builder import Source, Split
+from gcl_jax.prepare.source import Source, Split
 from gcl_jax.registry import SOURCES
 
 TABLES = Path(__file__).with_name("emoji_tables")

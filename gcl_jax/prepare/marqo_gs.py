@@ -18,9 +18,9 @@ import numpy as np
 
 from gcl_jax.data.store import SEPARATOR, Pairs, sha256
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.builder import BadRows, Place, Reason, RowError, Split
 from gcl_jax.prepare.records import TableRecords
 from gcl_jax.prepare.rows import TABLES, Format, Rows, corpus_entries, count_bytes
+from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Split
 from gcl_jax.prepare.tables import PAPER_SPLITS, Columns, Table, TablesSource
 from gcl_jax.registry import SOURCES
 

@@ -17,8 +17,8 @@ from PIL import Image, UnidentifiedImageError
 
 from gcl_jax.data.negatives import compacted
 from gcl_jax.data.transforms import MAX_PIXELS, decode_image
-from gcl_jax.prepare.builder import Item, Loaded, Place, Reason, Record, RowError
 from gcl_jax.prepare.rows import Formats, Row, read_rows
+from gcl_jax.prepare.source import Item, Loaded, Place, Reason, Record, RowError
 
 
 class TableRecords:

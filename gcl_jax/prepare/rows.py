@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, TextIO
 
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.builder import Reason, RowError
+from gcl_jax.prepare.source import Reason, RowError
 
 SAMPLED_LINES = 1000
 PARQUET_BATCH = 256

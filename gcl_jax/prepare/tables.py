@@ -17,7 +17,6 @@ import numpy as np
 from gcl_jax import logs
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.builder import BadRows, Place, Reason, RowError, Source, Split
 from gcl_jax.prepare.records import (
     GivenNegatives,
     TableRecords,
@@ -27,6 +26,7 @@ from gcl_jax.prepare.records import (
     text_cell,
 )
 from gcl_jax.prepare.rows import TABLES, Formats, Row, count_rows, read_rows
+from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Source, Split
 from gcl_jax.registry import SOURCES
 
 # The half of the queries and of the documents (its corpus) that each split of the paper takes.

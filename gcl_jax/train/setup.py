@@ -18,8 +18,8 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.pipeline import longest_texts, padded_length, pair_weights, train_batches
-from gcl_jax.data.sampling import pairs_per_epoch
+from gcl_jax.data.pipeline import longest_texts, padded_length, train_batches
+from gcl_jax.data.sampling import pair_weights, pairs_per_epoch
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate import metrics

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from gcl_jax.checkpoints.state import TrainState, state_shardings
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.pipeline import pair_weights
+from gcl_jax.data.sampling import pair_weights
 from gcl_jax.data.store import RankedStore
 from gcl_jax.losses.accuracy import in_batch_accuracy
 from gcl_jax.losses.matryoshka import over_dims
