@@ -94,14 +94,14 @@ GOOD = {"q": {"d": 1}}
     [
         ([("q", "d", 1)], GOOD, "qrels is a list, not a dict {query: {document: grade}}"),
         (GOOD, None, "run is a NoneType, not a dict {query: {document: score}}"),
-        (GOOD, {"q": ["d"]}, "run['q'] is a list, not a dict {document: score}"),
-        ({"q": 1}, GOOD, "qrels['q'] is a int, not a dict {document: grade}"),
-        (GOOD, {"q": {"d": "0.5"}}, "run['q']['d'] is '0.5', not a finite number"),
-        (GOOD, {"q": {"e": 1, "d": None}}, "run['q']['d'] is None, not a finite number"),
-        ({"q": {"d": math.nan}}, GOOD, "qrels['q']['d'] is nan, not a finite number"),
-        (GOOD, {"q": {"d": 10**400}}, "run['q']['d'] is 1000"),
-        ({1: {"d": 1}}, GOOD, "qrels[1]: ids of queries and documents must be strings"),
-        (GOOD, {"q": {5: 1.0}}, "run['q']: ids of queries and documents must be strings"),
+        (GOOD, {"q": ["d"]}, "run, query 'q': list in place of {document: score}"),
+        ({"q": 1}, GOOD, "qrels, query 'q': int in place of {document: grade}"),
+        (GOOD, {"q": {"d": "0.5"}}, "run, query 'q': the score of document 'd' is '0.5', not a"),
+        (GOOD, {"q": {"e": 1, "d": None}}, "document 'd' is None, not a finite number"),
+        ({"q": {"d": math.nan}}, GOOD, "the grade of document 'd' is nan, not a finite number"),
+        (GOOD, {"q": {"d": 10**400}}, "the score of document 'd' is 1000"),
+        ({1: {"d": 1}}, GOOD, "qrels, query 1: ids of queries and documents must be texts"),
+        (GOOD, {"q": {5: 1.0}}, "run, query 'q': ids of queries and documents must be texts"),
         (GOOD, {"q": {"\ud800": 1.0}}, "half a character"),
         ({"q": {}}, GOOD, "no query with both judgements in qrels and a ranking in run"),
     ],
@@ -114,7 +114,7 @@ def test_tables_of_another_form_are_refused_in_one_line(qrels, run, message):
 
 
 def test_numbers_of_any_kind_are_scores():
-    qrels = {"q": {"d": np.int64(2), "e": True, "f": 0}}
+    qrels = {"q": {"d": np.int64(2), "e": 1, "f": 0}}
     run = {"q": {"e": np.float32(0.5), "d": Fraction(1, 4), "f": np.float64(1)}}
     as_floats = [{"q": {d: float(x) for d, x in table["q"].items()}} for table in (qrels, run)]
     for key, values in evaluate_run(qrels, run).items():

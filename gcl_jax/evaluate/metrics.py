@@ -12,12 +12,9 @@ Sources: trec_eval 9 (m_ndcg_cut, m_map_cut, m_recall, m_P, form_res_rels); ERR 
 graded form of arXiv 2404.08535 and its evaluation code; mean rank variance from arXiv 2406.18254.
 """
 
-import contextlib
 import dataclasses
 import functools
-import numbers
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal
@@ -25,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 
 from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.evaluate import trec
 from gcl_jax.registry import METRICS
 
 # The authors' cut-offs.
@@ -255,8 +253,8 @@ def evaluate_run(
     import pyarrow as pa
     import pyarrow.compute as pc
 
-    _check("qrels", qrels, "grade")
-    _check("run", run, "score")
+    trec.check_table("qrels", qrels, "qrels")
+    trec.check_table("run", run, "run")
     queries = [query for query in qrels if qrels[query] and query in run]
     if not queries:
         raise DataError("there is no query with both judgements in qrels and a ranking in run")
@@ -264,10 +262,7 @@ def evaluate_run(
     parts = []
     for start in range(0, len(queries), step):
         tables = [[table[q] for q in queries[start : start + step]] for table in (qrels, run)]
-        try:
-            docs = pa.array([*chain(*chain(*tables))], pa.large_string()).dictionary_encode()
-        except UnicodeEncodeError:
-            raise DataError("an id has half a character (a lone surrogate)") from None
+        docs = pa.array([*chain(*chain(*tables))], pa.large_string()).dictionary_encode()
         place = np.empty(len(docs.dictionary), np.int64)  # among the ids sorted as UTF-8 bytes
         place[pc.sort_indices(docs.dictionary)] = np.arange(len(place))
         ids = np.split(place[docs.indices], [sum(map(len, tables[0]))])
@@ -284,27 +279,6 @@ def evaluate_run(
         grades = lookup_grades(ranked, judged_docs, judged)
         parts.append(evaluate_rankings(grades, judged, ks))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
-
-
-def _check(name: str, table: object, value: str) -> None:
-    """Raises `DataError` unless `table` is {query: {document: finite number}}."""
-    if not isinstance(table, Mapping):
-        form = f"{{query: {{document: {value}}}}}"
-        raise DataError(f"{name} is a {type(table).__name__}, not a dict {form}")
-    for query, row in table.items():
-        if not isinstance(row, Mapping):
-            form = f"{{document: {value}}}"
-            raise DataError(f"{name}[{query!r}] is a {type(row).__name__}, not a dict {form}")
-        # Looks at the few types and at the sum first, which is faster than at every value.
-        if not all(issubclass(kind, str) for kind in {type(query), *map(type, row)}):
-            raise DataError(f"{name}[{query!r}]: ids of queries and documents must be strings")
-        with contextlib.suppress(TypeError, OverflowError):
-            real = all(issubclass(kind, numbers.Real) for kind in set(map(type, row.values())))
-            if real and abs(sum(row.values())) <= sys.float_info.max:
-                continue
-        for document, x in row.items():
-            if not issubclass(type(x), numbers.Real) or not abs(x) <= sys.float_info.max:
-                raise DataError(f"{name}[{query!r}][{document!r}] is {x!r}, not a finite number")
 
 
 def summarize(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:

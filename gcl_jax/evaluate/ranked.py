@@ -9,6 +9,7 @@ of its image, and an image may have several.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -247,46 +248,28 @@ def recall_at(
     }
 
 
-def recall_splits(
-    cfg: TrainConfig, store: RankedStore, embedder: Embedder, cache: EmbeddingCache
-) -> dict[str, dict]:
-    """{split: `recall_at` with the numbers of "captions" and "images"} of `cfg.eval.splits`."""
+def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str = NEWEST) -> str:
+    """Writes WORKDIR/eval/recall/SPLIT.json, {"step", "captions", "images"} (their numbers) and
+    `recall_at`, for a checkpoint of a run and returns the table, one row per split."""
+    cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
+    embedder, weights = Embedder(cfg, params, mesh), cfg.data.query_fields
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     rows = np.unique(np.concatenate(list(corpora.values())))
-    documents = cache.documents(cfg, store, embedder, rows)
-    shares = {}
+    documents = EmbeddingCache(workdir, step).documents(cfg, store, embedder, rows)
+    table: list[list] = []
     for split, corpus in corpora.items():
         pairs = store.pairs(split)
         asked, text_of = np.unique(pairs.query, return_inverse=True)
-        weights = cfg.data.query_fields
         queries = embedder.embed("query", store.queries, list(weights), asked, description=split)
         texts = queries.merged(weights)[text_of]
         image_of = np.searchsorted(corpus, pairs.document)
-        counts = {"captions": len(texts), "images": len(corpus)}
-        shares[split] = counts | recall_at(texts, documents.of(corpus)["merged"], image_of)
-    return shares
-
-
-def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str = NEWEST) -> str:
-    """Writes WORKDIR/eval/recall/SPLIT.json for a checkpoint of a run and returns the table."""
-    cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
-    cache = EmbeddingCache(workdir, step)
-    shares = recall_splits(cfg, store, Embedder(cfg, params, mesh), cache)
-    if not distributed.is_first():
-        return ""
-    for split, found in shares.items():
-        name = split if embed_dim is None else f"{split}@{embed_dim}"
-        results.write_json(workdir / "eval" / "recall" / f"{name}.json", {"step": step, **found})
-    return format_recall(shares)
-
-
-def format_recall(shares: dict[str, dict]) -> str:
-    """One row per split."""
-    rows = [
-        [split, found["captions"], found["images"]]
-        + [share for way in ("text_to_image", "image_to_text") for share in found[way].values()]
-        for split, found in shares.items()
-    ]
+        shares = recall_at(texts, documents.of(corpus)["merged"], image_of)
+        report = {"step": step, "captions": len(texts), "images": len(corpus), **shares}
+        table.append([split, len(texts), len(corpus), *chain(*map(dict.values, shares.values()))])
+        if distributed.is_first():
+            name = split if embed_dim is None else f"{split}@{embed_dim}"
+            results.write_json(workdir / "eval" / "recall" / f"{name}.json", report)
     first, *others = (f"R@{k}" for k in RECALL_KS)
     columns = [f"text to image {first}", *others, f"image to text {first}", *others]
-    return results.text_table(["split", "captions", "images", *columns], rows)
+    text = results.text_table(["split", "captions", "images", *columns], table)
+    return text if distributed.is_first() else ""

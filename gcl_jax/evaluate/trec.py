@@ -10,16 +10,18 @@ A table is {query: {document: value}}; in qrels the values are grades, in a run 
 Any of them may be compressed by gzip. The content decides, not the file's name.
 """
 
-import dataclasses
+import contextlib
 import gzip
 import json
 import math
+import numbers
 import re
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import Literal, NamedTuple
 
 from gcl_jax.data.store import SEPARATOR
 from gcl_jax.errors import DataError
@@ -28,8 +30,7 @@ Kind = Literal["qrels", "run"]
 Table = Mapping[str, Mapping[str, float]]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Ranking:
+class Ranking(NamedTuple):
     """What queries were judged by, and what they found: tables {query id: {document id: value}} of
     grades, and of scores from the best document down."""
 
@@ -111,35 +112,52 @@ def _read_json(path: Path, kind: Kind, content: bytes) -> dict[str, dict[str, fl
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: broken JSON ({error})") from None
 
-    def refuse(query: str, what: str) -> NoReturn:
-        raise DataError(f"{path}, query {query!r}: {what}")
-
     table: dict[str, dict[str, float]] = {}
     for key, pairs in entries:
         query = key.removesuffix(SEPARATOR)
         if query in table:
-            refuse(query, "it is there a second time")
-        if not isinstance(pairs, tuple):
-            refuse(query, f"no object {{document: {VALUE[kind]}}}")
-        documents = dict(pairs)
-        if len(documents) < len(pairs):
+            raise DataError(f"{path}, query {query!r}: it is there a second time")
+        table[query] = documents = dict(pairs) if isinstance(pairs, tuple) else pairs
+        if isinstance(pairs, tuple) and len(documents) < len(pairs):
             twice, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-            refuse(query, f"document {twice!r} is there a second time")
-        if not set(map(type, documents.values())) <= {int, float}:
-            name = next(n for n, value in pairs if type(value) not in (int, float))
-            refuse(query, f"the {VALUE[kind]} of document {name!r} is not a number")
-        try:
-            finite = all(map(math.isfinite, documents.values()))
-        except OverflowError:
-            finite = False
-        if not finite:
-            refuse(query, f"a {VALUE[kind]} is not a finite number")
-        try:
-            "".join([query, *documents]).encode()
-        except UnicodeEncodeError:
-            refuse(query, "an id has half a character (a lone surrogate)")
-        table[query] = documents
+            raise DataError(f"{path}, query {query!r}: document {twice!r} is there a second time")
+    check_table(path, table, kind)
     return table
+
+
+def check_table(name: str | Path, table: object, kind: Kind) -> None:
+    """Looks through {query: {document: value}}; `name` is what errors call it.
+
+    Raises:
+        DataError: it has another form, an id is no text, or a value is no finite number.
+    """
+    if not isinstance(table, Mapping):
+        form = f"{{query: {{document: {VALUE[kind]}}}}}"
+        raise DataError(f"{name} is a {type(table).__name__}, not a dict {form}")
+    for query, row in table.items():
+        where = f"{name}, query {query!r}"
+        if not isinstance(row, Mapping):
+            form = f"{{document: {VALUE[kind]}}}"
+            raise DataError(f"{where}: {type(row).__name__} in place of {form}")
+        try:
+            "".join([query, *row]).encode()
+        except TypeError:
+            raise DataError(f"{where}: ids of queries and documents must be texts (str)") from None
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: an id has half a character (a lone surrogate)") from None
+        # Looks at the few types and at the sum first, which is faster than at every value.
+        with contextlib.suppress(TypeError, OverflowError):
+            real = all(map(_is_number, set(map(type, row.values()))))
+            if real and abs(sum(row.values())) <= sys.float_info.max:
+                continue
+        for document, x in row.items():
+            if not _is_number(type(x)) or not abs(x) <= sys.float_info.max:
+                what = f"the {VALUE[kind]} of document {document!r} is {repr(x)[:40]}"
+                raise DataError(f"{where}: {what}, not a finite number")
+
+
+def _is_number(kind: type) -> bool:
+    return issubclass(kind, numbers.Real) and kind is not bool
 
 
 def write_qrels(path: Path, qrels: Table) -> None:
