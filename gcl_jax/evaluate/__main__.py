@@ -5,9 +5,8 @@ query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables. Wit
 the judgements and what was found, for trec_eval and its like; with --groups also the means of
 groups of queries. --recall and --classify evaluate images and texts as is usual for CLIP.
 
-Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files; see
-`evaluate/trec.py`),
-two evaluated runs are compared by `--compare RUN_A RUN_B`.
+Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files), two evaluated runs
+are compared by `--compare RUN_A RUN_B`.
 
 Protocol (arXiv 2404.08535 and its evaluation code): test queries and grades are the ground truth
 that came with the data; else grades are the split's scores rescaled to 1..100, up to
@@ -80,16 +79,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="with --qrels: modules or Python files that add metrics",
     )
     add("--max_queries", type=runs.count, help="sampled test queries per split (default: config)")
-    add(
-        "--embed_dim",
-        type=runs.count,
-        help="leading dimensions of the embeddings (default: config)",
-    )
-    add(
-        "--write_runs",
-        action="store_true",
-        help="write eval/SPLIT.{qrels,run}.trec, .gt_results.json and .retrieval.json too",
-    )
+    add("--embed_dim", type=runs.count, help="leading dimensions of embeddings (default: config)")
+    files = "eval/SPLIT.{qrels,run}.trec, .gt_results.json and .retrieval.json"
+    add("--write_runs", action="store_true", help=f"write {files} too")
     add("--groups", action="store_true", help="means by length and by frequency of the queries too")
     add(
         "--group_by",
@@ -109,12 +101,8 @@ def make_parser() -> argparse.ArgumentParser:
         help="instead: zero-shot accuracy on a folder of images by class, or a CSV or parquet file",
     )
     add("--classnames", type=Path, metavar="FILE", help="with --classify: a class per line")
-    add(
-        "--templates",
-        type=Path,
-        metavar="FILE",
-        help="with --classify: a prompt per line, {} for the class",
-    )
+    prompts = "with --classify: a prompt per line, {} for the class"
+    add("--templates", type=Path, metavar="FILE", help=prompts)
     runs.add_checkpoint(parser)
     distributed.add_arguments(parser)
     return parser

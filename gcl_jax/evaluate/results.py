@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -243,8 +244,7 @@ def score_files(qrels: Path, run: Path, out: Path | None = None) -> str:
     return "\n".join(lines)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Difference:
+class Difference(NamedTuple):
     """One metric of a split in two systems, a and b: means over the queries, mean of b - a with its
     95% paired bootstrap interval, and the p-value of the two-sided paired t-test (1 if the queries
     do not differ at all, nan for a single query)."""

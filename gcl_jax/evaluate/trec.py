@@ -17,6 +17,7 @@ import math
 import numbers
 import re
 import sys
+import urllib.parse
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -71,37 +72,35 @@ def read(path: Path, kind: Kind) -> dict[str, dict[str, float]]:
 
 
 def _read_trec(path: Path, kind: Kind, content: bytes) -> dict[str, dict[str, float]]:
-    columns, value_column = len(COLUMNS[kind]), COLUMNS[kind].index(VALUE[kind])
-    table: dict[bytes, dict[bytes, float]] = {}
+    table: dict[str, dict[str, float]] = {}
     for number, line in enumerate(content.split(b"\n"), start=1):
-        cells = line.split()  # of bytes: at ASCII blanks only, an id may have others
-        if len(cells) == columns:
-            query, document, text = cells[0], cells[2], cells[value_column]
-            documents = table.setdefault(query, {})
-            if document in documents:
-                what = f"query {_shown(query)} has document {_shown(document)} a second time"
-                raise DataError(f"{path}, line {number}: {what}")
+        if cells := line.split():  # of bytes: at ASCII blanks only, an id may have others
             try:
-                value = float(text)
-            except ValueError:
-                value = math.nan
-            if not math.isfinite(value) or b"_" in text:
-                what = f"{VALUE[kind]} {_shown(text)} is not a finite number"
-                raise DataError(f"{path}, line {number}: {what}")
-            documents[document] = value
-        elif cells:
-            wanted = " ".join(COLUMNS[kind])
-            what = f"{len(cells)} columns, where {kind} has {columns} ({wanted})"
-            raise DataError(f"{path}, line {number}: {what}")
+                _add_line(table, cells, kind)
+            except DataError as error:
+                raise DataError(f"{path}, line {number}: {error}") from None
+    return table
+
+
+def _add_line(table: dict[str, dict[str, float]], cells: list[bytes], kind: Kind) -> None:
+    columns = COLUMNS[kind]
+    if len(cells) != len(columns):
+        wanted = f"{len(columns)} ({' '.join(columns)})"
+        raise DataError(f"{len(cells)} columns, where {kind} has {wanted}")
     try:
-        return {
-            query.decode(): {document.decode(): value for document, value in documents.items()}
-            for query, documents in table.items()
-        }
+        query, document = cells[0].decode(), cells[2].decode()
     except UnicodeDecodeError as error:
-        number = 1 + content[: content.find(error.object)].count(b"\n")
-        what = f"id {_shown(error.object)} is not UTF-8"
-        raise DataError(f"{path}, line {number}: {what}") from None
+        raise DataError(f"id {_shown(error.object)} is not UTF-8") from None
+    documents = table.setdefault(query, {})
+    if document in documents:
+        raise DataError(f"query {query!r} has document {document!r} a second time")
+    text = cells[columns.index(VALUE[kind])]
+    try:
+        documents[document] = float(text)
+    except ValueError:
+        documents[document] = math.nan
+    if not math.isfinite(documents[document]) or b"_" in text:
+        raise DataError(f"{VALUE[kind]} {_shown(text)} is not a finite number")
 
 
 def _read_json(path: Path, kind: Kind, content: bytes) -> dict[str, dict[str, float]]:
@@ -181,14 +180,12 @@ def write_qrels(path: Path, qrels: Table) -> None:
 def write_run(path: Path, run: Table, tag: str) -> None:
     """Writes a TREC run, ranks in the order of `run`. Scores keep float32's nine digits, and blanks
     and "%" in ids become %20, %25 and so on: the columns stand between blanks."""
-    write_lines(
-        path,
-        (
-            f"{_in_a_column(query)} Q0 {_in_a_column(document)} {rank} {score:.9g} {tag}\n"
-            for query, documents in run.items()
-            for rank, (document, score) in enumerate(documents.items(), start=1)
-        ),
+    lines = (
+        f"{_in_a_column(query)} Q0 {_in_a_column(document)} {rank} {score:.9g} {tag}\n"
+        for query, documents in run.items()
+        for rank, (document, score) in enumerate(documents.items(), start=1)
     )
+    write_lines(path, lines)
 
 
 def write_json(path: Path, table: Table) -> None:
@@ -199,11 +196,10 @@ def write_json(path: Path, table: Table) -> None:
 def write_ranking(path: Path, ranking: Ranking) -> None:
     """Writes PATH.qrels.trec and PATH.run.trec, and the same as the authors' evaluation names and
     writes it, PATH.gt_results.json and PATH.retrieval.json. Raises `DataError` as `write_qrels`."""
-    file = f"{path}.{{}}".format
-    write_json(Path(file("gt_results.json")), ranking.qrels)
-    write_json(Path(file("retrieval.json")), ranking.run)
-    write_qrels(Path(file("qrels.trec")), ranking.qrels)
-    write_run(Path(file("run.trec")), ranking.run, tag="gcl_jax")
+    write_json(Path(f"{path}.gt_results.json"), ranking.qrels)
+    write_json(Path(f"{path}.retrieval.json"), ranking.run)
+    write_qrels(Path(f"{path}.qrels.trec"), ranking.qrels)
+    write_run(Path(f"{path}.run.trec"), ranking.run, tag="gcl_jax")
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -215,11 +211,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
 
 
 def _in_a_column(name: str) -> str:
-    return re.sub(r"[\s%]", lambda match: _percent(match[0]), name)
-
-
-def _percent(character: str) -> str:
-    return "".join(f"%{byte:02X}" for byte in character.encode())
+    return re.sub(r"[\s%]+", lambda match: urllib.parse.quote(match[0]), name)
 
 
 def _shown(text: bytes) -> str:
