@@ -127,8 +127,8 @@ OBJECTIVES = Registry(
         "rince": "gcl_jax.losses.listwise",
         "one_to_k": "gcl_jax.losses.one_to_k",
         "hard_negatives": "gcl_jax.losses.hard_negatives",
-        "fused": "gcl_jax.losses.fused",
-        "mixed": "gcl_jax.losses.mixed",
+        "fused": "gcl_jax.losses.fused_mixed",
+        "mixed": "gcl_jax.losses.fused_mixed",
     },
 )
 METRICS = Registry(

@@ -190,18 +190,6 @@ def _validate_objectives(cfg: TrainConfig) -> None:
             f"{', '.join(registry.OBJECTIVES)}",
         )
     require(any(weights.values()), "loss.objectives: all weights are 0")
-    for name in ("sigmoid", "bixse"):
-        require(
-            not weights.get(name) or cfg.model.init_logit_bias is not None,
-            f"model.init_logit_bias must be set for loss.objectives.{name}, which learns a bias; "
-            "-10 is SigLIP's, -log(batch size) fits smaller batches",
-        )
-    for name in ("listnet", "listmle", "rince"):
-        require(
-            not weights.get(name) or loss.targets == "known",
-            f"loss.targets must be 'known' for loss.objectives.{name}, which ranks all scored "
-            "documents of a query in the batch (data.pairs_per_query brings them together)",
-        )
     require(
         loss.weight_norm == "none" or weights.get("gcl", 0.0) > 0,
         f"loss.weight_norm={loss.weight_norm!r} is of loss.objectives.gcl alone, whose weight is 0",

@@ -6,8 +6,8 @@ import pytest
 from conftest import make_cpu_mesh
 
 from gcl_jax.config import DataConfig, LossConfig
-from gcl_jax.losses.accuracy import in_batch_accuracy
-from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.losses.multi_field import in_batch_accuracy
+from gcl_jax.losses.pairs import KnownWeights
 
 N = 16
 DATA = DataConfig(query_fields={"query": 1.0}, document_fields={"title": 1.0})

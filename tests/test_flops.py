@@ -16,8 +16,9 @@ from gcl_jax.config import (
     VisionConfig,
 )
 from gcl_jax.errors import ConfigError
+from gcl_jax.losses.multi_field import loss_flops
 from gcl_jax.models.clip import CLIP, abstract_model, merge
-from gcl_jax.models.flops import CHIPS, find_chip, loss_flops, pair_flops, tower_flops, train_flops
+from gcl_jax.models.flops import CHIPS, find_chip, pair_flops, tower_flops, train_flops
 from gcl_jax.models.presets import preset
 
 
@@ -104,9 +105,15 @@ def test_the_loss_is_counted_for_every_matrix_of_logits():
     cfg.loss.pair_weights = {"query:title": 0.0}
     assert loss_flops(cfg) == 2 * one
     cfg.loss.objectives = ObjectivesConfig(gcl=1.0, fused=1.0)
-    assert loss_flops(cfg) == 3 * one
+    assert loss_flops(cfg) == (2 + 9) * one  # three kinds of embeddings against three
     cfg.loss.matryoshka_dims = (256, 512)
-    assert loss_flops(cfg) == 3 * 1.5 * one
+    assert loss_flops(cfg) == (2 + 9) * 1.5 * one
+    cfg = config(text_negatives="swap", num_negatives=3)
+    cfg.loss.objectives = ObjectivesConfig(gcl=0.0, hard_negatives=1.0)
+    assert loss_flops(cfg) == 4 * one
+    cfg = config(query_fields={"english": 0.5, "german": 0.5})
+    cfg.loss.objectives = ObjectivesConfig(gcl=0.0, one_to_k=1.0)
+    assert loss_flops(cfg) == (2 + 4) * one  # documents against texts, texts against texts
     assert loss_flops(config(document_fields={"title": 1.0})) == one
 
 

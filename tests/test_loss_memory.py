@@ -14,8 +14,7 @@ from conftest import make_cpu_mesh
 from jax.sharding import AxisType, Mesh
 
 from gcl_jax.losses.contrastive import gcl_loss
-from gcl_jax.losses.pairs import PairRows
-from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.losses.pairs import KnownWeights, PairRows
 from gcl_jax.sharding import BATCH_AXES, batch_sharding, replicated
 
 DIM = 128

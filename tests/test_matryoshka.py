@@ -8,8 +8,8 @@ from conftest import make_cpu_mesh
 from test_finetune import draw_params
 
 from gcl_jax.embed.embedder import Embedder
-from gcl_jax.losses.matryoshka import over_dims, truncated
-from gcl_jax.losses.multi_field import multi_field_loss
+from gcl_jax.losses.multi_field import multi_field_loss, over_dims
+from gcl_jax.models.clip import truncated
 
 
 def unit(x):

@@ -11,15 +11,17 @@ from scipy.special import log_expit, logsumexp
 from test_contrastive import assert_close, make_rows, numeric_gradient, unit_rows
 from test_targets import scored_batch
 
+from gcl_jax import registry
 from gcl_jax.config import LossConfig, ObjectivesConfig, TrainConfig
-from gcl_jax.errors import DataError
+from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.listwise import listmle_losses, listnet_losses, rince_losses
 from gcl_jax.losses.logits import Logits, Term
-from gcl_jax.losses.objectives import OF_LOGITS as OBJECTIVES
-from gcl_jax.losses.objectives import check_data
+from gcl_jax.losses.multi_field import loss_flops, multi_field_loss
+from gcl_jax.losses.objectives import check_config, check_data, objective
+from gcl_jax.losses.pairs import KnownWeights, Softmax
 from gcl_jax.losses.sigmoid import bixse_losses, sigmoid_losses
-from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.registry import OBJECTIVES
 
 N = 16
 SCALE, BIAS = 15.0, -4.0
@@ -151,12 +153,15 @@ def one_term(q, d, scale, rows, mesh, **options):
 @pytest.mark.parametrize("mask", [False, True])
 def test_objectives_of_logits_follow_their_formulas(mesh, name, form, mask):
     loss, _, options = OF_LOGITS[name]
+    settings = LossConfig()
+    for key, value in options.items():
+        setattr(getattr(settings, name.partition(" ")[0]), key, value)
     for is_known in (True, False) if not options else (True,):
         arguments, rows, known, expected, by = graded_case(name, mask, is_known)
 
         def ours(q, d, scale, bias, rows=rows, known=known):
             how = {"bias": bias, "known": known, "mask_duplicates": mask, "form": form}
-            return loss(one_term(q, d, scale, rows, mesh, **how), **options)[0]
+            return loss(one_term(q, d, scale, rows, mesh, **how), settings)[0]
 
         value, gradients = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2, 3)))(*arguments)
         np.testing.assert_allclose(value, expected, rtol=1e-5)
@@ -170,7 +175,7 @@ def value_and_gradients(loss, rows, known, *arguments):
     mesh = make_cpu_mesh(1, 1)
 
     def of_arrays(q, d, scale, bias):
-        return loss(one_term(q, d, scale, rows, mesh, bias=bias, known=known))[0]
+        return loss(one_term(q, d, scale, rows, mesh, bias=bias, known=known), LossConfig())[0]
 
     return jax.jit(jax.value_and_grad(of_arrays, argnums=(0, 1, 2, 3)))(*arguments)
 
@@ -206,7 +211,7 @@ def test_one_document_for_each_query_makes_listwise_losses_the_contrastive_one(n
     weight = np.ones(N) if name == "rince" else rng.uniform(0.1, 1, N)
     known = KnownWeights.of_pairs(ids, ids, np.float32(weight))
     ours, by = value_and_gradients(
-        lambda logits: OBJECTIVES[name](logits, LossConfig()),
+        lambda logits, _: OBJECTIVES[name].function(logits, LossConfig()),
         make_rows(N, weight, valid),
         known,
         *(q, d, scale, np.float32(0)),
@@ -217,6 +222,25 @@ def test_one_document_for_each_query_makes_listwise_losses_the_contrastive_one(n
 
 def config_of(*names):
     return TrainConfig(loss=LossConfig(objectives=ObjectivesConfig(**dict.fromkeys(names, 0.5))))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sigmoid", "config.model.init_logit_bias must be set for loss.objectives.sigmoid"),
+        ("bixse", "config.model.init_logit_bias must be set for loss.objectives.bixse"),
+        ("listnet", "config.loss.targets must be 'known' for loss.objectives.listnet"),
+        ("listmle", "config.loss.targets must be 'known' for loss.objectives.listmle"),
+        ("rince", "config.loss.targets must be 'known' for loss.objectives.rince"),
+    ],
+)
+def test_what_an_objective_needs_is_named(name, message):
+    cfg = config_of(name)
+    with pytest.raises(ConfigError, match=message) as error:
+        check_config(cfg)
+    assert "\n" not in str(error.value)
+    cfg.model.init_logit_bias, cfg.loss.targets = -10.0, "known"
+    check_config(cfg)
 
 
 @pytest.mark.parametrize("name", ["bixse", "listnet", "listmle", "rince"])
@@ -255,3 +279,85 @@ def test_negatives_that_no_objective_looks_at_are_refused():
     cfg.data.text_negatives = "swap"
     with pytest.raises(DataError, match=r"embedded for nothing .*objectives\.hard_negatives=1"):
         check_data(cfg, np.ones(3, np.float32))
+
+
+# An objective of one's own: margins between the pairs and what competes with them.
+
+
+def margin_losses(logits, loss):
+    """Weighted cross-entropy in which a pair must lead by `margin`, and by more the closer it is;
+    competitors, tempered by `scale`, each have a handicap of their weight."""
+    options = loss.options["margin"]
+
+    def reductions(tile, _axis):
+        lead = options["margin"] + 0.1 * tile.logits
+        offset = jnp.where(tile.own, -lead, tile.columns.weight)
+        return [Softmax(tile.members, tile.targets, options["scale"], offset)]
+
+    return [
+        (rows.cross_entropy.sum() + columns.cross_entropy.sum()) / (2 * term.rows.valid.sum())
+        for term, ((rows,), (columns,)) in zip(logits.terms, logits.sums(reductions), strict=True)
+    ]
+
+
+def margin_reference(q, d, scale, bias, rows, margin, temper):
+    """The same, dense."""
+    z = scale * q @ d.T + bias
+    own = jnp.eye(len(z), dtype=bool)
+    z = temper * z + jnp.where(own, -(margin + 0.1 * z), rows.weight)
+    z = jnp.where(rows.valid[:, None] & rows.valid, z, -1e9)
+    log_likelihood = jax.nn.log_softmax(z, 1) + jax.nn.log_softmax(z, 0)
+    total = jnp.where(rows.valid, rows.weight * jnp.diag(log_likelihood), 0).sum()
+    return -total / (2 * rows.valid.sum())
+
+
+@pytest.mark.parametrize(
+    ("mesh", "form"),
+    [((1, 1), "gather"), ((8, 1), "gather"), ((4, 2), "ring")],
+    indirect=["mesh"],
+    ids=["1x1", "8x1 gather", "4x2 ring"],
+)
+def test_offsets_make_margins(mesh, form):
+    q, d, rows, _ = graded_batch(np.random.default_rng(4), N)
+    arguments = q, d, np.float32(SCALE), np.float32(BIAS)
+    settings = LossConfig(options={"margin": {"margin": 2.0, "scale": 0.5}})
+
+    def ours(q, d, scale, bias):
+        logits = one_term(q, d, scale, rows, mesh, bias=bias, form=form)
+        return margin_losses(logits, settings)[0]
+
+    hand = functools.partial(margin_reference, rows=rows, margin=2.0, temper=0.5)
+    actual, expected = (
+        jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*arguments) for f in (ours, hand)
+    )
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-5)
+    assert_close(actual[1], expected[1], 1e-5)
+
+
+def test_an_objective_is_added_by_one_registration(monkeypatch):
+    monkeypatch.setattr(OBJECTIVES, "_homes", dict(OBJECTIVES._homes))
+    monkeypatch.setattr(registry, "extensions", {})
+    decorated = objective("margin", needs_bias=True)(margin_losses)
+    assert decorated is margin_losses
+    cfg = TrainConfig()
+    cfg.loss.objectives = ObjectivesConfig(gcl=0.0, margin=0.5)
+    cfg.loss.options = {"margin": {"margin": 1.0, "scale": 1.0}}
+    with pytest.raises(ConfigError, match=r"init_logit_bias must be set .*objectives\.margin"):
+        check_config(cfg)
+    cfg.data.query_fields, cfg.data.document_fields = {"query": 1.0}, {"title": 1.0}
+    assert loss_flops(cfg) == 8 * cfg.optim.batch_size**2 * cfg.model.embed_dim
+    q, d, rows, _ = graded_batch(np.random.default_rng(4), N)
+    batch = {
+        "query_present": {"query": rows.valid},
+        "document_present": {"title": rows.valid},
+        "weight": rows.weight,
+        "query_id": rows.query_id,
+        "document_id": rows.document_id,
+    }
+    total, terms = jax.jit(
+        functools.partial(multi_field_loss, loss=cfg.loss, data=cfg.data, mesh=make_cpu_mesh(2, 2))
+    )({"query": {"query": q}, "document": {"title": d}}, batch, SCALE, BIAS)
+    assert set(terms) == {"margin/merged"}
+    expected = margin_reference(q, d, SCALE, BIAS, rows, 1.0, 1.0)
+    np.testing.assert_allclose(terms["margin/merged"], expected, rtol=1e-5)
+    np.testing.assert_allclose(total, expected / 2, rtol=1e-5)

@@ -13,11 +13,11 @@ from test_contrastive import assert_close, make_rows, mixed_rows, unit_rows
 from test_objectives import value_and_numeric_gradients
 from test_targets import DOCUMENTS, QUERIES, compiled, scored_batch
 
+from gcl_jax.config import HardNegativesConfig, LossConfig, MixedConfig, OneToKConfig
 from gcl_jax.losses.contrastive import gcl_loss_reference
-from gcl_jax.losses.fused import fused_loss
+from gcl_jax.losses.fused_mixed import fused_loss, mixed_loss
 from gcl_jax.losses.hard_negatives import hard_negatives_loss
-from gcl_jax.losses.merged import Merged, Negatives
-from gcl_jax.losses.mixed import mixed_loss
+from gcl_jax.losses.objectives import Merged, Negatives
 from gcl_jax.losses.one_to_k import one_to_k_loss
 
 N, LANGUAGES, HARD = 16, 3, 3
@@ -34,7 +34,7 @@ class Tiled(Merged):
 
 def merged(q, d, scale, rows, *, texts=(), present=(), negatives=(), key=None, **how):
     fields, there = ({str(k): x for k, x in enumerate(side)} for side in (texts, present))
-    return Tiled(q, d, rows.numbered(), scale, fields, there, dict(negatives), key, **how)
+    return Tiled(q, d, rows.completed(), scale, fields, there, dict(negatives), key, **how)
 
 
 def unit(x):
@@ -176,7 +176,7 @@ def fused_case(mask):
     q, d, rows, *_ = batch()
 
     def ours(how, q, d, scale):
-        return fused_loss(merged(q, d, scale, rows, mask_duplicates=mask, **how))
+        return fused_loss(merged(q, d, scale, rows, mask_duplicates=mask, **how), LossConfig())
 
     return (q, d, SCALE), ours, functools.partial(fused_by_hand, rows=rows, mask=mask)
 
@@ -187,7 +187,8 @@ def mixed_case(temperature, beta):
     a, b = draws(key, beta)
 
     def ours(how, q, d, scale):
-        return mixed_loss(merged(q, d, scale, rows, key=key, **how), temperature, beta)
+        options = LossConfig(mixed=MixedConfig(temperature, beta))
+        return mixed_loss(merged(q, d, scale, rows, key=key, **how), options)
 
     options = {"rows": rows, "a": a, "b": b, "temperature": temperature}
     return (q, d, SCALE), ours, functools.partial(mixed_by_hand, **options)
@@ -203,7 +204,8 @@ def one_to_k_case(mask, text_to_text):
 
     def ours(how, q, d, scale, texts):
         fields = {"texts": texts, "present": present, "mask_duplicates": mask}
-        return one_to_k_loss(merged(q, d, scale, rows, **fields, **how), text_to_text)
+        options = LossConfig(one_to_k=OneToKConfig(text_to_text))
+        return one_to_k_loss(merged(q, d, scale, rows, **fields, **how), options)
 
     options = {"present": present, "rows": rows, "mask": mask, "text_to_text": text_to_text}
     return (q, d, SCALE, texts), ours, functools.partial(one_to_k_by_hand, **options)
@@ -233,7 +235,8 @@ def hard_negatives_case(sides, is_known, mask):
     def ours(how, q, d, scale, *embeddings):
         given = {side: Negatives(*one) for side, one in with_embeddings(embeddings).items()}
         options = {"negatives": given, "known": known, "mask_duplicates": mask}
-        return hard_negatives_loss(merged(q, d, scale, rows, **options, **how), **WEIGHTS)
+        loss = LossConfig(hard_negatives=HardNegativesConfig(**WEIGHTS))
+        return hard_negatives_loss(merged(q, d, scale, rows, **options, **how), loss)
 
     table = None
     if known is not None:
@@ -301,7 +304,8 @@ def test_one_text_for_each_document_gives_the_contrastive_loss(one_device, mask)
 
     def ours(q, d, scale, rows):
         how = {"texts": [q], "present": [rows.valid], "mask_duplicates": mask}
-        return one_to_k_loss(merged(jnp.zeros_like(q), d, scale, rows, **how, **one_device), 0.0)
+        given = merged(jnp.zeros_like(q), d, scale, rows, **how, **one_device)
+        return one_to_k_loss(given, LossConfig(one_to_k=OneToKConfig(0.0)))
 
     arguments = unit_rows(rng, N), unit_rows(rng, N), SCALE, rows
     wanted = compiled(gcl_loss_reference, mask_duplicates=mask)(*arguments)
@@ -320,7 +324,8 @@ def test_without_hard_negatives_the_contrastive_loss_is_left(one_device, sides, 
 
     def ours(q, d, scale, rows):
         given = {"negatives": {side: missing(side) for side in sides}}
-        return hard_negatives_loss(merged(q, d, scale, rows, **given, **how, **one_device), 1, 1, 9)
+        loss = LossConfig(hard_negatives=HardNegativesConfig(1, 1, 9))
+        return hard_negatives_loss(merged(q, d, scale, rows, **given, **how, **one_device), loss)
 
     wanted = compiled(gcl_loss_reference, **how)(q, d, SCALE, rows)
     assert_close(compiled(ours)(q, d, SCALE, rows), wanted, 1e-5)
@@ -329,21 +334,24 @@ def test_without_hard_negatives_the_contrastive_loss_is_left(one_device, sides, 
 def test_fused_loss_of_perfect_and_orthogonal_pairs(one_device):
     """All three kinds agree: two of a pair's own, one the target, and three of each other pair."""
     x = np.eye(4, dtype=np.float32)
-    loss = fused_loss(merged(x, x, np.float32(3), make_rows(4), **one_device))
+    loss = fused_loss(merged(x, x, np.float32(3), make_rows(4), **one_device), LossConfig())
     np.testing.assert_allclose(loss, np.log(2 + 9 * np.exp(-3)), rtol=1e-6)
 
 
 def test_mixed_loss_of_one_perfect_pair(one_device):
     x = unit_rows(np.random.default_rng(0), 1)
     key = jax.random.key(0)
-    loss = jax.jit(lambda x: mixed_loss(merged(x, x, 1, make_rows(1), key=key, **one_device), 1, 1))
+    options = LossConfig(mixed=MixedConfig(1, 1))
+    loss = jax.jit(
+        lambda x: mixed_loss(merged(x, x, 1, make_rows(1), key=key, **one_device), options)
+    )
     np.testing.assert_allclose(loss(x), np.log(2), rtol=1e-6)
 
 
 def test_mixed_loss_is_drawn_by_its_key(one_device):
     q, d, rows, *_ = batch()
     of_key = jax.jit(
-        lambda key: mixed_loss(merged(q, d, SCALE, rows, key=key, **one_device), 0.2, 0.5)
+        lambda key: mixed_loss(merged(q, d, SCALE, rows, key=key, **one_device), LossConfig())
     )
     first, again, other = (float(of_key(jax.random.key(seed))) for seed in (0, 0, 1))
     assert first == again

@@ -8,7 +8,7 @@ import pytest
 from test_contrastive import assert_close, make_rows, mixed_rows, numeric_gradient, unit_rows
 
 from gcl_jax.losses.contrastive import gcl_loss_reference
-from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.losses.pairs import KnownWeights
 
 QUERIES, DOCUMENTS = 9, 11
 

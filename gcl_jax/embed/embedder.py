@@ -15,8 +15,7 @@ from gcl_jax import distributed, logs
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side, corpus_batches
 from gcl_jax.data.store import RankedStore, Records
-from gcl_jax.losses.matryoshka import truncated
-from gcl_jax.models.clip import abstract_model, merge, merge_fields
+from gcl_jax.models.clip import abstract_model, merge, merge_fields, truncated
 from gcl_jax.sharding import Params, local_rows, replicated, to_global
 
 

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gcl_jax.losses.pairs import PairRows
-from gcl_jax.sharding import BATCH_AXES
 
 # Rows and columns of a tile: 4 MiB of logits. From 512 to 2048 a CPU is as fast within its noise.
 BLOCK_SIZE = 1024
@@ -30,17 +29,17 @@ BLOCK_SIZE = 1024
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, slots=True)
-class Side:
+class Embedded:
     """Rows or columns of the logits; padding is zero throughout."""
 
-    embedding: Float[Array, "n d"]
-    facts: PairRows
+    embedding: Float[Any, "*n d"]
+    pairs: PairRows
 
 
 def tile_statistics(
-    tile: Callable[[Side, Side], tuple[Any, Any]],
-    rows: Side,
-    columns: Side,
+    tile: Callable[[Embedded, Embedded], tuple[Any, Any]],
+    rows: Embedded,
+    columns: Embedded,
     seen: Any,
     nothing: Callable[[jax.Array | None], Any],
     size: int,
@@ -65,7 +64,7 @@ def tile_statistics(
             of_rows, of_columns = tile(rows, block)
             return _merged(column_seen, of_columns), _merged(row_seen, of_rows)
 
-        column_seen, seen = jax.lax.scan(over_rows, nothing(block.facts.number), (row_blocks, seen))
+        column_seen, seen = jax.lax.scan(over_rows, nothing(block.pairs.number), (row_blocks, seen))
         return seen, column_seen
 
     row_blocks = _blocks(rows, size)
@@ -75,10 +74,10 @@ def tile_statistics(
 
 
 def tile_gradients(
-    tile: Callable[[Side, Any, Side, Any], Float[Array, "n m"]],
-    rows: Side,
+    tile: Callable[[Embedded, Any, Embedded, Any], Float[Array, "n m"]],
+    rows: Embedded,
     of_rows: Any,
-    columns: Side,
+    columns: Embedded,
     of_columns: Any,
     so_far: tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]],
     logit_scale: Float[Array, ""],
@@ -118,21 +117,24 @@ def tile_gradients(
     return (_joined(dx, slice(len(rows.embedding))), by_scale, by_bias), _joined(dy, back)
 
 
-def product(a: Float[Array, "n k"], b: Float[Array, "k m"]) -> Float[Array, "n m"]:
+def product(a: Float[Any, "n k"], b: Float[Any, "k m"]) -> Float[Array, "n m"]:
     """Accumulated in float32 on every device, and of float32 factors: by default TPUs and GPUs
     round these first, and a logit scale of up to 100 would multiply that error."""
     return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
+@dataclasses.dataclass(frozen=True)
 class Gather:
-    """All documents on every device: one all-gather, and one reduce-scatter of their gradients.
+    """All documents on every device along `axes` of the mesh: one all-gather, and one
+    reduce-scatter of their gradients.
 
     Both go over one axis after the other: over both at once, the TPU compiler may make an
     all-reduce, which sends twice as much.
     """
 
-    @staticmethod
-    def forward(sweep, columns, seen, nothing):
+    axes: tuple[str, ...]
+
+    def forward(self, sweep, columns, seen, nothing):
         """(statistics of the rows, of this device's columns, residual for `backward`).
 
         Args:
@@ -140,17 +142,16 @@ class Gather:
             columns: this device's, as a pytree of arrays (b, ...).
             seen, nothing: statistics of its rows and of its columns before any tile.
         """
-        own = jax.lax.axis_index(BATCH_AXES), len(jax.tree.leaves(columns)[0])
-        columns = _gathered(columns)
+        own = jax.lax.axis_index(self.axes), len(jax.tree.leaves(columns)[0])
+        columns = self._gathered(columns)
         seen, of_columns = sweep(columns, seen)
-        of_columns = [tuple(sums.over_devices() for sums in term) for term in of_columns]
+        of_columns = [tuple(sums.over_devices(self.axes) for sums in term) for term in of_columns]
         of_own = jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, own[0] * own[1], own[1]), of_columns
         )
         return seen, of_own, (columns, of_columns)
 
-    @staticmethod
-    def backward(sweep, residual, cotangents, carry, nothing):
+    def backward(self, sweep, residual, cotangents, carry, nothing):
         """(carry, gradients of this device's columns).
 
         Args:
@@ -161,46 +162,46 @@ class Gather:
         """
         del nothing
         columns, of_columns = residual
-        carry, gradients = sweep(columns, _paired(of_columns, _gathered(cotangents)), carry)
-        return carry, jax.tree.map(_scattered, gradients)
+        carry, gradients = sweep(columns, _paired(of_columns, self._gathered(cotangents)), carry)
+        return carry, jax.tree.map(self._scattered, gradients)
+
+    def _gathered(self, rows):
+        """Those of all devices, in their order."""
+        for axis in reversed(self.axes):
+            rows = jax.lax.all_gather(rows, axis, tiled=True)
+        return rows
+
+    def _scattered(self, rows: Float[Array, "n d"]) -> Float[Array, "m d"]:
+        """Of the sums over all devices, a device's share of rows. The shares are a dimension of
+        their own: rows cut in place are padded by the TPU compiler, which then corrects its
+        cuts."""
+        for axis in self.axes:
+            shares = rows.reshape(jax.lax.axis_size(axis), -1, rows.shape[-1])
+            rows = jax.lax.psum_scatter(shares, axis)
+        return rows
 
 
-def _gathered(rows):
-    """Those of all devices, in their order."""
-    for axis in reversed(BATCH_AXES):
-        rows = jax.lax.all_gather(rows, axis, tiled=True)
-    return rows
-
-
-def _scattered(rows: Float[Array, "n d"]) -> Float[Array, "m d"]:
-    """Of the sums over all devices, a device's share of rows. The shares are a dimension of their
-    own: rows cut in place are padded by the TPU compiler, which then corrects its cuts."""
-    for axis in BATCH_AXES:
-        shares = rows.reshape(jax.lax.axis_size(axis), -1, rows.shape[-1])
-        rows = jax.lax.psum_scatter(shares, axis)
-    return rows
-
-
+@dataclasses.dataclass(frozen=True)
 class Ring:
-    """Documents go from device to device, with their statistics or their gradients, until they are
-    home again."""
+    """Documents go from device to device along `axes` of the mesh, with their statistics or their
+    gradients, until they are home again."""
 
-    @staticmethod
-    def forward(sweep, columns, seen, nothing):
+    axes: tuple[str, ...]
+
+    def forward(self, sweep, columns, seen, nothing):
         """As `Gather.forward`."""
 
         def hop(carry, _):
             visitors, of_visitors, seen = carry
             seen, added = sweep(visitors, seen)
             of_visitors = [_merged(*term) for term in zip(of_visitors, added, strict=True)]
-            return (*_passed_on((visitors, of_visitors)), seen), None
+            return (*self._passed_on((visitors, of_visitors)), seen), None
 
-        devices = jax.lax.axis_size(BATCH_AXES)
+        devices = jax.lax.axis_size(self.axes)
         (_, of_columns, seen), _ = jax.lax.scan(hop, (columns, nothing, seen), length=devices)
         return seen, of_columns, (columns, of_columns)
 
-    @staticmethod
-    def backward(sweep, residual, cotangents, carry, nothing):
+    def backward(self, sweep, residual, cotangents, carry, nothing):
         """As `Gather.backward`."""
         columns, of_columns = residual
 
@@ -208,12 +209,19 @@ class Ring:
             visitors, gradients, carry = carry
             carry, added = sweep(*visitors, carry)
             gradients = jax.tree.map(jnp.add, gradients, added)
-            return (*_passed_on((visitors, gradients)), carry), None
+            return (*self._passed_on((visitors, gradients)), carry), None
 
-        devices = jax.lax.axis_size(BATCH_AXES)
+        devices = jax.lax.axis_size(self.axes)
         start = (columns, _paired(of_columns, cotangents)), nothing, carry
         (_, gradients, carry), _ = jax.lax.scan(hop, start, length=devices)
         return carry, gradients
+
+    def _passed_on(self, x):
+        """From the next device; after as many times as there are devices, all is home."""
+        if not self.axes:
+            return x
+        devices = jax.lax.axis_size(self.axes)
+        return jax.lax.ppermute(x, self.axes, [(i, (i - 1) % devices) for i in range(devices)])
 
 
 def _merged(a, b):
@@ -223,12 +231,6 @@ def _merged(a, b):
 
 def _paired(of_columns, cotangents):
     return list(zip(of_columns, cotangents, strict=True))
-
-
-def _passed_on(x):
-    """From the next device; after as many times as there are devices, all is home."""
-    devices = jax.lax.axis_size(BATCH_AXES)
-    return jax.lax.ppermute(x, BATCH_AXES, [(i, (i - 1) % devices) for i in range(devices)])
 
 
 def _blocks(x, size: int):

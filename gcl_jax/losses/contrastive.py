@@ -8,45 +8,38 @@ With L2-normalised rows L (queries) and R (documents), Z = logit_scale * L R^T:
 `gcl_losses` are the same number on any mesh, in memory linear in N.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from gcl_jax import config
+from gcl_jax.config import LossConfig, choices
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import BLOCK_SIZE, product
 from gcl_jax.losses.logits import Logits, Term
-from gcl_jax.losses.pairs import MASKED, PairRows, Tile
-from gcl_jax.losses.statistics import Channel
-from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.losses.objectives import objective
+from gcl_jax.losses.pairs import MASKED, KnownWeights, PairRows, Softmax, Tile
+from gcl_jax.sharding import replicated
 
 
 def gcl_loss_reference(
-    queries: Float[Array, "n d"],
-    documents: Float[Array, "n d"],
-    logit_scale: Float[Array, ""],
-    rows: PairRows,
+    queries: Float[Any, "n d"],
+    documents: Float[Any, "n d"],
+    logit_scale: Float[Any, ""] | float,
+    weights: Float[Any, " n"] | PairRows | None = None,
     *,
-    logit_bias: Float[Array, ""] | float = 0.0,
+    logit_bias: Float[Any, ""] | float = 0.0,
     known: KnownWeights | None = None,
     weight_norm: str = "none",
     mask_duplicates: bool = False,
 ) -> Float[Array, ""]:
-    """The loss on one device, N x N logits at once.
-
-    Args:
-        logit_scale: the factor itself (exp of the learned parameter).
-        logit_bias: added to all logits, where it cancels.
-        known: if given, T_ij is the weight of every scored combination (query i, document j), not
-            of the N pairs alone, and the loss is
-            -sum_ij T_ij * (log softmax_rows + log softmax_cols)_ij / (2 sum T).
-        weight_norm: "none"; "mean" or "sum" divide w by its mean or sum over the valid rows.
-        mask_duplicates: other pairs of the same query or document leave the denominators.
-    """
+    """The loss on one device, N x N logits at once; arguments as those of `gcl_loss`."""
     logits = logit_scale * product(queries, documents.T) + logit_bias
+    rows = _pair_rows(weights, queries).completed()
     found = None if known is None else known(rows.query_id, rows.document_id)
-    rows = rows.numbered()
     tile = Tile(logits, rows, rows, found, mask_duplicates)
     logits, targets = jnp.where(tile.members, logits, MASKED), tile.targets
     log_likelihood = jax.nn.log_softmax(logits, 1) + jax.nn.log_softmax(logits, 0)
@@ -55,53 +48,133 @@ def gcl_loss_reference(
 
 
 def gcl_loss(
-    queries: Float[Array, "n d"],
-    documents: Float[Array, "n d"],
-    logit_scale: Float[Array, ""],
-    rows: PairRows,
+    queries: Float[Any, "n d"],
+    documents: Float[Any, "n d"],
+    logit_scale: Float[Any, ""] | float,
+    weights: Float[Any, " n"] | PairRows | None = None,
     *,
-    mesh: Mesh,
-    logit_bias: Float[Array, ""] | float = 0.0,
+    mesh: Mesh | AbstractMesh | None = None,
+    logit_bias: Float[Any, ""] | float = 0.0,
     known: KnownWeights | None = None,
     weight_norm: str = "none",
     mask_duplicates: bool = False,
     form: str = "auto",
     block_size: int = BLOCK_SIZE,
 ) -> Float[Array, ""]:
-    """`gcl_loss_reference` with the batch sharded over `mesh`, tile by tile; further arguments and
-    errors as those of `Logits`."""
-    logits = Logits(
-        {"": queries},
-        {"": documents},
-        logit_scale,
-        [Term("", "", rows)],
-        mesh=mesh,
-        bias=logit_bias,
-        known=known,
-        mask_duplicates=mask_duplicates,
-        form=form,
-        block_size=block_size,
-    )
-    return gcl_losses(logits, weight_norm)[0]
+    """The score-weighted contrastive loss of N pairs, query i with document i, in memory linear in
+    N. Differentiable by the embeddings, the scale and the bias; within `jax.jit` or not.
+
+    Args:
+        queries, documents: the whole global batch, rows of length 1; float32 or bfloat16.
+        logit_scale: the factor itself (exp of the learned parameter).
+        weights: w_i, 1 by default; or `PairRows`, which say more of the pairs.
+        mesh: the rows are split over all of its axes, whatever their names and types; by default
+            that of `jax.set_mesh`, else the one that the queries are on, else there is none.
+        logit_bias: added to all logits, where it cancels.
+        known: if given, T_ij is the weight of every scored combination (query i, document j), not
+            of the N pairs alone, and the loss is
+            -sum_ij T_ij * (log softmax_rows + log softmax_cols)_ij / (2 sum T).
+        weight_norm: "none"; "mean" or "sum" divide w by its mean or sum over the valid rows.
+        mask_duplicates: other pairs of the same query or document leave the denominators.
+        form, block_size: see `Logits`.
+
+    Raises:
+        ConfigError: an unknown choice; arrays that do not fit each other or the mesh.
+    """
+    queries, documents = _array("queries", queries), _array("documents", documents)
+    arrays = {
+        "queries": queries,
+        "documents": documents,
+        "scale": _array("logit_scale", logit_scale, jnp.float32),
+        "bias": _array("logit_bias", logit_bias, jnp.float32),
+        "rows": _pair_rows(weights, queries),
+        "known": known,
+    }
+    mesh = _chosen_mesh(mesh, queries)
+    options = {
+        "mesh": mesh,
+        "mask_duplicates": mask_duplicates,
+        "form": form,
+        "block_size": block_size,
+    }
+    _one_term(**arrays, **options)  # refuses arrays that do not fit, before they move
+    if isinstance(mesh, Mesh):
+        split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+        by_row = {"queries", "documents", "rows"}
+        places = {name: split if name in by_row else replicated(mesh) for name in arrays}
+        arrays = {name: jax.device_put(x, places[name]) for name, x in arrays.items()}
+    return _jitted_loss(arrays, weight_norm, tuple(options.items()))
 
 
-def gcl_losses(logits: Logits, weight_norm: str = "none") -> list[Float[Array, ""]]:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _jitted_loss(arrays, weight_norm, options):
+    """For a call outside of `jax.jit`."""
+    logits = _one_term(**arrays, **dict(options))
+    return gcl_losses(logits, LossConfig(weight_norm=weight_norm))[0]
+
+
+def _one_term(queries, documents, scale, rows, **options) -> Logits:
+    return Logits({"": queries}, {"": documents}, scale, [Term("", "", rows)], **options)
+
+
+def _array(name: str, x: Any, dtype: Any = None) -> jax.Array:
+    try:
+        return jnp.asarray(x, dtype)
+    except (TypeError, ValueError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"{name} must be an array of numbers: {reason}") from None
+
+
+def _pair_rows(weights: Any, queries: Any) -> PairRows:
+    if isinstance(weights, PairRows):
+        return weights
+    if weights is None:
+        return PairRows(jnp.ones(queries.shape[:1]))
+    return PairRows(_array("weights", weights, jnp.float32))
+
+
+def _chosen_mesh(
+    mesh: Mesh | AbstractMesh | None, queries: jax.Array
+) -> Mesh | AbstractMesh | None:
+    context, of_queries = jax.sharding.get_abstract_mesh(), jax.typeof(queries).sharding.mesh
+    if AxisType.Manual in context.axis_types:
+        raise ConfigError("gcl_loss takes the whole global batch: call it outside of shard_map")
+    around = of_queries if context.empty else context
+    if not isinstance(mesh, Mesh | AbstractMesh | None):
+        raise ConfigError(f"mesh must be a jax.sharding.Mesh, not {mesh!r}")
+    if mesh is None or mesh.empty:
+        return None if around.empty else around
+    if around.empty:  # nothing has Explicit types, and without `jax.set_mesh` no gradient may
+        return Mesh(mesh.devices, mesh.axis_names) if isinstance(mesh, Mesh) else mesh
+    if around not in (mesh, getattr(mesh, "abstract_mesh", mesh)):
+        raise ConfigError(
+            f"mesh={dict(mesh.shape)} is not the mesh {dict(around.shape)} that "
+            f"{'the queries are on' if context.empty else '`jax.set_mesh` has set'}: leave it out"
+        )
+    return mesh
+
+
+@objective("gcl")
+def gcl_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
     """The loss of each term.
 
     Raises:
         ConfigError: unknown `weight_norm`.
     """
-    if weight_norm not in (choices := config.choices("loss.weight_norm")):
-        raise ConfigError(f"loss.weight_norm={weight_norm!r} must be one of {choices}")
+    norms = choices("loss.weight_norm")
+    if loss.weight_norm not in norms:
+        raise ConfigError(f"loss.weight_norm={loss.weight_norm!r} must be one of {norms}")
 
-    def named(tile: Tile, _axis: int) -> list[Channel]:
-        return [Channel(tile.members, tile.targets)]
+    def reductions(tile: Tile, _axis: int) -> list[Softmax]:
+        return [Softmax(tile.members, tile.targets)]
 
     losses = []
-    for term, ((of_rows,), (of_columns,)) in zip(logits.terms, logits.sums(named), strict=True):
+    for term, ((of_rows,), (of_columns,)) in zip(
+        logits.terms, logits.sums(reductions), strict=True
+    ):
         total = of_rows.cross_entropy.sum() + of_columns.cross_entropy.sum()
         known = logits.known is not None
-        losses.append(total / normalizer(of_rows.weight.sum(), term.rows, weight_norm, known))
+        losses.append(total / normalizer(of_rows.weight.sum(), term.rows, loss.weight_norm, known))
     return losses
 
 

@@ -8,16 +8,20 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gcl_jax.config import LossConfig, TrainConfig
 from gcl_jax.losses.contrastive import normalizer
 from gcl_jax.losses.logits import Term
-from gcl_jax.losses.merged import Merged, Negatives
-from gcl_jax.losses.pairs import MASKED, PairRows, Tile, same_ids
-from gcl_jax.losses.statistics import Channel
+from gcl_jax.losses.objectives import Merged, Negatives, objective
+from gcl_jax.losses.pairs import MASKED, PairRows, Softmax, Tile, same_ids
 
 
-def hard_negatives_loss(
-    batch: Merged, rank: float, intra: float, max_margin: float
-) -> Float[Array, ""]:
+def _matrices(cfg: TrainConfig) -> float:
+    count, data = cfg.data.num_negatives, cfg.data
+    return (1 + count * (data.text_negatives != "none")) * (1 + count * bool(data.negatives))
+
+
+@objective("hard_negatives", of_merged=True, needs_negatives=True, matrices=_matrices)
+def hard_negatives_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
     """contrast + sum over the sides with negatives of (`rank` * cross-modal rank + `intra` *
     intra-modal contrast), all weighted by w_i, negatives that are missing left out everywhere:
 
@@ -31,6 +35,7 @@ def hard_negatives_loss(
     intra-modal contrast: -log [exp(Z_pair) / (exp(Z_pair) + sum_h exp(scale * x . negative_h))] of
     the side's own embedding x and its negatives.
     """
+    options = loss.hard_negatives
     total = _contrast(batch)
     pair = batch.scale * jnp.sum(batch.queries * batch.documents, 1)
     partners = {"query": batch.documents, "document": batch.queries}
@@ -44,12 +49,12 @@ def hard_negatives_loss(
 
         gap = pair[:, None] - products(partners[side])
         count = jnp.maximum(valid.sum(0), 1)
-        margin = jnp.clip(jnp.where(valid, gap, 0.0).sum(0) / count, 0.0, max_margin)
+        margin = jnp.clip(jnp.where(valid, gap, 0.0).sum(0) / count, 0.0, options.max_margin)
         ranked = jnp.where(valid, jax.nn.relu(jax.lax.stop_gradient(margin) - gap), 0.0)
-        total += rank * batch.weighted_mean(ranked.sum(1) / jnp.maximum(valid.sum(1), 1))
+        total += options.rank * batch.weighted_mean(ranked.sum(1) / jnp.maximum(valid.sum(1), 1))
         within = jnp.where(valid, products(own[side]), MASKED)
         among = jnp.logaddexp(pair, jax.nn.logsumexp(within, 1)) - pair
-        total += intra * batch.weighted_mean(jnp.where(valid.any(1), among, 0.0))
+        total += options.intra * batch.weighted_mean(jnp.where(valid.any(1), among, 0.0))
     return total
 
 
@@ -57,7 +62,7 @@ def _contrast(batch: Merged) -> Float[Array, ""]:
     queries, rows = _with_negatives(batch, "query", batch.queries)
     documents, columns = _with_negatives(batch, "document", batch.documents)
 
-    def named(tile: Tile, _axis: int) -> list[Channel]:
+    def reductions(tile: Tile, _axis: int) -> list[Softmax]:
         real = (tile.rows.number[:, None] > 0) & (tile.columns.number > 0)
         targets = jnp.where(real, tile.targets, 0.0)
         # A hard negative of one pair may be relevant to another: known so, or its own partner.
@@ -69,11 +74,11 @@ def _contrast(batch: Merged) -> Float[Array, ""]:
         if tile.mask_duplicates:
             relevant |= jnp.where(of_documents, same_document, same_query)
         extra = tile.valid & (mined_here | ~relevant)
-        return [Channel(jnp.where(real, tile.members, extra), targets)]
+        return [Softmax(jnp.where(real, tile.members, extra), targets)]
 
     term = Term("", "", rows, columns)
     logits = batch.logits({"": queries}, {"": documents}, [term], known=batch.known)
-    ((of_rows,), (of_columns,)) = logits.sums(named)[0]
+    ((of_rows,), (of_columns,)) = logits.sums(reductions)[0]
     total = of_rows.cross_entropy.sum() + of_columns.cross_entropy.sum()
     return total / normalizer(of_rows.weight.sum(), batch.rows, known=batch.known is not None)
 
@@ -81,7 +86,7 @@ def _contrast(batch: Merged) -> Float[Array, ""]:
 def _with_negatives(batch: Merged, side: str, own: Float[Array, "n d"]):
     """(embeddings (n (1 + h), d), their rows): each pair's own, then its negatives, which have
     number 0, their own id and the pair's id of the other side."""
-    rows = batch.rows.numbered()
+    rows = batch.rows.completed()
     if side not in batch.negatives:
         return own, rows
     negatives: Negatives = batch.negatives[side]

@@ -9,30 +9,34 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from gcl_jax.config import LossConfig
 from gcl_jax.losses.logits import Logits
-from gcl_jax.losses.pairs import Tile
-from gcl_jax.losses.statistics import Channel, Softmax
+from gcl_jax.losses.objectives import objective
+from gcl_jax.losses.pairs import Softmax, SoftmaxSums, Tile
 
 
-def listnet_losses(logits: Logits, temperature: float) -> list[Float[Array, ""]]:
+@objective("listnet", needs_known=True, needs_grades=True)
+def listnet_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
     """ListNet's top-one loss of each term (Cao et al. 2007): the cross-entropy between softmax(Z)
     over all documents and a distribution over the scored ones, in proportion to exp(T /
     temperature), or to T itself for temperature 0."""
+    temperature = loss.listnet.temperature
 
-    def named(tile: Tile, _axis: int) -> list[Channel]:
+    def reductions(tile: Tile, _axis: int) -> list[Softmax]:
         targets = tile.targets
         if temperature:
             targets = jnp.where(targets > 0, jnp.exp((targets - 1) / temperature), 0.0)
-        return [Channel(tile.members, targets)]
+        return [Softmax(tile.members, targets)]
 
-    def lists(channels: tuple[Softmax, ...]):
-        (one,) = channels
+    def lists(sums: tuple[SoftmaxSums, ...]):
+        (one,) = sums
         return one.cross_entropy / jnp.where(one.weight > 0, one.weight, 1.0), one.weight > 0
 
-    return [_both_means(lists, one) for one in logits.sums(named)]
+    return [_both_means(lists, one) for one in logits.sums(reductions)]
 
 
-def listmle_losses(logits: Logits, levels: int) -> list[Float[Array, ""]]:
+@objective("listmle", needs_known=True, needs_grades=True)
+def listmle_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
     """ListMLE of each term (Xia et al. 2008): the likelihood of a Plackett-Luce model that the
     documents were drawn by order of their scores, one after the other, and negatives last; the
     mean over the draws.
@@ -40,28 +44,30 @@ def listmle_losses(logits: Logits, levels: int) -> list[Float[Array, ""]]:
     Weights T in (0, 1] are cut into `levels` equal parts; documents of the same part tie: each is
     drawn from all that are not above it (Breslow's likelihood of ties).
     """
+    levels = loss.listmle.levels
 
-    def named(tile: Tile, _axis: int) -> list[Channel]:
+    def reductions(tile: Tile, _axis: int) -> list[Softmax]:
         level, members = _level(tile, levels), tile.members
         return [
-            Channel(members & (level == k), jnp.where(members & (level == k), float(k > 0), 0.0))
+            Softmax(members & (level == k), jnp.where(members & (level == k), float(k > 0), 0.0))
             for k in range(levels + 1)
         ]
 
-    def lists(channels: tuple[Softmax, ...]):
+    def lists(sums: tuple[SoftmaxSums, ...]):
         total, draws = jnp.zeros(()), jnp.zeros(())
-        below = channels[0].log_sum
-        for one in channels[1:]:
+        below = sums[0].log_sum
+        for one in sums[1:]:
             below = jnp.logaddexp(below, one.log_sum)
             # sum over the level of (log of all that may be drawn - Z), relative to the level's top.
             total += jnp.where(one.weight > 0, one.weight * (below - one.top) + one.gap, 0.0)
             draws += one.weight
         return total / jnp.maximum(draws, 1.0), draws > 0
 
-    return [_both_means(lists, one) for one in logits.sums(named)]
+    return [_both_means(lists, one) for one in logits.sums(reductions)]
 
 
-def rince_losses(logits: Logits, levels: int, spread: float) -> list[Float[Array, ""]]:
+@objective("rince", needs_known=True, needs_grades=True)
+def rince_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
     """Ranked positives of each term (RINCE, arXiv 2201.11736, the variant with the sum inside the
     logarithm): documents of each level against those of all lower levels and the negatives,
 
@@ -70,26 +76,27 @@ def rince_losses(logits: Logits, levels: int, spread: float) -> list[Float[Array
     the mean over the levels that a list has. Weights T in (0, 1] are cut into `levels` equal parts;
     t grows evenly from 1 at the best to `spread` at the lowest, which is pulled less hard.
     """
+    levels, spread = loss.rince.levels, loss.rince.spread
 
-    def named(tile: Tile, _axis: int) -> list[Channel]:
+    def reductions(tile: Tile, _axis: int) -> list[Softmax]:
         level, members = _level(tile, levels), tile.members
-        channels = []
+        wanted = []
         for k in range(1, levels + 1):
             warmth = 1 + (spread - 1) * (levels - k) / max(levels - 1, 1)
             weight = jnp.where(members & (level == k), 1.0, 0.0)
-            channels.append(Channel(members & (level == k), weight, 1 / warmth))
-            channels.append(Channel(members & (level < k), None, 1 / warmth))
-        return channels
+            wanted.append(Softmax(members & (level == k), weight, 1 / warmth))
+            wanted.append(Softmax(members & (level < k), None, 1 / warmth))
+        return wanted
 
-    def lists(channels: tuple[Softmax, ...]):
+    def lists(sums: tuple[SoftmaxSums, ...]):
         total, found = jnp.zeros(()), jnp.zeros(())
-        for level, below in zip(channels[::2], channels[1::2], strict=True):
+        for level, below in zip(sums[::2], sums[1::2], strict=True):
             there = level.weight > 0
             total += jnp.where(there, jax.nn.softplus(below.log_sum - level.log_sum), 0.0)
             found += there
         return total / jnp.maximum(found, 1.0), found > 0
 
-    return [_both_means(lists, one) for one in logits.sums(named)]
+    return [_both_means(lists, one) for one in logits.sums(reductions)]
 
 
 def _level(tile: Tile, levels: int) -> Int[Array, "n m"]:
@@ -102,8 +109,8 @@ def _level(tile: Tile, levels: int) -> Int[Array, "n m"]:
 def _both_means(lists, sums) -> Float[Array, ""]:
     """lists: sums of one side -> (loss of each list, whether it is one)."""
     means = []
-    for channels in sums:
-        losses, is_list = lists(channels)
+    for of_side in sums:
+        losses, is_list = lists(of_side)
         total = jnp.where(is_list, losses, 0.0).sum()
         means.append(total / jnp.maximum(is_list.sum(), 1))
     return (means[0] + means[1]) / 2

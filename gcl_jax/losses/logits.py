@@ -1,9 +1,9 @@
 """All logits of the global batch, of which an objective sees tiles and gets back sums.
 
 An objective is written as two plain functions. The first, of a tile of logits, names what to add up
-over every row and every column: `Channel`s and `Values`. The second makes a loss of these sums,
-arrays with one number per query or document of the global batch. Tiles, devices and gradients are
-the work of `Logits.sums` in between: memory is linear in the batch, and nothing is approximate.
+over every row and every column: `Softmax` and `Sum`. The second makes a loss of these sums, arrays
+with one number per query or document of the global batch. Tiles, devices and gradients are the work
+of `Logits.sums` in between: memory is linear in the batch, and nothing is approximate.
 """
 
 import dataclasses
@@ -13,24 +13,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from gcl_jax import config
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import (
     BLOCK_SIZE,
+    Embedded,
     Gather,
     Ring,
-    Side,
     product,
     tile_gradients,
     tile_statistics,
 )
-from gcl_jax.losses.pairs import PairRows, Tile
-from gcl_jax.losses.statistics import Named, added_up, nothing_yet
-from gcl_jax.losses.targets import KnownWeights
-from gcl_jax.sharding import BATCH_AXES
+from gcl_jax.losses.pairs import KnownWeights, PairRows, Reductions, Tile, nothing_yet, reduced
 
 # Form "auto" gathers the documents while their copies, with their gradients in float32, take no
 # more bytes of each device than this; never on one device, which needs no copy.
@@ -39,7 +35,7 @@ TRANSPORTS: dict[str, type[Gather] | type[Ring]] = {"gather": Gather, "ring": Ri
 
 
 class Sums(NamedTuple):
-    """One `Softmax` or `Total` for each of what an objective names, with arrays (n,) for the
+    """A `SoftmaxSums` or `Total` for each of an objective's reductions, with arrays (n,) for the
     queries and (m,) for the documents of the global batch."""
 
     rows: tuple[Any, ...]
@@ -55,9 +51,6 @@ class Term(NamedTuple):
     rows: PairRows
     columns: PairRows | None = None
 
-    def described_columns(self) -> PairRows:
-        return self.rows if self.columns is None else self.columns
-
 
 @dataclasses.dataclass(frozen=True)
 class Logits:
@@ -67,9 +60,11 @@ class Logits:
     Embeddings of bfloat16 are multiplied as such; logits, sums and sums of gradients are float32.
 
     Args:
-        queries, documents: embeddings (n, d) and (m, d), float32 or bfloat16, by name; rows are
-            split over all devices of the mesh. Those that no term names stay where they are.
+        queries, documents: embeddings (n, d) and (m, d), float32 or bfloat16, by name. Those that
+            no term names stay where they are.
         scale: the factor itself (exp of the learned parameter).
+        mesh: over whose devices, along all axes, the rows are split; None computes wherever the
+            arrays are, which is for one device.
         known: if given, a tile knows the weight of every combination that the table has.
         mask_duplicates: other pairs of the same query or document are no negatives.
         form: "gather" copies all documents to every device, "ring" hands them from device to
@@ -80,12 +75,12 @@ class Logits:
         ConfigError: an unknown form; shapes that do not fit each other or the mesh.
     """
 
-    queries: Mapping[str, Float[Array, "n d"]]
-    documents: Mapping[str, Float[Array, "m d"]]
-    scale: Float[Array, ""]
+    queries: Mapping[str, Float[Any, "n d"]]
+    documents: Mapping[str, Float[Any, "m d"]]
+    scale: Float[Any, ""] | float
     terms: Sequence[Term]
-    mesh: Mesh
-    bias: Float[Array, ""] | float = 0.0
+    mesh: Mesh | AbstractMesh | None = None
+    bias: Float[Any, ""] | float = 0.0
     known: KnownWeights | None = None
     mask_duplicates: bool = False
     form: str = "auto"
@@ -93,39 +88,69 @@ class Logits:
 
     def __post_init__(self):
         _check(self)
+        completed = [
+            Term(q, d, rows.completed(), (rows if columns is None else columns).completed())
+            for q, d, rows, columns in self.terms
+        ]
+        object.__setattr__(self, "terms", completed)
 
-    def sums(self, named: Named) -> list[Sums]:
-        """For each term the sums of what `named` names, all from one exchange of the documents
+    def sums(self, reductions: Reductions) -> list[Sums]:
+        """For each term the sums of its `reductions`, all from one exchange of the documents
         between the devices."""
         queries = {name: self.queries[name] for name in {term.query for term in self.terms}}
         documents = {name: self.documents[name] for name in {t.document for t in self.terms}}
         form = self.form
         if form == "auto":
             copies = sum(x.size * (x.dtype.itemsize + 4) for x in documents.values())
-            form = "gather" if self.mesh.size > 1 and copies <= GATHER_LIMIT else "ring"
+            form = "gather" if _size(self.mesh) > 1 and copies <= GATHER_LIMIT else "ring"
+        axes = () if self.mesh is None else self.mesh.axis_names
         names = tuple((term.query, term.document) for term in self.terms)
-        rows = [term.rows.numbered() for term in self.terms]
-        columns = [term.described_columns().numbered() for term in self.terms]
-        split, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
+        options = _Options(
+            reductions, names, self.mask_duplicates, TRANSPORTS[form](axes), self.block_size
+        )
+        rows, columns = [t.rows for t in self.terms], [t.columns for t in self.terms]
+        scalars = jnp.float32(self.scale), jnp.float32(self.bias)
+        of_device = functools.partial(_sums, options)
+        if self.mesh is None:
+            return of_device(queries, documents, *scalars, rows, columns, self.known)
+        split, everywhere = PartitionSpec(axes), PartitionSpec()
         sharded = jax.shard_map(
-            functools.partial(
-                _sums, _Options(named, names, self.mask_duplicates, form, self.block_size)
-            ),
+            of_device,
             mesh=self.mesh,
             in_specs=(split, split, everywhere, everywhere, split, split, everywhere),
             out_specs=split,
         )
-        scalars = jnp.float32(self.scale), jnp.float32(self.bias)
+        queries, documents, rows, columns = _split_as_typed(
+            (queries, documents, rows, columns), self.mesh
+        )
         return sharded(queries, documents, *scalars, rows, columns, self.known)
+
+
+def _size(mesh: Mesh | AbstractMesh | None) -> int:
+    return 1 if mesh is None else mesh.size
+
+
+def _split_as_typed(x, mesh: Mesh | AbstractMesh):
+    """The rows of all arrays split over the mesh's Explicit axes, which are part of their types;
+    `shard_map` does so with the others."""
+    explicit = tuple(
+        axis
+        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Explicit
+    )
+    if not explicit:
+        return x
+    sharding = NamedSharding(mesh, PartitionSpec(explicit))
+    return jax.tree.map(lambda one: jax.sharding.reshard(one, sharding), x)
 
 
 class _Options(NamedTuple):
     """names: for each term, those of its queries and of its documents."""
 
-    named: Named
+    reductions: Reductions
     names: tuple[tuple[str, str], ...]
     mask_duplicates: bool
-    form: str
+    transport: Gather | Ring
     block_size: int
 
 
@@ -140,17 +165,16 @@ def _sums(
     columns: list[PairRows],
     known: KnownWeights | None,
 ) -> list[Sums]:
-    """`Logits.sums` inside `shard_map`: of all arguments but the scale, the bias and `known`, this
-    device's part."""
+    """`Logits.sums` on a device: of all arguments but the scale, the bias and `known`, its part."""
     return _forward(options, queries, documents, scale, bias, rows, columns, known)[0]
 
 
 def _forward(options, queries, documents, scale, bias, rows, columns, known):
-    sides = [Side(queries[q], r) for (q, _), r in zip(options.names, rows, strict=True)]
+    sides = [Embedded(queries[q], r) for (q, _), r in zip(options.names, rows, strict=True)]
 
     def tile(rows, columns):
         one = _tile(rows, columns, scale, bias, known, options)
-        return added_up(one, 1, options.named), added_up(one, 0, options.named)
+        return reduced(one, 1, options.reductions), reduced(one, 0, options.reductions)
 
     def sweep(visitors, seen):
         order, others = _columns(visitors, known, options)
@@ -166,10 +190,10 @@ def _forward(options, queries, documents, scale, bias, rows, columns, known):
     def before(axis):
         return functools.partial(nothing_yet, shapes[1 - axis])
 
-    of_rows, of_columns, residual = TRANSPORTS[options.form].forward(
+    of_rows, of_columns, residual = options.transport.forward(
         sweep,
         visitors,
-        [before(1)(side.facts.number) for side in sides],
+        [before(1)(side.pairs.number) for side in sides],
         [before(0)(one.number) for one in columns],
     )
     sums = [Sums(*one) for one in zip(of_rows, of_columns, strict=True)]
@@ -186,7 +210,7 @@ def _backward(options, residual, cotangents):
         def weighted(logits):
             seen = one._replace(logits=logits)
             sides = (1, of_rows), (0, of_columns)
-            sums = [added_up(seen, axis, options.named, tops) for axis, (tops, _) in sides]
+            sums = [reduced(seen, axis, options.reductions, tops) for axis, (tops, _) in sides]
             given = [by_sums for _, (_, by_sums) in sides]
             products = jax.tree.map(lambda a, b: jnp.sum(a * b), sums, given)
             return sum(jax.tree.leaves(products))
@@ -206,8 +230,8 @@ def _backward(options, residual, cotangents):
     def nothing(x):
         return jnp.zeros_like(x, jnp.float32)
 
-    zero = nothing(sides[0].facts.number[0])
-    gradients, by_document = TRANSPORTS[options.form].backward(
+    zero = nothing(sides[0].pairs.number[0])
+    gradients, by_document = options.transport.backward(
         sweep,
         residual,
         [one.columns for one in cotangents],
@@ -218,7 +242,7 @@ def _backward(options, residual, cotangents):
     by_query = _by_name((q for q, _ in options.names), by_embedding)
     dtype = sides[0].embedding.dtype
     by_query, by_document = jax.tree.map(lambda x: x.astype(dtype), (by_query, by_document))
-    by_scale, by_bias = jax.lax.psum((sum(by_scale), sum(by_bias)), BATCH_AXES)
+    by_scale, by_bias = jax.lax.psum((sum(by_scale), sum(by_bias)), options.transport.axes)
     return by_query, by_document, by_scale, by_bias, None, None, None
 
 
@@ -237,16 +261,18 @@ def _columns(visitors, known: KnownWeights | None, options: _Options):
     """
     documents, columns = visitors
     order = None if known is None else jnp.argsort(columns[0].document_id)
-    return order, [Side(documents[d], c) for (_, d), c in zip(options.names, columns, strict=True)]
+    return order, [
+        Embedded(documents[d], c) for (_, d), c in zip(options.names, columns, strict=True)
+    ]
 
 
-def _tile(rows: Side, columns: Side, scale, bias, known, options: _Options) -> Tile:
+def _tile(rows: Embedded, columns: Embedded, scale, bias, known, options: _Options) -> Tile:
     logits = scale * product(rows.embedding, columns.embedding.T) + bias
     found = None
     if known is not None:
-        ids = rows.facts.query_id, columns.facts.document_id
-        found = known.in_tile(*ids, columns.facts.valid)
-    return Tile(logits, rows.facts, columns.facts, found, options.mask_duplicates)
+        ids = rows.pairs.query_id, columns.pairs.document_id
+        found = known.in_tile(*ids, columns.pairs.valid)
+    return Tile(logits, rows.pairs, columns.pairs, found, options.mask_duplicates)
 
 
 _sums.defvjp(_forward, _backward)
@@ -257,8 +283,11 @@ def _check(logits: Logits) -> None:
         if not condition:
             raise ConfigError(message)
 
-    form, choices = logits.form, config.choices("loss.form")
+    form, choices = logits.form, ("auto", *TRANSPORTS)
     require(form in choices, f"loss.form={form!r} must be one of {choices}")
+    for name in ("scale", "bias"):
+        shape = jnp.shape(getattr(logits, name))
+        require(shape == (), f"logit_{name} must be one number, not of shape {shape}")
     require(logits.block_size >= 1, f"block_size {logits.block_size} must be 1 or more")
     for term in logits.terms:
         queries, documents = logits.queries[term.query], logits.documents[term.document]
@@ -274,13 +303,19 @@ def _check(logits: Logits) -> None:
             "embeddings must agree in shape and dtype: "
             f"{documents.shape} {documents.dtype} is not {shape} {dtype}",
         )
-        for pairs, n in ((term.rows, shape[0]), (term.described_columns(), count)):
+        for pairs, n in ((term.rows, shape[0]), (term.columns or term.rows, count)):
             require(
-                n % logits.mesh.size == 0,
-                f"a batch of {n} pairs is no multiple of the {logits.mesh.size} devices",
+                n % _size(logits.mesh) == 0,
+                f"a batch of {n} pairs is no multiple of the {_size(logits.mesh)} devices",
             )
+            require(pairs.weight is not None, "weight of the pairs is missing")
             for name in ("weight", "valid", "query_id", "document_id"):
-                actual = jnp.shape(getattr(pairs, name))
+                x = getattr(pairs, name)
+                require(
+                    x is not None or not (logits.known and name.endswith("_id")),
+                    f"known weights are looked up by {name}: give it with the pairs",
+                )
+                actual = (n,) if x is None else jnp.shape(x)
                 words = (2,) if name.endswith("_id") and len(actual) == 2 else ()
                 require(
                     actual == (n, *words),

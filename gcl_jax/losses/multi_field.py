@@ -1,4 +1,4 @@
-"""The training objective over merged and single-field embeddings (method: Loss 2 and 3).
+"""The training loss over merged and single-field embeddings (method: Loss 2 and 3).
 
     total = sum_o weight_o * [merged * L_o(Z_merged) + sum_{a,b} lambda_ab * L_o(Z_ab)]
 
@@ -8,21 +8,22 @@ by name "QUERY_FIELD:DOCUMENT_FIELD". Objectives that look at more than pairs of
 merged embeddings as their one term.
 """
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gcl_jax.config import DataConfig, LossConfig
+from gcl_jax.config import DataConfig, LossConfig, TrainConfig
 from gcl_jax.losses.logits import Logits, Term
-from gcl_jax.losses.merged import Merged, Negatives
-from gcl_jax.losses.objectives import OF_LOGITS, OF_MERGED
-from gcl_jax.losses.pairs import PairRows
-from gcl_jax.models.clip import merge_fields
+from gcl_jax.losses.objectives import Merged, Negatives, asked
+from gcl_jax.losses.pairs import PairRows, Softmax, Sum, Tile
+from gcl_jax.models.clip import merge_fields, truncated
 
-Embeddings = Mapping[str, Mapping[str, jax.Array]]
+Embeddings = Mapping[str, Mapping[str, Any]]
 
 # Among the names of fields, which are never empty.
 MERGED = ""
@@ -34,6 +35,18 @@ def pair_term_weights(loss: LossConfig, data: DataConfig) -> dict[tuple[str, str
     pairs = [(q, d) for q in data.query_fields for d in data.document_fields]
     default = loss.field_pairs / len(pairs) if len(pairs) > 1 else 0.0
     return {(q, d): loss.pair_weights.get(f"{q}:{d}", default) for q, d in pairs}
+
+
+def loss_flops(cfg: TrainConfig) -> float:
+    """Floating-point operations of the loss in one training step of the whole global batch B:
+    8 B^2 D for each matrix of logits, which is made twice and multiplied three times
+    (docs/loss.md)."""
+    terms = bool(cfg.loss.merged) + sum(map(bool, pair_term_weights(cfg.loss, cfg.data).values()))
+    matrices = sum(
+        one.matrices(cfg) if one.of_merged else terms for one in asked(cfg.loss).values()
+    )
+    dims = cfg.loss.matryoshka_dims or (cfg.model.embed_dim,)
+    return 8.0 * cfg.optim.batch_size**2 * sum(dims) * matrices
 
 
 def multi_field_loss(
@@ -55,61 +68,38 @@ def multi_field_loss(
             relevance is the target; and "key", a random key, if an objective draws numbers.
         logit_scale: the factor itself.
     """
+    merged = merged_batch(embeddings, batch, logit_scale, loss, data, mesh)
+    logits, term_weights = _of_terms(merged, embeddings, batch, logit_bias, loss, data)
     total = jnp.float32(0)
     values: dict[str, jax.Array] = {}
-    for name, weight in loss.objectives.items():
-        if weight and name in OF_LOGITS:
-            weighted, terms = _terms(
-                name, embeddings, batch, logit_scale, logit_bias, loss, data, mesh
-            )
-        elif weight:
-            merged = merged_batch(embeddings, batch, logit_scale, loss, data, mesh)
-            weighted = OF_MERGED[name](merged, loss)
-            terms = {"merged": weighted}
+    for name, one in asked(loss).items():
+        weight = loss.objectives[name]
+        if one.of_merged:
+            terms = {"merged": one.function(merged, loss)}
+            total += weight * terms["merged"]
         else:
-            continue
-        total += weight * weighted
+            losses = one.function(logits, loss) if term_weights else []
+            terms = dict(zip(term_weights, losses, strict=True))
+            total += weight * sum(term_weights[term] * value for term, value in terms.items())
         values |= {f"{name}/{term}": value for term, value in terms.items()}
     return total, values
 
 
-def _terms(name, embeddings, batch, logit_scale, logit_bias, loss, data, mesh):
-    """(weighted sum, {term: value}) of an objective of logits."""
-    fields = {side: dict(embeddings[side]) for side in ("query", "document")}
-    terms, weights = {}, {}
-
-    def add(term: str, weight: float, query: str, document: str, valid: jax.Array) -> None:
-        rows = PairRows(batch["weight"], valid, batch["query_id"], batch["document_id"])
-        terms[term], weights[term] = Term(query, document, rows), weight
-
+def _of_terms(
+    merged: Merged, embeddings: Embeddings, batch: Mapping, bias, loss: LossConfig, data: DataConfig
+) -> tuple[Logits, dict[str, float]]:
+    """(logits of all terms, {term: weight}), the merged embeddings and the pairs of fields."""
+    terms, term_weights = [], {}
     if loss.merged:
-        for side, weights_of in (("query", data.query_fields), ("document", data.document_fields)):
-            present = batch[f"{side}_present"]
-            fields[side][MERGED] = merge_fields(embeddings[side], present, weights_of)
-        add("merged", loss.merged, MERGED, MERGED, _mergeable(batch, data))
+        terms, term_weights = [Term(MERGED, MERGED, merged.rows)], {"merged": loss.merged}
     for (q, d), weight in pair_term_weights(loss, data).items():
         if weight:
             present = batch["query_present"][q] & batch["document_present"][d]
-            add(f"{q}:{d}", weight, q, d, present)
-    if not terms:
-        return jnp.float32(0), {}
-    dtype = jnp.dtype(loss.dtype)
-    queries, documents = jax.tree.map(
-        lambda x: x.astype(dtype), (fields["query"], fields["document"])
-    )
-    logits = Logits(
-        queries,
-        documents,
-        logit_scale,
-        list(terms.values()),
-        mesh=mesh,
-        bias=logit_bias,
-        known=batch.get("known"),
-        mask_duplicates=loss.mask_duplicates,
-        form=loss.form,
-    )
-    values = dict(zip(terms, OF_LOGITS[name](logits, loss), strict=True))
-    return sum((weights[term] * value for term, value in values.items()), jnp.float32(0)), values
+            terms.append(Term(q, d, dataclasses.replace(merged.rows, valid=present)))
+            term_weights[f"{q}:{d}"] = weight
+    queries = {**embeddings["query"], MERGED: merged.queries}
+    documents = {**embeddings["document"], MERGED: merged.documents}
+    return merged.logits(queries, documents, terms, known=merged.known, bias=bias), term_weights
 
 
 def merged_batch(
@@ -122,23 +112,26 @@ def merged_batch(
 ) -> Merged:
     """The batch with one embedding for each query and document; arguments of `multi_field_loss`."""
     fields = {"query": data.query_fields, "document": data.document_fields}
-    own = {
-        side: merge_fields(embeddings[side], batch[f"{side}_present"], weights)
-        for side, weights in fields.items()
+
+    def merge(name: str, side: str) -> tuple[Any, Any]:
+        """(merged embeddings, where there is a field of weight above 0: elsewhere they are 0)."""
+        present = batch[f"{name}_present"]
+        weighted = [present[field] for field, weight in fields[side].items() if weight]
+        merged = merge_fields(embeddings[name], present, fields[side])
+        return merged, functools.reduce(jnp.logical_or, weighted)
+
+    queries, query_valid = merge("query", "query")
+    documents, document_valid = merge("document", "document")
+    valid = query_valid & document_valid
+    negatives = {
+        side: Negatives(*merge(name, side), batch[f"{name}_id"])
+        for side, name in (("query", "negative_query"), ("document", "negative_document"))
+        if name in embeddings
     }
-    negatives = {}
-    for side, weights in fields.items():
-        if (name := f"negative_{side}") in embeddings:
-            present = batch[f"{name}_present"]
-            valid = functools.reduce(jnp.logical_or, [present[a] for a, w in weights.items() if w])
-            merged = merge_fields(embeddings[name], present, weights)
-            negatives[side] = Negatives(merged, valid, batch[f"{name}_id"])
     return Merged(
-        own["query"],
-        own["document"],
-        PairRows(
-            batch["weight"], _mergeable(batch, data), batch["query_id"], batch["document_id"]
-        ).numbered(),
+        queries,
+        documents,
+        PairRows(batch["weight"], valid, batch["query_id"], batch["document_id"]).completed(),
         logit_scale,
         query_fields=embeddings["query"],
         query_present=batch["query_present"],
@@ -152,14 +145,67 @@ def merged_batch(
     )
 
 
-def _mergeable(batch: Mapping, data: DataConfig) -> jax.Array:
-    """True where a field of weight above 0 is present on either side: no merged embedding is
-    zero."""
-    sides = (("query", data.query_fields), ("document", data.document_fields))
-    present = [
-        functools.reduce(
-            jnp.logical_or, [batch[f"{side}_present"][a] for a, weight in fields.items() if weight]
-        )
-        for side, fields in sides
-    ]
-    return present[0] & present[1]
+def over_dims(loss_of: Callable, dims: Sequence[int]) -> Callable:
+    """`loss_of`, averaged over embeddings truncated to each of `dims`; itself without any:
+    Matryoshka learning (arXiv 2205.13147).
+
+    As in sentence-transformers' MatryoshkaLoss, the whole embedding counts only if its size is
+    among `dims`; there the losses are summed, here averaged, so that the learning rate and the
+    clipping mean the same for any number of them.
+
+    Args:
+        loss_of: (embeddings, ...) -> (total, {term: value}), the embeddings of each side
+            {field: float32 (..., e)}.
+
+    Returns:
+        The same signature; the terms are named "TERM@DIM".
+    """
+    if not dims:
+        return loss_of
+
+    @functools.wraps(loss_of)
+    def averaged(embeddings: Embeddings, *args, **kwargs):
+        totals: list[jax.Array] = []
+        terms: dict[str, jax.Array] = {}
+        for dim in dims:
+            cut = {side: truncated(fields, dim) for side, fields in embeddings.items()}
+            total, own = loss_of(cut, *args, **kwargs)
+            totals.append(total)
+            terms |= {f"{name}@{dim}": value for name, value in own.items()}
+        return jnp.mean(jnp.stack(totals)), terms
+
+    return averaged
+
+
+def in_batch_accuracy(
+    embeddings: Embeddings, batch: Mapping, *, loss: LossConfig, data: DataConfig, mesh: Mesh
+) -> dict[str, jax.Array]:
+    """{"query_to_document", "document_to_query": float32 share of the valid pairs}: of the merged
+    queries, how many are nearer to their own document than to all others of the global batch, and
+    of the documents to their own query. Other pairs of the same query or document, and what is
+    known to be relevant, compete with nobody. A tie is wrong: who embeds all alike knows nothing.
+
+    Arguments as those of `multi_field_loss`; costs one of its forward sweeps.
+    """
+    merged = dataclasses.replace(
+        merged_batch(embeddings, batch, jnp.float32(1), loss, data, mesh),
+        dtype="float32",
+        mask_duplicates=True,
+    )
+
+    def reductions(tile: Tile, _axis: int) -> list[Softmax | Sum]:
+        rivals = Softmax(tile.kept & ~tile.labelled)
+        return [rivals, Sum(jnp.where(tile.own, tile.logits, 0.0))]
+
+    logits = merged.logits(
+        {MERGED: merged.queries},
+        {MERGED: merged.documents},
+        [Term(MERGED, MERGED, merged.rows)],
+        known=merged.known,
+    )
+    valid = merged.rows.valid
+    names = "query_to_document", "document_to_query"
+    return {
+        name: jnp.sum(valid & (own.total > rival.top)) / jnp.maximum(valid.sum(), 1)
+        for name, (rival, own) in zip(names, logits.sums(reductions)[0], strict=True)
+    }

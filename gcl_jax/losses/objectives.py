@@ -1,71 +1,195 @@
-"""The objectives by the names that `config.loss.objectives` gives their weights."""
+"""How an objective is added, and what it gets: `Logits`, or the whole batch.
 
-from collections.abc import Callable
+One function and one registration, here or in a module of your own that the config file imports:
 
+    @objective("margin")
+    def margin_losses(logits: Logits, loss: LossConfig) -> list[jax.Array]:
+        "Cross-entropy in which every pair must lead by 2."
+
+        def reductions(tile: Tile, axis: int) -> list[Softmax]:
+            return [Softmax(tile.members, tile.targets, offset=jnp.where(tile.own, -2.0, 0.0))]
+
+        return [
+            (rows.cross_entropy.sum() + columns.cross_entropy.sum()) / (2 * term.rows.valid.sum())
+            for term, ((rows,), (columns,)) in zip(logits.terms, logits.sums(reductions))
+        ]
+
+and `config.loss.objectives["margin"] = 1.0`. The inner function says of a tile of logits what to
+add up for each query (axis 1) and each document (axis 0); the outer one makes a loss of the sums
+over the global batch. It is sharded and its gradients are exact, in memory linear in the batch.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
 
 from gcl_jax.config import LossConfig, TrainConfig
-from gcl_jax.errors import DataError
-from gcl_jax.losses.contrastive import gcl_losses
-from gcl_jax.losses.fused import fused_loss
-from gcl_jax.losses.hard_negatives import hard_negatives_loss
-from gcl_jax.losses.listwise import listmle_losses, listnet_losses, rince_losses
-from gcl_jax.losses.logits import Logits
-from gcl_jax.losses.merged import Merged
-from gcl_jax.losses.mixed import mixed_loss
-from gcl_jax.losses.one_to_k import one_to_k_loss
-from gcl_jax.losses.sigmoid import bixse_losses, sigmoid_losses
+from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.losses.logits import Logits, Term
+from gcl_jax.losses.pairs import KnownWeights, PairRows
+from gcl_jax.registry import OBJECTIVES
 
-# Of logits: computed for the merged embeddings and for the pairs of fields.
-OF_LOGITS: dict[str, Callable[[Logits, LossConfig], list[Float[Array, ""]]]] = {
-    "gcl": lambda logits, loss: gcl_losses(logits, loss.weight_norm),
-    "sigmoid": lambda logits, loss: sigmoid_losses(logits),
-    "bixse": lambda logits, loss: bixse_losses(logits),
-    "listnet": lambda logits, loss: listnet_losses(logits, loss.listnet.temperature),
-    "listmle": lambda logits, loss: listmle_losses(logits, loss.listmle.levels),
-    "rince": lambda logits, loss: rince_losses(logits, loss.rince.levels, loss.rince.spread),
-}
-
-# Of more than that, for the merged embeddings alone.
-OF_MERGED: dict[str, Callable[[Merged, LossConfig], Float[Array, ""]]] = {
-    "one_to_k": lambda batch, loss: one_to_k_loss(batch, loss.one_to_k.text_to_text),
-    "hard_negatives": lambda batch, loss: hard_negatives_loss(
-        batch, loss.hard_negatives.rank, loss.hard_negatives.intra, loss.hard_negatives.max_margin
-    ),
-    "fused": lambda batch, loss: fused_loss(batch),
-    "mixed": lambda batch, loss: mixed_loss(batch, loss.mixed.temperature, loss.mixed.beta),
-}
+F = TypeVar("F", bound=Callable)
 
 
-def check_data(cfg: TrainConfig, weights: np.ndarray) -> None:
-    """Raises `DataError` if the data, whose loss `weights` (pairs,) are given, lack what one of the
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """An objective, and all that is to be known of it elsewhere.
+
+    function: (Logits, LossConfig) -> the loss of each term, for the merged embeddings and for the
+    pairs of fields; if `of_merged`, (Merged, LossConfig) -> one loss.
+    needs_bias: learns a bias of the logits. needs_known: ranks all that is known of a query.
+    needs_grades: learns from weights that differ. needs_negatives: learns from hard negatives.
+    check: raises `UserError` for whatever else it lacks in the configuration.
+    matrices: how many N x N matrices of logits it makes, if it is `of_merged`.
+    """
+
+    function: Callable[[Any, LossConfig], Any]
+    of_merged: bool = False
+    needs_bias: bool = False
+    needs_known: bool = False
+    needs_grades: bool = False
+    needs_negatives: bool = False
+    check: Callable[[TrainConfig], None] = lambda cfg: None
+    matrices: Callable[[TrainConfig], float] = lambda cfg: 1
+
+
+def objective(name: str, **declared: Any) -> Callable[[F], F]:
+    """Decorates the function of an `Objective`, which has the other fields `declared`.
+
+    Raises:
+        ConfigError: the name means something else already.
+    """
+
+    def decorate(function: F) -> F:
+        OBJECTIVES.add(name, Objective(function, **declared), function)
+        return function
+
+    return decorate
+
+
+def asked(loss: LossConfig) -> dict[str, Objective]:
+    """The objectives that have a weight."""
+    return {name: OBJECTIVES[name] for name, weight in loss.objectives.items() if weight}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, slots=True)
+class Negatives:
+    """H hard negatives of each pair: merged embeddings, those that there are, and their ids."""
+
+    embedding: Float[Any, "n h d"]
+    valid: Bool[Any, "n h"]
+    id: Int[Any, "n h"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Merged:
+    """N pairs with merged embeddings, rows of length 1.
+
+    rows: `valid` where both sides have a field. query_fields, query_present: each query field's own
+    embeddings (n, d), and where there is one. negatives: by side, "query" or "document". key: for
+    objectives that draw random numbers. The others: as in `Logits`.
+    """
+
+    queries: Float[Any, "n d"]
+    documents: Float[Any, "n d"]
+    rows: PairRows
+    scale: Float[Any, ""] | float
+    query_fields: Mapping[str, Float[Any, "n d"]]
+    query_present: Mapping[str, Bool[Any, " n"]]
+    negatives: Mapping[str, Negatives]
+    key: jax.Array | None
+    mesh: Mesh
+    known: KnownWeights | None = None
+    mask_duplicates: bool = False
+    form: str = "auto"
+    dtype: str = "float32"
+
+    def logits(
+        self,
+        queries: Mapping[str, jax.Array],
+        documents: Mapping[str, jax.Array],
+        terms: Sequence[Term],
+        **options: Any,
+    ) -> Logits:
+        """Of these embeddings, with this batch's way of adding up; `options` of `Logits`: its scale
+        is this batch's by default, its known weights none."""
+        return Logits(
+            {name: x.astype(self.dtype) for name, x in queries.items()},
+            {name: x.astype(self.dtype) for name, x in documents.items()},
+            jnp.float32(options.pop("scale", self.scale)),
+            terms,
+            mesh=self.mesh,
+            mask_duplicates=self.mask_duplicates,
+            form=self.form,
+            **options,
+        )
+
+    def weighted_mean(self, losses: Float[Array, " n"]) -> Float[Array, ""]:
+        """sum_i w_i losses_i / N over the valid pairs."""
+        valid = self.rows.valid
+        total = jnp.where(valid, self.rows.weight * losses, 0.0).sum()
+        return total / jnp.maximum(valid.sum(), 1)
+
+
+def several_each(rows: PairRows, count: int, valid: Bool[Array, "n k"]) -> PairRows:
+    """`rows` with `count` entries for each pair, one after the other, numbered from 1 anew; entry k
+    of pair i has number i * count + k + 1, counting i and k from 0."""
+    weight, query_id, document_id = (
+        jnp.repeat(jnp.asarray(x), count, axis=0)
+        for x in (rows.weight, rows.query_id, rows.document_id)
+    )
+    return PairRows(weight, valid.reshape(-1), query_id, document_id).completed()
+
+
+def check_config(cfg: TrainConfig) -> None:
+    """Raises `ConfigError` if `cfg` lacks what one of its objectives needs, or names none."""
+    for name, one in asked(cfg.loss).items():
+        if one.needs_bias and cfg.model.init_logit_bias is None:
+            raise ConfigError(
+                f"config.model.init_logit_bias must be set for loss.objectives.{name}, which "
+                "learns a bias; -10 is SigLIP's, -log(batch size) fits smaller batches"
+            )
+        if one.needs_known and cfg.loss.targets != "known":
+            raise ConfigError(
+                f"config.loss.targets must be 'known' for loss.objectives.{name}, which ranks all "
+                "scored documents of a query in the batch (data.pairs_per_query brings them "
+                "together)"
+            )
+
+
+def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:
+    """Raises `DataError` if the data, whose `loss_weights` (pairs,) are given, lack what one of the
     objectives learns from."""
-    asked = {name for name, weight in cfg.loss.objectives.items() if weight}
-    graded = [name for name in ("bixse", "listnet", "listmle", "rince") if name in asked]
-    if graded and len(weights) and weights.min() == weights.max():
-        raise DataError(
-            f"config.loss.objectives.{graded[0]} learns from graded relevance, but all "
-            f"{len(weights)} pairs of split {cfg.data.train_split!r} of store {cfg.data.store} "
-            f"have the loss weight {weights.min():g}: give scores that differ and a "
-            "config.loss.score_to_weight other than 'constant', or use objectives.gcl"
-        )
-    if "one_to_k" in asked and len(cfg.data.query_fields) < 2:
-        raise DataError(
-            "config.loss.objectives.one_to_k contrasts a document with its texts in several "
-            f"languages, but there is one query field, {next(iter(cfg.data.query_fields))!r}: name "
-            "two or more text fields of the store in config.data.query_fields"
-        )
-    negatives = cfg.data.negatives or cfg.data.text_negatives != "none"
-    if negatives and "hard_negatives" not in asked:
+    objectives = asked(cfg.loss)
+    negatives = bool(cfg.data.negatives) or cfg.data.text_negatives != "none"
+    for name, one in objectives.items():
+        same = len(loss_weights) and loss_weights.min() == loss_weights.max()
+        if one.needs_grades and same:
+            raise DataError(
+                f"config.loss.objectives.{name} learns from graded relevance, but all "
+                f"{len(loss_weights)} pairs of split {cfg.data.train_split!r} of store "
+                f"{cfg.data.store} have the loss weight {loss_weights.min():g}: give scores that "
+                "differ and a config.loss.score_to_weight other than 'constant', or use "
+                "objectives.gcl"
+            )
+        if one.needs_negatives and not negatives:
+            raise DataError(
+                f"config.loss.objectives.{name} needs negatives of the pairs: set "
+                "config.data.negatives to 'store' or to a folder made by `python -m gcl_jax.mine`, "
+                "or config.data.text_negatives to 'swap' or 'replace'"
+            )
+        one.check(cfg)
+    if negatives and not any(one.needs_negatives for one in objectives.values()):
         raise DataError(
             "config.data.negatives and text_negatives are embedded for nothing without an "
             "objective that learns from them: set config.loss.objectives.hard_negatives=1, and "
             "gcl=0, which it contains"
-        )
-    if "hard_negatives" in asked and not negatives:
-        raise DataError(
-            "config.loss.objectives.hard_negatives needs negatives of the pairs: set "
-            "config.data.negatives to 'store' or to a folder made by `python -m gcl_jax.mine`, or "
-            "config.data.text_negatives to 'swap' or 'replace'"
         )

@@ -7,13 +7,29 @@ contrasted by itself, which would let the rank of a document drift from language
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gcl_jax.config import LossConfig, TrainConfig
+from gcl_jax.errors import DataError
 from gcl_jax.losses.logits import Term
-from gcl_jax.losses.merged import Merged, several_each
-from gcl_jax.losses.pairs import Tile, same_ids
-from gcl_jax.losses.statistics import Channel
+from gcl_jax.losses.objectives import Merged, objective, several_each
+from gcl_jax.losses.pairs import Softmax, Tile, same_ids
 
 
-def one_to_k_loss(batch: Merged, text_to_text: float) -> Float[Array, ""]:
+def _check(cfg: TrainConfig) -> None:
+    if len(cfg.data.query_fields) < 2:
+        raise DataError(
+            "config.loss.objectives.one_to_k contrasts a document with its texts in several "
+            f"languages, but there is one query field, {next(iter(cfg.data.query_fields))!r}: name "
+            "two or more text fields of the store in config.data.query_fields"
+        )
+
+
+def _matrices(cfg: TrainConfig) -> float:
+    languages = len(cfg.data.query_fields)
+    return languages + languages**2 * bool(cfg.loss.one_to_k.text_to_text)
+
+
+@objective("one_to_k", of_merged=True, check=_check, matrices=_matrices)
+def one_to_k_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
     """(document to text + text to document) / 2 + `text_to_text` * text to text, each a mean
     weighted by w_i, a missing text counting nowhere:
 
@@ -28,12 +44,12 @@ def one_to_k_loss(batch: Merged, text_to_text: float) -> Float[Array, ""]:
     present = jnp.stack([batch.query_present[f] for f in fields], 1) & batch.rows.valid[:, None]
     rows = several_each(batch.rows, len(fields), present)
 
-    def across(tile: Tile, _axis: int) -> list[Channel]:
+    def across(tile: Tile, _axis: int) -> list[Softmax]:
         pair = 1 + (tile.columns.number - 1) // len(fields)
         own = (tile.rows.number[:, None] == pair) & tile.valid
-        return [Channel(tile.kept | own, own.astype(jnp.float32))]
+        return [Softmax(tile.kept | own, own.astype(jnp.float32))]
 
-    def among_texts(tile: Tile, axis: int) -> list[Channel]:
+    def among_texts(tile: Tile, axis: int) -> list[Softmax]:
         if axis == 0:  # rows and columns are the same texts
             return []
         # By id: the same query in another pair is the same text, if the language is the same.
@@ -42,7 +58,7 @@ def one_to_k_loss(batch: Merged, text_to_text: float) -> Float[Array, ""]:
         same_text = same_query & (languages[0][:, None] == languages[1])
         partners = same_query & ~same_text
         members = (tile.kept & ~same_text) | partners
-        return [Channel(members, partners.astype(jnp.float32))]
+        return [Softmax(members, partners.astype(jnp.float32))]
 
     term = Term("documents", "texts", batch.rows, rows)
     sums = batch.logits({"documents": batch.documents}, {"texts": texts}, [term]).sums(across)
@@ -51,11 +67,11 @@ def one_to_k_loss(batch: Merged, text_to_text: float) -> Float[Array, ""]:
     total = batch.weighted_mean(of_documents.cross_entropy / count)
     total += _mean(rows.weight * of_texts.cross_entropy, rows.valid)
     total /= 2
-    if text_to_text:
+    if loss.one_to_k.text_to_text:
         names = {"": texts}
         ((of_texts,), _) = batch.logits(names, names, [Term("", "", rows)]).sums(among_texts)[0]
         losses = rows.weight * of_texts.cross_entropy / jnp.maximum(of_texts.weight, 1.0)
-        total += text_to_text * _mean(losses, rows.valid)
+        total += loss.one_to_k.text_to_text * _mean(losses, rows.valid)
     return total
 
 

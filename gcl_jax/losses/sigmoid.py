@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gcl_jax.config import LossConfig
 from gcl_jax.losses.logits import Logits
-from gcl_jax.losses.pairs import Tile
-from gcl_jax.losses.statistics import Values
+from gcl_jax.losses.objectives import objective
+from gcl_jax.losses.pairs import Sum, Tile
 
 
-def sigmoid_losses(logits: Logits) -> list[Float[Array, ""]]:
+@objective("sigmoid", needs_bias=True)
+def sigmoid_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
     """Weighted sigmoid loss of each term (SigLIP, arXiv 2303.15343, is that of constant weights):
 
     -1/N sum_ij [labelled_ij T_ij log sigmoid(Z_ij) + (1 - labelled_ij) log sigmoid(-Z_ij)]
@@ -26,7 +28,8 @@ def sigmoid_losses(logits: Logits) -> list[Float[Array, ""]]:
     return _per_query(logits, cell)
 
 
-def bixse_losses(logits: Logits) -> list[Float[Array, ""]]:
+@objective("bixse", needs_bias=True, needs_grades=True)
+def bixse_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
     """Binary cross-entropy with graded targets of each term (BiXSE, arXiv 2508.06781):
 
     -1/N sum_ij [T_ij log sigmoid(Z_ij) + (1 - T_ij) log sigmoid(-Z_ij)], T in [0, 1]
@@ -41,11 +44,11 @@ def bixse_losses(logits: Logits) -> list[Float[Array, ""]]:
 def _per_query(logits: Logits, cell) -> list[Float[Array, ""]]:
     """The sum of `cell` over all members, divided by the number of valid queries."""
 
-    def named(tile: Tile, axis: int) -> list[Values]:
+    def reductions(tile: Tile, axis: int) -> list[Sum]:
         # One question for each combination, counted where its query is.
-        return [Values(jnp.where(tile.members, cell(tile), 0.0))] if axis == 1 else []
+        return [Sum(jnp.where(tile.members, cell(tile), 0.0))] if axis == 1 else []
 
-    sums = logits.sums(named)
+    sums = logits.sums(reductions)
     return [
         one.rows[0].total.sum() / jnp.maximum(term.rows.valid.sum(), 1)
         for term, one in zip(logits.terms, sums, strict=True)

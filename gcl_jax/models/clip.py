@@ -25,6 +25,11 @@ def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
+def truncated(embeddings: Fields, dim: int) -> dict[str, jax.Array]:
+    """The first `dim` numbers of every field's embeddings, at length 1 again."""
+    return {field: normalize(x[..., :dim]) for field, x in embeddings.items()}
+
+
 class CLIP(nnx.Module):
     """An image tower (none in a text-only model), a text tower shared by queries and documents, a
     learned temperature and, if configured, SigLIP's learned bias of the logits."""

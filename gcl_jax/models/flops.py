@@ -75,26 +75,9 @@ def train_flops(
 ) -> float:
     """Of the towers in one training step of the whole global batch: forward, and twice that
     backward, which is what model FLOP utilisation counts. What `remat` and `chunks` compute again
-    is not in it, nor that frozen layers need less, nor the loss (`loss_flops`). Arguments: as in
-    `pair_flops`."""
+    is not in it, nor that frozen layers need less, nor the loss (see
+    `losses.multi_field`). Arguments: as in `pair_flops`."""
     return 3 * pair_flops(cfg, kinds, text_lengths, training=True) * cfg.optim.batch_size
-
-
-def loss_flops(cfg: TrainConfig) -> float:
-    """Of the loss in one training step of the whole global batch B: 8 B^2 D for each matrix of
-    logits, which is made twice and multiplied three times (docs/loss.md). Objectives of merged
-    embeddings alone are counted as one matrix."""
-    data, loss = cfg.data, cfg.loss
-    pairs = [f"{q}:{d}" for q in data.query_fields for d in data.document_fields]
-    default = loss.field_pairs if len(pairs) > 1 else 0.0
-    fields = sum(bool(loss.pair_weights.get(pair, default)) for pair in pairs)
-    matrices = 0
-    for name, weight in loss.objectives.items():
-        if weight:
-            of_merged = name in ("one_to_k", "hard_negatives", "fused", "mixed")
-            matrices += 1 if of_merged else bool(loss.merged) + fields
-    dims = loss.matryoshka_dims or (cfg.model.embed_dim,)
-    return 8.0 * cfg.optim.batch_size**2 * sum(dims) * matrices
 
 
 class Chip(NamedTuple):

@@ -21,7 +21,8 @@ from gcl_jax.checkpoints.state import TrainState, abstract_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.negatives import negative_files
 from gcl_jax.errors import ConfigError
-from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.losses.multi_field import loss_flops
+from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
 from gcl_jax.models.clip import abstract_model, with_shardings
 from gcl_jax.plan.hlo import Collective, read_collectives, read_program
@@ -217,7 +218,7 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
         "inputs": bytes_per_device(batch),
         "memory": topology.memory,
         "tower_flops": flops.train_flops(cfg, data.kinds) / chips,
-        "loss_flops": flops.loss_flops(cfg) / chips,
+        "loss_flops": loss_flops(cfg) / chips,
     }
     arguments = known["parameters"] + known["optimizer"] + known["inputs"]
     there = f"of {topology.memory / GIB:.2f} GiB"

@@ -24,7 +24,7 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate import metrics
 from gcl_jax.losses.objectives import check_data
-from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
 from gcl_jax.models.clip import abstract_model, abstract_params
 from gcl_jax.sharding import Params

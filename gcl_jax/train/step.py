@@ -13,10 +13,9 @@ from gcl_jax.checkpoints.state import TrainState, state_shardings
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.sampling import pair_weights
 from gcl_jax.data.store import RankedStore
-from gcl_jax.losses.accuracy import in_batch_accuracy
-from gcl_jax.losses.matryoshka import over_dims
-from gcl_jax.losses.multi_field import multi_field_loss
-from gcl_jax.losses.targets import KnownWeights
+from gcl_jax.losses.multi_field import in_batch_accuracy, multi_field_loss, over_dims
+from gcl_jax.losses.objectives import check_config
+from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models.clip import CLIP, Fields, abstract_model, merge
 from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
 from gcl_jax.sharding import gathered_outside_layers, on_mesh, replicated
@@ -65,8 +64,10 @@ def make_train_step(
     "accuracy/DIRECTION" of `in_batch_accuracy`, else NaN.
 
     Raises:
-        ConfigError: the batch does not fall into equal chunks on the devices.
+        ConfigError: the batch does not fall into equal chunks on the devices; an objective lacks
+            what it needs.
     """
+    check_config(cfg)
     check_chunks(cfg.optim.batch_size, cfg.optim.grad_cache_chunks, mesh)
     graphdef, _ = abstract_model(cfg.model)
     vision = cfg.model.vision
