@@ -1,6 +1,8 @@
 """The training command: it learns, resumes exactly, stops cleanly, refuses clearly."""
 
+import concurrent.futures
 import copy
+import dataclasses
 import json
 import os
 import re
@@ -18,11 +20,13 @@ from flax import traverse_util
 from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
-from gcl_jax import config, sharding
+import gcl_jax
+from gcl_jax import config, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.models import clip, flops
+from gcl_jax.registry import SCHEDULES
 from gcl_jax.runs import load_run
 from gcl_jax.stores import write_store
 from gcl_jax.train.loop import Interrupted, train
@@ -124,6 +128,47 @@ def test_an_epoch_of_unique_queries_is_shorter(cfg, tmp_path, capsys, monkeypatc
     train(cfg, tmp_path)
     assert "unique_queries leaves 20 of 28 pairs out" in capsys.readouterr().err
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_package_is_called_like_a_function(cfg, tmp_path):
+    """With a path in words; once more, which continues; and outside of the main thread."""
+    cfg.optim.steps = 2
+    before = copy.deepcopy(cfg)
+    first = gcl_jax.train(cfg, str(tmp_path / "run"))
+    assert first["step"] == 2
+    assert 0 < first["loss"] < 10
+    assert cfg == before
+    cfg.checkpoint.keep = 1
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        assert pool.submit(gcl_jax.train, cfg, tmp_path / "run").result() == first
+    (tmp_path / "file").touch()
+    for config_, workdir, message in (
+        ({"optim": {"lr": 1}}, tmp_path / "run", "config is a dict; give a gcl_jax"),
+        (dataclasses.replace(cfg, log_every=0), tmp_path / "run", "config.log_every=0"),
+        (cfg, tmp_path / "file", "is a file; a run needs a directory"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            gcl_jax.train(config_, workdir)
+
+
+def test_a_run_remembers_what_was_registered_from_outside(cfg, tmp_path, monkeypatch):
+    script = tmp_path / "mine.py"
+    script.write_text(
+        "import optax\n"
+        "from gcl_jax.registry import SCHEDULES\n\n"
+        "@SCHEDULES.register('mine')\n"
+        "def mine(cfg, steps):\n"
+        "    return optax.constant_schedule(2 * cfg.lr)\n"
+    )
+    for name in ("_homes", "_things"):
+        monkeypatch.setattr(SCHEDULES, name, dict(getattr(SCHEDULES, name)))
+    monkeypatch.setattr(registry, "extensions", {})
+    registry.load_extensions([str(script)])
+    cfg.optim.schedule, cfg.optim.steps, cfg.optim.warmup_steps = "mine", 1, 0
+    last = gcl_jax.train(cfg, tmp_path / "run")
+    assert last["learning_rate"] == pytest.approx(2 * cfg.optim.lr)
+    assert config.load(tmp_path / "run" / "config.json").extensions == (str(script),)
+    assert gcl_jax.train(cfg, tmp_path / "run") == last
 
 
 def test_finished_run_is_left_alone(cfg, tmp_path):

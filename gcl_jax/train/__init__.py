@@ -15,10 +15,10 @@ class _Callable(types.ModuleType):
     `gcl_jax` alone, the function would give way to the package at the first import of a part."""
 
     def __call__(self, config: TrainConfig, workdir: str | Path) -> dict[str, float]:
+        """Trains, or continues, the run in `workdir`: see `gcl_jax.train.loop.train`."""
         from gcl_jax.train.loop import train
 
         return train(config, workdir)
 
 
-_Callable.__call__.__doc__ = "See `gcl_jax.train.loop.train`."
 sys.modules[__name__].__class__ = _Callable

@@ -55,6 +55,8 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
     validate(cfg)
     logs.quiet_libraries()
     workdir = Path(workdir)
+    if workdir.is_file():
+        raise ConfigError(f"{workdir} is a file; a run needs a directory")
     training = make_training(cfg)
     cfg, batches, steps = training.cfg, training.batches, training.steps
     cfg.extensions = tuple(dict.fromkeys((*cfg.extensions, *registry.extensions)))
