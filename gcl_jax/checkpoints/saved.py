@@ -157,7 +157,7 @@ def require_fit(
         raise DataError(f"{source} does not fit this configuration: {'; '.join(problems)}")
 
 
-def digests(arrays: Mapping[str, jax.Array]) -> UInt32[Array, " n"]:
+def digests(arrays: Mapping[str, jax.typing.ArrayLike]) -> UInt32[Array, " n"]:
     """One digest per array, in the order of `arrays`; the same for the same bits on any devices.
 
     It is the sum modulo 2^32 of a mixture of every element's bits and index, so that one changed

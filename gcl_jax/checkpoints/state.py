@@ -20,13 +20,14 @@ class TrainState:
     """step: int32 scalar, steps done. params: nested dicts of arrays. opt_state: optax's. ema:
     float32 moving averages of the trained parameters, or None.
 
-    A leaf may also be a ShapeDtypeStruct or a sharding, where a function says so.
+    A leaf may also be a ShapeDtypeStruct or a sharding, where a function says so, and jax puts its
+    own marks in the place of all but `step`.
     """
 
     step: Any
-    params: Params
-    opt_state: optax.OptState
-    ema: Params | None = None
+    params: Any
+    opt_state: Any
+    ema: Any = None
 
 
 def fresh_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Params) -> TrainState:
