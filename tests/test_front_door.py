@@ -85,6 +85,47 @@ def check(embeddings: np.ndarray, expected: np.ndarray) -> None:
     np.testing.assert_allclose(embeddings, expected, atol=1e-6)
 
 
+NOTEBOOK = """
+import gcl_jax
+
+gcl_jax.train(config, workdir)
+
+model = gcl_jax.load("runs/demo")
+texts = model.encode_text(["find 3", "find 4"])
+images = model.encode_image(["cat.png"])
+embeddings = model.encode(documents)
+
+index = gcl_jax.Index(embeddings, ids=[d["id"] for d in documents])
+scores, ids = index.search(texts, k=5)
+
+run = {q: dict(zip(found, s)) for q, found, s in zip(["q3", "q4"], ids.tolist(), scores.tolist())}
+metrics = gcl_jax.evaluate_run(qrels, run)
+
+q, d, scale, weights = texts, embeddings[[3, 4]], 10.0, [1.0, 0.5]
+loss = gcl_jax.gcl_loss(q, d, scale, weights)
+"""
+
+
+def test_a_notebook(tiny_config, tiny_store, documents, png, tmp_path, monkeypatch):
+    """From training to the metrics of a search, and the loss of what was found."""
+    monkeypatch.chdir(tmp_path)
+    Path("cat.png").write_bytes(png)
+    documents = [{k: v for k, v in d.items() if k != "brand"} for d in documents]
+    tiny_config.data.store, tiny_config.optim.steps = str(tiny_store.directory), 2
+    qrels = {"q3": {"d03": 100, "d04": 90}, "q4": {"d04": 100}}
+    cells = {"documents": documents, "config": tiny_config, "workdir": "runs/demo", "qrels": qrels}
+    exec(NOTEBOOK, cells)
+    assert cells["texts"].shape == (2, 16)
+    assert cells["images"].shape == (1, 16)
+    assert cells["embeddings"].shape == (24, 16)
+    assert cells["ids"].shape == (2, 5)
+    assert cells["metrics"]["NDCG@10"].shape == (2,)
+    logits = 10 * cells["q"] @ cells["d"].T
+    chosen = [logits - np.log(np.exp(logits).sum(axis, keepdims=True)) for axis in (0, 1)]
+    expected = -(np.diag(sum(chosen)) * [1.0, 0.5]).sum() / 4
+    np.testing.assert_allclose(cells["loss"], expected, rtol=1e-5)
+
+
 def test_importing_loads_nothing_and_dir_shows_the_public_names(tmp_path):
     code = (
         "import sys, gcl_jax; print(*dir(gcl_jax)); "

@@ -80,6 +80,7 @@ class Index:
             if ids.shape != (len(documents),):
                 raise UserError(f"{len(ids)} ids for {len(documents)} documents: give one each")
         self._ids = ids
+        documents = np.asarray(documents) if isinstance(documents, jax.Array) else documents
         self._documents, self._mesh, self._dtype = documents, mesh or _own_mesh(), dtype
         self._on_cpu = dtype == "float32" and _is_one_cpu(self._mesh)
         if self._on_cpu:
