@@ -82,11 +82,11 @@ class Index:
         self._ids = ids
         documents = np.asarray(documents) if isinstance(documents, jax.Array) else documents
         self._documents, self._mesh, self._dtype = documents, mesh or _own_mesh(), dtype
-        self._on_cpu = dtype == "float32" and _is_one_cpu(self._mesh)
-        if self._on_cpu:
+        self._chunks: list[tuple[int, Array]] = []
+        greatest = [np.zeros(2)]
+        if dtype == "float32" and _is_one_cpu(self._mesh):
             check_finite("document", documents)
             return
-        self._chunks, greatest = [], [np.zeros(2)]
         for first, chunk, extremes in mesh_search.chunks(documents, self._mesh, dtype):
             self._chunks.append((first, chunk))
             greatest.append(np.asarray(extremes))
@@ -114,27 +114,20 @@ class Index:
         """
         _check_floats("queries", queries, (1, 2))
         queries = np.asarray(queries)
-        scores, rows = self._nearest(queries.reshape(-1, queries.shape[-1]), k)
-        shape = (*queries.shape[:-1], scores.shape[1])
+        flat, k = _checked(queries.reshape(-1, queries.shape[-1]), self._documents, k)
+        scores, rows = self._nearest(flat, k)
         found = rows if self._ids is None else self._ids[rows]
+        shape = (*queries.shape[:-1], k)
         return Hits(scores.reshape(shape), found.reshape(shape))
 
     def _nearest(
         self, queries: Float[np.ndarray, "q d"], k: int
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-        queries, k = _checked(queries, self._documents, k)
-        if not len(queries) or not k:
-            return _nothing(len(queries), k)
         n = len(self._documents)
         depth = k if self._dtype == "float32" else min(2 * k + 64, n)
-        tiles = _tiles(queries, self._mesh.size)
-        if self._on_cpu:
-            found = _search_on_cpu(tiles, self._documents, k)
-        else:
-            found = mesh_search.search(tiles, self._chunks, n, depth, self._mesh)
-        found = found[0][: len(queries)], found[1][: len(queries)]
-        if self._dtype == "float32":
-            return found
+        found = _top_k(queries, self._documents, depth, self._mesh, self._chunks)
+        if self._dtype == "float32" or not len(queries) or not k:
+            return found[0][:, :k], found[1][:, :k]
         scores, rows = _rescored(queries, self._documents, found[1])
         scores, rows = scores[:, :k], rows[:, :k]
         # The best score that a document outside of the candidates can have, in float32.
@@ -166,17 +159,28 @@ def exact_top_k(
     float32: the corpus goes by in chunks, one on its way to the devices while they search another.
     It is never in memory as a whole; all queries are answered in one pass over it (on a CPU: `TILE`
     of them)."""
-    mesh = mesh or _own_mesh()
     queries, k = _checked(queries, documents, k)
+    return _top_k(queries, documents, k, mesh or _own_mesh())
+
+
+def _top_k(
+    queries: Float[np.ndarray, "q d"],
+    documents: Any,
+    k: int,
+    mesh: Mesh,
+    chunks: list[tuple[int, Array]] | None = None,
+) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+    """(scores, rows) of the k <= n best of the documents, which are on the devices in `chunks`, or
+    in none of them for one processor; without `chunks` they go by, and are looked at first."""
     if not len(queries) or not k:
-        return _nothing(len(queries), k)
+        return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int32)
     tiles = _tiles(queries, mesh.size)
-    if _is_one_cpu(mesh):
-        found = _search_on_cpu(tiles, documents, k, check=True)
+    if not chunks and _is_one_cpu(mesh):
+        scores, rows = _search_on_cpu(tiles, documents, k, check=chunks is None)
     else:
-        chunks = _checked_chunks(documents, mesh)
-        found = mesh_search.search(tiles, chunks, len(documents), k, mesh)
-    return found[0][: len(queries)], found[1][: len(queries)]
+        parts = chunks or _checked_chunks(documents, mesh)
+        scores, rows = mesh_search.search(tiles, parts, len(documents), k, mesh)
+    return scores[: len(queries)], rows[: len(queries)]
 
 
 def _checked_chunks(documents, mesh: Mesh):
@@ -184,10 +188,6 @@ def _checked_chunks(documents, mesh: Mesh):
         if not np.isfinite(extremes).all():
             check_finite("document", documents)
         yield first, chunk
-
-
-def _nothing(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.zeros((queries, k), np.float32), np.zeros((queries, k), np.int32)
 
 
 def _rescored(
