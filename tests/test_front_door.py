@@ -100,14 +100,11 @@ scores, ids = index.search(texts, k=5)
 
 run = {q: dict(zip(found, s)) for q, found, s in zip(["q3", "q4"], ids.tolist(), scores.tolist())}
 metrics = gcl_jax.evaluate_run(qrels, run)
-
-q, d, scale, weights = texts, embeddings[[3, 4]], 10.0, [1.0, 0.5]
-loss = gcl_jax.gcl_loss(q, d, scale, weights)
 """
 
 
 def test_a_notebook(tiny_config, tiny_store, documents, png, tmp_path, monkeypatch):
-    """From training to the metrics of a search, and the loss of what was found."""
+    """From training to the metrics of a search."""
     monkeypatch.chdir(tmp_path)
     Path("cat.png").write_bytes(png)
     documents = [{k: v for k, v in d.items() if k != "brand"} for d in documents]
@@ -120,10 +117,6 @@ def test_a_notebook(tiny_config, tiny_store, documents, png, tmp_path, monkeypat
     assert cells["embeddings"].shape == (24, 16)
     assert cells["ids"].shape == (2, 5)
     assert cells["metrics"]["NDCG@10"].shape == (2,)
-    logits = 10 * cells["q"] @ cells["d"].T
-    chosen = [logits - np.log(np.exp(logits).sum(axis, keepdims=True)) for axis in (0, 1)]
-    expected = -(np.diag(sum(chosen)) * [1.0, 0.5]).sum() / 4
-    np.testing.assert_allclose(cells["loss"], expected, rtol=1e-5)
 
 
 def test_importing_loads_nothing_and_dir_shows_the_public_names(tmp_path):
