@@ -48,9 +48,13 @@ def of_workdir(args: argparse.Namespace) -> str:
         return classify.classify_workdir(args.workdir, *inputs, **model)
     if args.recall:
         return ranked.recall_workdir(args.workdir, **model)
-    group_by = args.group_by if args.groups or args.group_by else None
-    settings = args.max_queries, args.write_runs, group_by
-    return ranked.evaluate_workdir(args.workdir, *settings, **model)
+    return ranked.evaluate_workdir(
+        args.workdir,
+        args.max_queries,
+        write_runs=args.write_runs,
+        group_by=args.group_by if args.groups or args.group_by else None,
+        **model,
+    )
 
 
 def make_parser() -> argparse.ArgumentParser:

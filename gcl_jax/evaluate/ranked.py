@@ -197,9 +197,9 @@ def evaluate_in_training(
 def evaluate_workdir(
     workdir: Path,
     max_queries: int | None = None,
+    embed_dim: int | None = None,
     write_runs: bool = False,
     group_by: Sequence[str] | None = None,
-    embed_dim: int | None = None,
     checkpoint: str = NEWEST,
 ) -> str:
     """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` is that
