@@ -1,0 +1,193 @@
+"""What README.md, CONTRIBUTING.md and docs/ tell to type works, and their figures are those of
+benchmarks/*.json.
+
+A block of bash or Python is run here, unless its fence names what it needs: ```bash needs="a GPU".
+Every command in a block must have the flags that it is given, whether it is run or not. Commands
+run in `workplace`, where the files lie that the pages name, and are shortened by `SHORT` alone.
+"""
+
+import functools
+import glob
+import io
+import json
+import re
+import shlex
+import tarfile
+from typing import NamedTuple
+
+import commands
+import numpy as np
+import pytest
+from conftest import png
+from processes import ROOT
+
+from benchmarks import figures
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.md"))
+FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+LANGUAGES = {"bash", "python", "text", "json", "{toctree}", "{include}", "{options}", "{code-cell}"}
+
+# Added to every training that a page tells to start.
+SHORT = (
+    "--config.optim.steps=2",
+    "--config.optim.warmup_steps=1",
+    "--config.optim.batch_size=16",
+    "--config.eval.every=0",
+    "--config.eval.splits=('in_domain',)",
+    "--config.eval.max_queries=20",
+)
+DEMO = "gcl_jax.train --config=configs/emoji_tiny.py --workdir=runs/demo"
+
+
+class Block(NamedTuple):
+    page: str
+    language: str
+    needs: str
+    text: str
+
+
+def blocks(page):
+    name = str(page.relative_to(ROOT))
+    return [Block(name, *found) for found in FENCE.findall(page.read_text("utf-8"))]
+
+
+BLOCKS = [block for page in PAGES if page.exists() for block in blocks(page)]
+
+
+def command_lines(text):
+    """The commands of a block, each as its words: without comments, continued lines joined."""
+    line = ""
+    for more in text.replace("\\\n", " ").splitlines():
+        line += more
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a quotation goes on
+            line += " "
+            continue
+        line = ""
+        if words:
+            yield words
+
+
+def module_of(words):
+    """["gcl_jax.train", "--config=...", ...] of one of our commands, else None."""
+    if words[:2] == ["python", "-m"] and words[2].startswith("gcl_jax"):
+        return words[2:]
+    return ["gcl_jax", *words[1:]] if words[0] == "gcl-jax" else None
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder as a reader has it who has followed the pages: the repository's configs, a demo run,
+    and small files of the names that the pages use."""
+    folder = tmp_path_factory.mktemp("workplace")
+    (folder / "configs").symlink_to(ROOT / "configs")
+    (folder / "images").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(12):
+        (folder / f"images/p{i:02}.jpg").write_bytes(png(rng))
+    rows = [
+        {
+            "query": f"{['red', 'blue', 'green'][i % 3]} thing {i // 3}",
+            "product_id": f"p{j:02}",
+            "image": f"images/p{j:02}.jpg",
+            "title": f"thing {j}",
+            "score": 100 - j,
+        }
+        for i in range(30)
+        for j in range(12)
+    ]
+    header = "query,product_id,image,title,score"
+    lines = [",".join(str(value) for value in row.values()) for row in rows]
+    (folder / "pairs.csv").write_text("\n".join([header, *lines]) + "\n")
+    listed = [row | {"not": ["p11"], "other": ["red socks"]} for row in rows if row["score"] > 90]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    (folder / "shards").mkdir()
+    (folder / "pictures").mkdir()
+    with tarfile.open(folder / "shards/0.tar", "w") as tar:
+        for i in range(4):
+            for suffix, content in {"png": png(rng), "txt": f"picture {i}".encode()}.items():
+                member = tarfile.TarInfo(f"{i}.{suffix}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+                (folder / f"pictures/{i}.{suffix}").write_bytes(content)
+    captions = [f"{i}.png,picture {i}" for i in range(4)]
+    (folder / "captions.csv").write_text("\n".join(["image,caption", *captions]) + "\n")
+    (folder / "gt.json").write_text(json.dumps({"q1": {"d1": 3, "d2": 1}}))
+    (folder / "results.trec.gz").write_text("q1 Q0 d1 1 0.9 mine\nq1 Q0 d2 2 0.8 mine\n")
+    run_once(folder, *DEMO.split(), *SHORT)
+    return folder
+
+
+@functools.cache
+def run_once(folder, *words):
+    """What several pages tell to type need not run again."""
+    commands.run(folder, *words)
+
+
+def test_fences_name_their_language():
+    odd = [f"{b.page}: ```{b.language}{b.needs}" for b in BLOCKS if b.language not in LANGUAGES]
+    odd += [
+        f"{b.page}: ```{b.language}{b.needs}: write needs=..."
+        for b in BLOCKS
+        if b.language in ("bash", "python") and b.needs and not b.needs.startswith(" needs=")
+    ]
+    assert odd == []
+
+
+def test_commands_have_the_flags_that_they_are_given(tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    lines = {
+        " ".join(words): [word.replace("/mine.py", "/emoji_tiny.py") for word in words]
+        for block in BLOCKS
+        if block.language == "bash"
+        for line in command_lines(block.text)
+        if (words := module_of(line)) and words[0] != "gcl_jax"
+    }
+    assert len(lines) > 40
+    commands.parse(tmp_path, list(lines.values()))
+
+
+def pages_with(language):
+    """Pages with blocks of `language` that need nothing special, as test parameters."""
+    texts = {}
+    for block in BLOCKS:
+        if block.language == language and not block.needs:
+            texts.setdefault(block.page, []).append(block.text)
+    return [pytest.param(found, id=page) for page, found in texts.items()]
+
+
+@pytest.mark.parametrize("texts", pages_with("bash"))
+def test_commands_run(texts, workplace):
+    for words in command_lines("".join(texts)):
+        ours = module_of(words)
+        assert ours, f"{' '.join(words)}: say what the block needs, or test it here"
+        found = [sorted(glob.glob(word, root_dir=workplace)) or [word] for word in ours]
+        run_once(workplace, *sum(found, []), *(SHORT if ours[0] == "gcl_jax.train" else ()))
+
+
+@pytest.mark.parametrize("texts", pages_with("python"))
+def test_python_runs(texts, workplace):
+    commands.execute(workplace, *texts)
+
+
+def test_figures_are_those_of_the_benchmarks():
+    texts = {page: page.read_text("utf-8") for page in figures.pages()}
+    outdated = [str(page) for page, text in texts.items() if figures.filled(text) != text]
+    assert outdated == [], "python benchmarks/figures.py"
+
+
+def test_figures_stand_within_their_lines():
+    """Markdown takes a line that begins with a comment for HTML as a whole."""
+    odd = [
+        f"{page.name}: {line}"
+        for page in figures.pages()
+        for line in page.read_text("utf-8").splitlines()
+        if line.lstrip(" -*").startswith("<!--") and figures.FIGURE.search(line)
+    ]
+    assert odd == []
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
