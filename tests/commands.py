@@ -12,6 +12,8 @@ from pathlib import Path
 
 from processes import ENVIRONMENT, ROOT
 
+from gcl_jax.train import flags
+
 PATIENCE_SECONDS = 300
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = ("jax", "optax", "flax.nnx", "grain", "orbax.checkpoint.v1", "tensorflow_datasets")
@@ -83,25 +85,15 @@ def _module(words: tuple[str, ...]) -> None:
 
 
 def _parsers(lines: list[list[str]]) -> None:
-    from absl import app
-
-    def stopped(parser):
-        def parse(*args, **kwargs):
-            parser(*args, **kwargs)
-            os._exit(0)
-
-        return parse
-
-    def run(main, argv=None, flags_parser=None):
-        flags_parser(argv or sys.argv)
-        os._exit(0)
-
-    for name in ("parse_args", "parse_intermixed_args"):
-        setattr(argparse.ArgumentParser, name, stopped(getattr(argparse.ArgumentParser, name)))
-    app.run = run
+    """Each line in a fork of this fork, which ends as soon as its flags are parsed."""
     wrong = []
     for words in lines:
         if not (child := os.fork()):
+            if words[0] in ("gcl_jax.train", "gcl_jax.plan"):
+                _end_after(flags, "parse")
+            else:
+                _end_after(argparse.ArgumentParser, "parse_args")
+                _end_after(argparse.ArgumentParser, "parse_intermixed_args")
             try:
                 _module(tuple(words))
             finally:
@@ -110,6 +102,16 @@ def _parsers(lines: list[list[str]]) -> None:
             wrong.append(" ".join(words))
     if wrong:
         sys.exit("refused: " + "\n".join(wrong))
+
+
+def _end_after(home, name: str) -> None:
+    whole = getattr(home, name)
+
+    def ending(*args, **kwargs):
+        whole(*args, **kwargs)
+        os._exit(0)
+
+    setattr(home, name, ending)
 
 
 def _blocks(blocks: tuple[str, ...]) -> None:

@@ -9,6 +9,7 @@ run in `workplace`, where the files lie that the pages name, and are shortened b
 import functools
 import glob
 import io
+import itertools
 import json
 import re
 import shlex
@@ -163,8 +164,9 @@ def test_commands_run(texts, workplace):
     for words in command_lines("".join(texts)):
         ours = module_of(words)
         assert ours, f"{' '.join(words)}: say what the block needs, or test it here"
-        found = [sorted(glob.glob(word, root_dir=workplace)) or [word] for word in ours]
-        run_once(workplace, *sum(found, []), *(SHORT if ours[0] == "gcl_jax.train" else ()))
+        found = (sorted(glob.glob(word, root_dir=workplace)) or [word] for word in ours)
+        short = SHORT if ours[0] == "gcl_jax.train" else ()
+        run_once(workplace, *itertools.chain(*found), *short)
 
 
 @pytest.mark.parametrize("texts", pages_with("python"))
