@@ -27,6 +27,7 @@ from benchmarks import figures
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.md"))
 FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file of its own
 LANGUAGES = {"bash", "python", "text", "json", "{toctree}", "{include}", "{options}", "{code-cell}"}
 
 # Added to every training that a page tells to start.
@@ -117,6 +118,9 @@ def workplace(tmp_path_factory):
     (folder / "captions.csv").write_text("\n".join(["image,caption", *captions]) + "\n")
     (folder / "gt.json").write_text(json.dumps({"q1": {"d1": 3, "d2": 1}}))
     (folder / "results.trec.gz").write_text("q1 Q0 d1 1 0.9 mine\nq1 Q0 d2 2 0.8 mine\n")
+    for block in BLOCKS:
+        if named := FILE.match(block.text):
+            (folder / named[1]).write_text(block.text)
     run_once(folder, *DEMO.split(), *SHORT)
     return folder
 
@@ -171,7 +175,9 @@ def test_commands_run(texts, workplace):
 
 @pytest.mark.parametrize("texts", pages_with("python"))
 def test_python_runs(texts, workplace):
-    commands.execute(workplace, *texts)
+    named = [FILE.match(text) for text in texts]
+    imports = (f"import {name[1].removesuffix('.py')}" if name else "" for name in named)
+    commands.execute(workplace, *(line or text for line, text in zip(imports, texts, strict=True)))
 
 
 def test_figures_are_those_of_the_benchmarks():
