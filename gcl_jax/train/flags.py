@@ -198,17 +198,20 @@ def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainCo
     by preset first, then in their order.
 
     Args:
-        file: path of a file with `get_config()`; what follows a colon is its argument.
+        file: path of a file with `get_config()`; what follows a colon is its argument. The files
+            in configs/ come with the package: they are found from everywhere.
         overrides: (key, text) of `override`.
 
     Raises:
         ConfigError: no such file, one that fails, or what `override` raises.
     """
-    path, colon, argument = file.partition(":")
-    if not Path(path).is_file():
+    name, colon, argument = file.partition(":")
+    package = Path(__file__).parents[1]
+    path = next((x for x in (Path(name), package / name) if x.is_file()), None)
+    if path is None:
         raise ConfigError(f"--config={file}: no such file")
     try:
-        made = registry.load_file(Path(path)).get_config(*[argument] if colon else [])
+        made = registry.load_file(path).get_config(*[argument] if colon else [])
     except (Exception, SystemExit) as error:
         reason = str(error).strip().splitlines()[:1] or [""]
         raise ConfigError(f"--config={file}: {type(error).__name__}: {reason[0]}") from None
