@@ -12,6 +12,8 @@ sys.path.insert(0, str(ROOT))
 # Notebooks run in processes of their own, on the CPU and with this tree.
 os.environ["PYTHONPATH"] = str(ROOT)
 os.environ["JAX_PLATFORMS"] = "cpu"
+# Their programs are dearer to compile than to run.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 from gcl_jax import __version__, config  # noqa: E402
 from gcl_jax.validation import in_words  # noqa: E402
@@ -35,7 +37,6 @@ nb_merge_streams = True
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature has them
-autodoc_mock_imports: list[str] = []
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 
