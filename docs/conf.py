@@ -35,6 +35,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 
+default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature has them
 napoleon_google_docstring = True

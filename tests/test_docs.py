@@ -25,10 +25,9 @@ from processes import ROOT
 from benchmarks import figures
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOTEBOOKS = sorted((ROOT / "docs/notebooks").glob("*.md"))
 FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file of its own
-LANGUAGES = {"bash", "python", "text", "json", "{toctree}", "{include}", "{options}", "{code-cell}"}
+LANGUAGES = {"bash", "python", "text", "json", "{toctree}", "{include}", "{options}", "{eval-rst}"}
 
 # Added to every training that a page tells to start.
 SHORT = (

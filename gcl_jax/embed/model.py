@@ -90,7 +90,7 @@ class Model:
         """Embeds images, resized and cropped as the model expects it.
 
         Args:
-            images: paths (str or `Path`), encoded files (bytes), `PIL.Image.Image`s, or uint8
+            images: paths (str or `Path`), encoded files (bytes), PIL images, or uint8
                 arrays (height, width, 3); their sizes may differ.
 
         Raises:

@@ -37,7 +37,7 @@ Place = Literal["summary", "brief", "columns"]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Metric:
-    """A metric and where it is shown. Every mean stands in eval/*.json.
+    """A metric and where it is shown. Every mean stands in `eval/*.json`.
 
     Attributes:
       name: key of its values query by query; followed by "@k" for each of `cutoffs`.
@@ -47,7 +47,7 @@ class Metric:
         padded with 0; an unjudged document counts 0.
       cutoffs: ranks k, if the metric is one of the first k documents.
       shown: name of its mean in the summary, with "@k" (default: `name`).
-      section: of eval/*.json, where all its means stand under `name` (default: `name`).
+      section: of `eval/*.json`, where all its means stand under `name` (default: `name`).
       summary: whether it stands in the summary, or with which cut-offs.
       brief: whether what is in the summary is also in tables of groups and charts of training.
       columns: further cut-offs that are kept query by query and compared.

@@ -41,8 +41,8 @@ class Index:
     `dtype="bfloat16"` stores and multiplies in bfloat16 with float32 sums, in half the memory. The
     best 2 k + 64 are then scored again in float32, from `documents` itself. What comes back is what
     float32 gives, always: no inner product is off by more than
-    |q^ - q| max|d^| + |q| max|d^ - d| (^: rounded; and what float32 sums lose), so a document that
-    is not among the candidates is known to be worse than the k-th best. For a query where this
+    `|q^ - q| max|d^| + |q| max|d^ - d|` (^: rounded; and what float32 sums lose), so a document
+    that is not among the candidates is known to be worse than the k-th best. For a query where this
     cannot be told (more near-ties than candidates) the whole corpus is searched in float32.
 
     With a mesh over several processes all of them make the index and search it together, with the
