@@ -51,8 +51,9 @@ def _forked(target, folder: Path, *args) -> str:
     if alive := child.is_alive():
         child.kill()
     said = log.read_text("utf-8", errors="replace") if log.exists() else ""
-    assert not alive, f"{args[0]} did not end:\n{said}"
-    assert child.exitcode == 0, f"{args[0]} ended with {child.exitcode}:\n{said}"
+    what = " ".join(map(str, args[0]))[:500]
+    assert not alive, f"{what} did not end:\n{said}"
+    assert child.exitcode == 0, f"{what} ended with {child.exitcode}:\n{said}"
     return said
 
 

@@ -78,12 +78,19 @@ def module_of(words):
     return ["gcl_jax", *words[1:]] if words[0] == "gcl-jax" else None
 
 
+def lay_out(folder):
+    """The configs, and the blocks that are files of their own."""
+    (folder / "configs").symlink_to(ROOT / "configs")
+    for block in BLOCKS:
+        if named := FILE.match(block.text):
+            (folder / named[1]).write_text(block.text)
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
     """A folder as a reader has it who has followed the pages: the repository's configs, a demo run,
     and small files of the names that the pages use."""
     folder = tmp_path_factory.mktemp("workplace")
-    (folder / "configs").symlink_to(ROOT / "configs")
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     for i in range(12):
@@ -117,9 +124,7 @@ def workplace(tmp_path_factory):
     (folder / "captions.csv").write_text("\n".join(["image,caption", *captions]) + "\n")
     (folder / "gt.json").write_text(json.dumps({"q1": {"d1": 3, "d2": 1}}))
     (folder / "results.trec.gz").write_text("q1 Q0 d1 1 0.9 mine\nq1 Q0 d2 2 0.8 mine\n")
-    for block in BLOCKS:
-        if named := FILE.match(block.text):
-            (folder / named[1]).write_text(block.text)
+    lay_out(folder)
     run_once(folder, *DEMO.split(), *SHORT)
     return folder
 
@@ -141,7 +146,7 @@ def test_fences_name_their_language():
 
 
 def test_commands_have_the_flags_that_they_are_given(tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    lay_out(tmp_path)
     lines = {
         " ".join(words): [word.replace("/mine.py", "/emoji_tiny.py") for word in words]
         for block in BLOCKS
@@ -151,6 +156,10 @@ def test_commands_have_the_flags_that_they_are_given(tmp_path):
     }
     assert len(lines) > 40
     commands.parse(tmp_path, list(lines.values()))
+    with pytest.raises(AssertionError, match="top_q"):
+        commands.parse(tmp_path, [["gcl_jax.search", "--workdir=runs/demo", "cat", "--top_q=5"]])
+    with pytest.raises(AssertionError, match="rate"):
+        commands.parse(tmp_path, [[*DEMO.split(), "--config.optim.rate=1"]])
 
 
 def pages_with(language):
