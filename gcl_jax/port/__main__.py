@@ -33,41 +33,33 @@ SOURCE_HELP = (
 )
 
 
-def import_model(
-    source: str,
-    workdir: Path,
-    *,
-    model: str = "",
-    tokenizer: str = "",
-    context_length: int = 0,
-    data: DataConfig | None = None,
-) -> TrainConfig:
-    """Makes `workdir` the run of the pretrained model `source`, at step 0; returns its config.
-
-    Args:
-        source: what `load_pretrained` takes.
-        model, tokenizer, context_length: as `model_config` takes them.
-        data: store and fields to evaluate on; without fields, all that the model can embed.
-
-    Raises:
-        ConfigError, DataError: a model, file or store that does not fit, or `workdir` is in use.
-    """
+def import_model(args: argparse.Namespace) -> None:
+    """Makes --workdir the run of a pretrained model, at step 0."""
     from gcl_jax.port.pretrained import load_pretrained, model_config
     from gcl_jax.stores import open_store
 
-    _require_unused(workdir, "--workdir")
-    made = model_config(source, model, tokenizer, context_length)
-    path = Path(source)
-    origin = str(path.absolute()) if path.exists() else source
-    cfg = TrainConfig(model=made, data=data or DataConfig(), init_from=origin)
+    if args.context_length < 0:
+        raise UserError(f"--context_length={args.context_length} must be above 0")
+    _require_unused(args.workdir, "--workdir")
+    model = model_config(args.source, args.model, args.tokenizer, args.context_length)
+    data = DataConfig(
+        store=args.store, query_fields=args.query_fields, document_fields=args.document_fields
+    )
+    local = Path(args.source).exists()
+    origin = str(Path(args.source).absolute()) if local else args.source
+    cfg = TrainConfig(model=model, data=data, init_from=origin)
     validate(cfg)
-    store = open_store(cfg.data.store)
+    store = open_store(data.store)
     for side in ("query_fields", "document_fields"):
-        if not getattr(cfg.data, side):
-            setattr(cfg.data, side, _embeddable(made, side, store.info[side], cfg.data.store))
+        if not getattr(data, side):
+            setattr(data, side, _embeddable(model, side, store.info[side], data.store))
     cfg = store.resolve(cfg)
-    _write_run(load_pretrained(source, made), cfg, workdir)
-    return cfg
+    _write_run(load_pretrained(args.source, model), cfg, args.workdir)
+    parts = [f"{model.embed_dim} dimensions"]
+    if model.vision is not None:
+        parts.append(f"images of {model.vision.image_size} pixels")
+    parts.append(f"texts of up to {model.text.context_length} tokens by {model.text.tokenizer}")
+    print(f"{args.workdir}: {', '.join(parts)}")
 
 
 def _require_unused(folder: Path, flag: str) -> None:
@@ -171,22 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.list:
             print(textwrap.fill("  ".join(PRESETS), 100, break_on_hyphens=False))
         elif args.command == "import":
-            if args.context_length < 0:
-                raise UserError(f"--context_length={args.context_length} must be above 0")
-            data = DataConfig(
-                store=args.store,
-                query_fields=args.query_fields,
-                document_fields=args.document_fields,
-            )
-            cfg = import_model(
-                args.source,
-                args.workdir,
-                model=args.model,
-                tokenizer=args.tokenizer,
-                context_length=args.context_length,
-                data=data,
-            )
-            print(f"{args.workdir}: {_described(cfg.model)}")
+            import_model(args)
         else:
             export_run(args)
             print(f"wrote {args.out}")
@@ -214,15 +191,6 @@ def export_run(args: argparse.Namespace) -> None:
         overwrite=args.overwrite,
         torch_file=args.torch_file,
     )
-
-
-def _described(model: ModelConfig) -> str:
-    vision, text = model.vision, model.text
-    parts = [f"{model.embed_dim} dimensions"]
-    if vision is not None:
-        parts.append(f"images of {vision.image_size} pixels")
-    parts.append(f"texts of up to {text.context_length} tokens by {text.tokenizer}")
-    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -28,13 +28,6 @@ from gcl_jax.port.convert import (
 Values = Mapping[str, Any]  # of a JSON file
 Reader = Callable[[ModelConfig, Values], None]  # changes a model as the values say
 
-LOAD = """\
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
-
-model = AutoModel.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
-tokenizer = AutoTokenizer.from_pretrained("{name}")
-"""
 # Weights
 
 # The transformer of CLIPModel and SiglipModel.

@@ -32,13 +32,6 @@ from gcl_jax.port.convert import (
 )
 from gcl_jax.port.sentence_transformers import BERT
 
-LOAD = """\
-import open_clip
-
-model, _, preprocess = open_clip.create_model_and_transforms("local-dir:{name}")
-tokenizer = open_clip.get_tokenizer("local-dir:{name}")
-"""
-
 # Weights
 
 # The image and text towers of CLIP, the text tower of SigLIP.

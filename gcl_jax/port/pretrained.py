@@ -13,15 +13,17 @@ import re
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from importlib import resources
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
+import jinja2
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from gcl_jax.config import ModelConfig, TextConfig, from_dict
+from gcl_jax.config import ModelConfig, from_dict
 from gcl_jax.data.tokenizer import load_hugging_face
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.clip import merge_lora
@@ -43,34 +45,6 @@ Metrics = Mapping[str, Mapping[str, float]]
 FORMATS = ("open_clip", "hugging_face", "safetensors")
 OWN_CONFIG = "gcl_jax_config.json"
 _CONVERT = "or convert the file to .safetensors elsewhere"
-_CARD = """\
----
-library_name: {library}
-pipeline_tag: {task}
-tags:
-- generalized-contrastive-learning
----
-
-# {name}
-
-A dual encoder for ranked search, trained with gcl_jax by Generalized Contrastive Learning (arXiv \
-2404.08535).
-
-{facts}
-
-## How to load it
-
-```python
-{load}```
-
-Embeddings are compared by cosine: normalise them to length 1.
-"""
-_LOAD = """\
-from gcl_jax.port.pretrained import load_pretrained, model_config
-
-cfg = model_config("{name}")
-params = load_pretrained("{name}", cfg)
-"""
 
 # Reading
 
@@ -290,80 +264,45 @@ def export_pretrained(
     if cfg.lora_rank:
         params, cfg = merge_lora(params, cfg), dataclasses.replace(cfg, lora_rank=0)
     params = jax.tree.map(np.asarray, params)
-    naming, name, others, card = _contents(params, cfg, format)
+    library, naming, files = _contents(params, cfg, format)
+    text, file = cfg.text, "open_clip_model" if format == "open_clip" else "model"
     with _written_whole(Path(folder), overwrite) as made:
         weights = to_state_dict(params, cfg, naming)
-        for path, values in others.items():
+        for path, values in files.items():
             (made / path).parent.mkdir(exist_ok=True)
-            text = json.dumps(values, indent=2, ensure_ascii=False)
-            (made / path).write_text(text + "\n", "utf-8")
-        if (
-            format == "hugging_face"
-            or Path(cfg.text.tokenizer).is_dir()
-            or (format == "open_clip" and cfg.text.tokenizer != "clip")
-        ):
-            _write_tokenizer(cfg.text, made)
+            values = json.dumps(values, indent=2, ensure_ascii=False)
+            (made / path).write_text(values + "\n", "utf-8")
+        if text.tokenizer != "clip" and (format != "safetensors" or Path(text.tokenizer).is_dir()):
+            load_hugging_face(text.tokenizer).save_pretrained(made)
+        elif format == "hugging_face":
+            open_clip.write_tokenizer(made, text.context_length)
         # transformers asks for the format that the layouts are of.
-        save_file(weights, made / name, metadata={"format": "pt"})
+        save_file(weights, made / f"{file}.safetensors", metadata={"format": "pt"})
         if torch_file and format == "open_clip":
             _save_torch(weights, made / "open_clip_pytorch_model.bin")
-        facts = (Path(folder).absolute().name, *card)
-        (made / "README.md").write_text(model_card(cfg, metrics or {}, *facts), "utf-8")
+        card = _model_card(cfg, Path(folder).absolute().name, library, metrics or {})
+        (made / "README.md").write_text(card, "utf-8")
 
 
-def _contents(params: Params, cfg: ModelConfig, format: str) -> tuple[str, str, Any, tuple]:
-    """(naming of the weights, their file, {other file: its JSON}, (library, how it loads all))."""
+def _contents(params: Params, cfg: ModelConfig, format: str) -> tuple[str, str, dict[str, Any]]:
+    """(library that loads it, naming of the weights, {file: its JSON})."""
     if format == "open_clip":
         files = {"open_clip_config.json": open_clip.to_open_clip_config(cfg)}
-        naming = open_clip.naming_of(cfg)
-        return naming, "open_clip_model.safetensors", files, ("open_clip", open_clip.LOAD)
+        return "open_clip", open_clip.naming_of(cfg), files
     if format == "safetensors":
-        files = {OWN_CONFIG: dataclasses.asdict(cfg)}
-        return "gcl_jax", "model.safetensors", files, ("gcl_jax", _LOAD)
+        return "gcl_jax", "gcl_jax", {OWN_CONFIG: dataclasses.asdict(cfg)}
     if cfg.vision is not None:
-        card = ("transformers", hugging_face.LOAD)
-        return "hugging_face", "model.safetensors", hugging_face.to_files(cfg), card
+        return "transformers", "hugging_face", hugging_face.to_files(cfg)
     learned = {key: float(x) for key, x in params.items() if key.startswith("logit_")}
-    files = sentence_transformers.to_files(cfg, **learned)
-    card = ("sentence-transformers", sentence_transformers.LOAD)
-    return "bert", "model.safetensors", files, card
+    return "sentence-transformers", "bert", sentence_transformers.to_files(cfg, **learned)
 
 
-def _write_tokenizer(text: TextConfig, folder: Path) -> None:
-    if text.tokenizer == "clip":
-        open_clip.write_tokenizer(folder, text.context_length)
-    else:
-        load_hugging_face(text.tokenizer).save_pretrained(folder)
-
-
-def model_card(cfg: ModelConfig, metrics: Metrics, name: str, library: str, load: str) -> str:
+def _model_card(cfg: ModelConfig, name: str, library: str, metrics: Metrics) -> str:
     """Markdown: what the model is, how `library` loads it, and its `metrics`."""
-    vision, text = cfg.vision, cfg.text
-    task = "zero-shot-image-classification" if vision else "sentence-similarity"
-    facts = [f"- embeddings: {cfg.embed_dim} dimensions"]
-    if vision is not None:
-        facts.append(
-            f"- images: {vision.image_size} x {vision.image_size} pixels in patches of "
-            f"{vision.patch_size}, {vision.layers} layers of width {vision.width}"
-        )
-    facts.append(
-        f"- texts: up to {text.context_length} tokens, {text.layers} layers of width {text.width}"
-    )
-    if text.query_prefix or text.document_prefix:
-        facts.append(
-            f"- prefixes: `{text.query_prefix}` before queries, `{text.document_prefix}` before "
-            "documents"
-        )
-    card = _CARD.format(
-        library=library, task=task, name=name, facts="\n".join(facts), load=load.format(name=name)
-    )
-    if metrics:
-        columns = list(dict.fromkeys(key for values in metrics.values() for key in values))
-        rows = [["split", *columns], ["---"] * (1 + len(columns))]
-        for split, values in metrics.items():
-            rows.append([split, *(f"{values[k]:.4f}" if k in values else "" for k in columns)])
-        card += "\n## Evaluation\n\n" + "".join(f"| {' | '.join(row)} |\n" for row in rows)
-    return card
+    card = (resources.files("gcl_jax.port") / "card.md").read_text("utf-8")
+    columns = list(dict.fromkeys(key for values in metrics.values() for key in values))
+    template = jinja2.Template(card, trim_blocks=True, lstrip_blocks=True)
+    return template.render(cfg=cfg, name=name, library=library, metrics=metrics, columns=columns)
 
 
 def _save_torch(weights: Mapping[str, np.ndarray], path: Path) -> None:

@@ -12,14 +12,6 @@ from gcl_jax.models import presets
 from gcl_jax.port.convert import SAME, Table, add_naming, blocks, norm, under
 from gcl_jax.port.hugging_face import BASE, Reader, Values, from_tower, require, to_tower
 
-LOAD = """\
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer("{name}")
-queries = model.encode(["a query"], prompt_name="query")
-documents = model.encode(["a document"], prompt_name="document")
-"""
-
 # Weights
 
 # BertModel, RobertaModel, XLMRobertaModel.
