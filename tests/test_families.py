@@ -100,7 +100,7 @@ def test_they_are_written_and_read_under_our_own_names(own, tmp_path):
     assert set(weights) >= {"visual.first", "text.words"}
     again = from_state_dict(weights, own.model)
     assert jax.tree.all(jax.tree.map(np.array_equal, params, again))
-    with pytest.raises(ConfigError, match="transformers has no class"):
+    with pytest.raises(ConfigError, match="no tower of family bag or pixels"):
         export_pretrained(params, own.model, tmp_path / "out", "hugging_face")
 
 

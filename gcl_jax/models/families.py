@@ -42,6 +42,18 @@ class _Tower:
         return cls(*args)
 
 
+class _BuiltIn(_Tower):
+    """One whose module is the class `tower` of `gcl_jax.models.towers`, which needs jax."""
+
+    tower: ClassVar[str]
+
+    @classmethod
+    def build(cls, *args: Any) -> Any:
+        from gcl_jax.models import towers
+
+        return getattr(towers, cls.tower)(*args)
+
+
 class VisionTower(_Tower):
     """A family of image towers."""
 
@@ -87,9 +99,10 @@ class TextTower(_Tower):
 
 
 @VISION_TOWERS.register("vit")
-class Vit(VisionTower):
-    """`towers.VisionTransformer`: CLIP's and SigLIP's."""
+class Vit(_BuiltIn, VisionTower):
+    """CLIP's and SigLIP's."""
 
+    tower = "VisionTransformer"
     embedding_names = (
         "patch_embedding",
         "patch_bias",
@@ -97,12 +110,6 @@ class Vit(VisionTower):
         "positional_embedding",
         "ln_pre",
     )
-
-    @classmethod
-    def build(cls, *args: Any) -> Any:
-        from gcl_jax.models.towers import VisionTransformer
-
-        return VisionTransformer(*args)
 
     @staticmethod
     def validate(cfg: VisionConfig, embed_dim: int) -> None:
@@ -132,7 +139,7 @@ class Vit(VisionTower):
         return embedding + _blocks_flops(cfg, tokens, reads_one=False) + pooling
 
 
-class _TextTransformer(TextTower):
+class _BuiltInText(_BuiltIn, TextTower):
     """What the two families of text transformers share."""
 
     token_tables = ("token_embedding",)
@@ -159,20 +166,15 @@ class _TextTransformer(TextTower):
 
 
 @TEXT_TOWERS.register("clip")
-class ClipText(_TextTransformer):
-    """`towers.TextTransformer`: CLIP's and SigLIP's."""
+class ClipText(_BuiltInText):
+    """CLIP's and SigLIP's."""
 
+    tower = "TextTransformer"
     embedding_names = ("token_embedding", "positional_embedding")
-
-    @classmethod
-    def build(cls, *args: Any) -> Any:
-        from gcl_jax.models.towers import TextTransformer
-
-        return TextTransformer(*args)
 
     @staticmethod
     def validate(cfg: TextConfig, embed_dim: int) -> None:
-        _TextTransformer.validate(cfg, embed_dim)
+        _BuiltInText.validate(cfg, embed_dim)
         require(
             cfg.pool != "argmax" or cfg.tokenizer == "clip",
             f"model.text.tokenizer={cfg.tokenizer!r} must be 'clip': pool='argmax' reads the end "
@@ -190,9 +192,10 @@ class ClipText(_TextTransformer):
 
 
 @TEXT_TOWERS.register("bert")
-class BertText(_TextTransformer):
-    """`towers.Bert`: BERT, RoBERTa and XLM-RoBERTa, which mask their padding."""
+class BertText(_BuiltInText):
+    """BERT, RoBERTa and XLM-RoBERTa, which mask their padding."""
 
+    tower = "Bert"
     embedding_names = (
         "token_embedding",
         "token_type_embedding",
@@ -200,15 +203,9 @@ class BertText(_TextTransformer):
         "ln_embedding",
     )
 
-    @classmethod
-    def build(cls, *args: Any) -> Any:
-        from gcl_jax.models.towers import Bert
-
-        return Bert(*args)
-
     @staticmethod
     def validate(cfg: TextConfig, embed_dim: int) -> None:
-        _TextTransformer.validate(cfg, embed_dim)
+        _BuiltInText.validate(cfg, embed_dim)
         require(
             cfg.tokenizer != "clip",
             "model.text.tokenizer must name the folder or hub id of the BERT's own tokenizer",

@@ -286,6 +286,12 @@ def export_pretrained(
 
 def _contents(params: Params, cfg: ModelConfig, format: str) -> tuple[str, str, dict[str, Any]]:
     """(library that loads it, naming of the weights, {file: its JSON})."""
+    towers = {cfg.text.family} | ({cfg.vision.family} if cfg.vision else set())
+    if format != "safetensors" and (own := towers - {"vit", "clip", "bert"}):
+        raise ConfigError(
+            f"{format} has no tower of family {' or '.join(sorted(own))}; export with "
+            "--format=safetensors"
+        )
     if format == "open_clip":
         files = {"open_clip_config.json": open_clip.to_open_clip_config(cfg)}
         return "open_clip", open_clip.naming_of(cfg), files
