@@ -112,7 +112,7 @@ def gathered_outside_layers(params, dtype):
 
 
 def looked_up(
-    table: Float[Array, "v d"], tokens: Int[Array, "b t"], dtype
+    table: Float[Array | np.ndarray, "v d"], tokens: Int[Array, "b t"], dtype
 ) -> Float[Array, "b t d"]:
     """`table[tokens]` in `dtype`. Where columns of the table are split, a device looks up the
     tokens of all devices that share it, in its own columns, and they exchange columns for rows: so

@@ -16,7 +16,8 @@ from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 from gcl_jax.sharding import Params, param_shardings
 
 LORA = ("lora_a", "lora_b")
-Fields = Mapping[str, jax.Array]
+AnyArray = Array | np.ndarray
+Fields = Mapping[str, AnyArray]
 
 
 def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
@@ -45,16 +46,17 @@ class CLIP(nnx.Module):
         self.mean, self.std = tuple(cfg.preprocess.mean), tuple(cfg.preprocess.std)
 
     def encode_image(
-        self, pixels: UInt8[Array, "b h w 3"], key: PRNGKeyArray | None = None
+        self, pixels: UInt8[AnyArray, "b h w 3"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "b e"]:
         """Pixels (0 to 255) to float32 embeddings of length 1; `key` turns patch dropout on."""
         assert self.visual is not None, "a text-only model has no image tower"
-        images = (pixels.astype(jnp.float32) / 255 - jnp.array(self.mean)) / jnp.array(self.std)
+        images = jnp.asarray(pixels).astype(jnp.float32) / 255
+        images = (images - jnp.array(self.mean)) / jnp.array(self.std)
         return normalize(self.visual(images, key))
 
-    def encode_text(self, tokens: Int[Array, "b t"]) -> Float[Array, "b e"]:
+    def encode_text(self, tokens: Int[AnyArray, "b t"]) -> Float[Array, "b e"]:
         """Token ids to float32 embeddings of length 1."""
-        return normalize(self.text(tokens))
+        return normalize(self.text(jnp.asarray(tokens)))
 
     def encode_fields(
         self, fields: Fields, key: PRNGKeyArray | None = None
