@@ -107,11 +107,11 @@ def test_they_are_written_and_read_under_our_own_names(own, tmp_path):
 def test_what_workers_and_checks_ask_of_a_family_needs_no_jax():
     code = (
         "import sys\n"
-        "from gcl_jax.config import TrainConfig\n"
+        "from gcl_jax.config import TextConfig\n"
         "from gcl_jax.models import families, flops, presets\n"
-        "from gcl_jax.validation import validate\n"
-        "validate(TrainConfig())\n"
-        "flops.train_flops(TrainConfig(model=presets.preset('ViT-B-32')))\n"
+        "from gcl_jax.registry import TEXT_TOWERS\n"
+        "assert TEXT_TOWERS['clip'].ignores_padding(TextConfig())\n"
+        "flops.tower_flops(presets.preset('ViT-B-32'), 'image')\n"
         "assert 'jax' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -26,7 +26,7 @@ def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def truncated(embeddings: Fields, dim: int) -> dict[str, jax.Array]:
+def truncated(embeddings: Mapping[str, jax.Array], dim: int) -> dict[str, jax.Array]:
     """The first `dim` numbers of every field's embeddings, at length 1 again."""
     return {field: normalize(x[..., :dim]) for field, x in embeddings.items()}
 
