@@ -21,7 +21,7 @@ NEWEST = "newest"
 CHECKPOINT = "newest (default), best by the run's config.checkpoint.best, or a step"
 
 
-class Model(NamedTuple):
+class Checkpoint(NamedTuple):
     """A trained model at `step`: its configuration, and its parameters (nested dicts of arrays) on
     `mesh`."""
 
@@ -42,7 +42,7 @@ class Run(NamedTuple):
     step: int
 
 
-def load_model(workdir: Path, checkpoint: str = NEWEST) -> Model:
+def load_model(workdir: Path, checkpoint: str = NEWEST) -> Checkpoint:
     """The model of the training run in `workdir`, its parameters as their moving averages, if there
     are any. `checkpoint`: "newest", "best" by the run's `config.checkpoint.best`, or a step.
 
@@ -71,8 +71,9 @@ def load_model(workdir: Path, checkpoint: str = NEWEST) -> Model:
         elif checkpoint != NEWEST:
             raise UserError(f"--checkpoint={checkpoint} must be newest, best or a step")
         params = checkpointer.restore_params(clip.abstract_params(cfg.model, mesh), step=step)
-        # The newest is known now: damaged ones were passed over.
-        return Model(cfg, params, mesh, checkpointer.latest_step() or 0 if step is None else step)
+        if step is None:  # the newest: damaged ones have been passed over
+            step = checkpointer.latest_step() or 0
+        return Checkpoint(cfg, params, mesh, step)
 
 
 def load_run(

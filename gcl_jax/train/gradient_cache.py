@@ -16,6 +16,8 @@ from jax.sharding import Mesh, PartitionSpec
 from gcl_jax.errors import ConfigError
 from gcl_jax.sharding import BATCH_AXES, is_split
 
+_ROWS, _CHUNKS = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
+
 Encode = Callable[[Any, Any, jax.Array], Any]
 Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 
@@ -79,7 +81,7 @@ def cached_value_and_grad(encode: Encode, loss: Loss, chunks: int, mesh: Mesh):
 def _on_each_device(embed, carry_on, mesh: Mesh):
     """Both on the device's own rows and with random numbers of its own. Left to itself, the
     compiler would sum the gradients over the devices after every chunk, not once."""
-    rows, whole = PartitionSpec(None, BATCH_AXES), PartitionSpec()
+    whole = PartitionSpec()
 
     def own(chunks):
         inputs, keys = chunks
@@ -95,28 +97,23 @@ def _on_each_device(embed, carry_on, mesh: Mesh):
         return embed(params, own(chunks))
 
     on_devices = functools.partial(jax.shard_map, mesh=mesh)
-    chunks = rows, whole
+    chunks = _CHUNKS, whole
     return (
-        on_devices(embedded, in_specs=(whole, chunks), out_specs=rows),
-        on_devices(summed, in_specs=(whole, chunks, rows), out_specs=whole),
+        on_devices(embedded, in_specs=(whole, chunks), out_specs=_CHUNKS),
+        on_devices(summed, in_specs=(whole, chunks, _CHUNKS), out_specs=whole),
     )
 
 
 def _split(x, chunks: int, mesh: Mesh):
     """(rows, ...) to (chunks, rows / chunks, ...), every chunk a part of each device's rows."""
-
-    def split(x):
-        return jax.tree.map(lambda x: x.reshape(chunks, -1, *x.shape[1:]), x)
-
-    rows, in_chunks = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
-    return jax.shard_map(split, mesh=mesh, in_specs=rows, out_specs=in_chunks)(x)
+    return _on_own_rows(lambda x: x.reshape(chunks, -1, *x.shape[1:]), x, _ROWS, _CHUNKS, mesh)
 
 
 def _join(x, mesh: Mesh):
     """Undoes `_split`."""
+    return _on_own_rows(lambda x: x.reshape(-1, *x.shape[2:]), x, _CHUNKS, _ROWS, mesh)
 
-    def join(x):
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), x)
 
-    rows, in_chunks = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
-    return jax.shard_map(join, mesh=mesh, in_specs=in_chunks, out_specs=rows)(x)
+def _on_own_rows(reshape, x, specs, out_specs, mesh: Mesh):
+    every_leaf = functools.partial(jax.tree.map, reshape)
+    return jax.shard_map(every_leaf, mesh=mesh, in_specs=specs, out_specs=out_specs)(x)

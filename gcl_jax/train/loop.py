@@ -109,7 +109,7 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
                         raise NonFiniteRun(reason)
                     step, state, _ = restored
                     distributed.announce(f"\n{reason}; going back to step {step}")
-                    monitor.roll_back(step)
+                    monitor.start_at(step, rolled_back=True)
                     continue
                 summaries: dict[str, float] = {}
                 if evaluating:

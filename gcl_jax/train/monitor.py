@@ -57,18 +57,14 @@ class Monitor:
         self.nonfinite: list[int] = []
         self.rollbacks = 0
 
-    def start_at(self, step: int) -> None:
+    def start_at(self, step: int, *, rolled_back: bool = False) -> None:
         """`step` steps are done, and what was logged of later ones is forgotten."""
+        self.rollbacks += rolled_back
         self._pending, self.nonfinite = None, []
         self._writer.restart(step)
         self._bar.n = self._bar.initial = step
         self._bar.refresh()
         self._measure_from(step)
-
-    def roll_back(self, step: int) -> None:
-        """The run goes on from `step` once more."""
-        self.rollbacks += 1
-        self.start_at(step)
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
