@@ -26,7 +26,8 @@ extensions: dict[str, None] = {}
 
 
 class Registry(Mapping[str, Any]):
-    """Things of one kind by name. `homes`: of each built-in, the module that registers it."""
+    """Things of one kind by name: `list(gcl_jax.METRICS)` are the names, `gcl_jax.METRICS["ERR"]`
+    is what one of them means. `homes`: of each built-in, the module that registers it."""
 
     def __init__(self, kind: str, homes: Mapping[str, str]):
         self.kind = kind
@@ -71,6 +72,9 @@ class Registry(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._homes)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}s: {', '.join(self)}>"
 
 
 def _source(defined: Any) -> str:

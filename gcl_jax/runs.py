@@ -102,7 +102,7 @@ def load_run(
 
 def set_embed_dim(cfg: TrainConfig, embed_dim: int) -> None:
     """Raises `UserError` if the embeddings are shorter than `embed_dim`."""
-    if not 1 <= embed_dim <= cfg.model.embed_dim:
+    if not isinstance(embed_dim, int) or not 1 <= embed_dim <= cfg.model.embed_dim:
         raise UserError(f"--embed_dim={embed_dim} is not from 1 to {cfg.model.embed_dim}")
     cfg.eval.embed_dim = embed_dim
 

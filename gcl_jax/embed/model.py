@@ -81,10 +81,7 @@ class Model:
             UserError: something that is no text, or is empty, by its position.
         """
         self.fields(side)
-        single, texts = _listed("texts", texts, str)
-        rows = [{"text": text} for text in texts]
-        found = self._embed("texts", rows, {"text": "text"}, {"text": 1.0}, side)
-        return found[0] if single else found
+        return self._embed_alone("text", texts, str, side)
 
     def encode_image(self, images: ImageLike | Iterable[ImageLike]) -> Float[np.ndarray, "*n e"]:
         """Embeds images, resized and cropped as the model expects it.
@@ -99,10 +96,7 @@ class Model:
         """
         if isinstance(images, np.ndarray) and images.ndim > 3:
             images = list(images)
-        single, images = _listed("images", images, ImageLike)
-        rows = [{"image": image} for image in images]
-        found = self._embed("images", rows, {"image": "image"}, {"image": 1.0}, "document")
-        return found[0] if single else found
+        return self._embed_alone("image", images, ImageLike, "document")
 
     def encode(
         self, records: Mapping[str, Any] | Iterable[Mapping[str, Any]], side: Side = "document"
@@ -126,7 +120,8 @@ class Model:
                 raise UserError(f"{name}[{i}] is {_described(row)}, not a dict {{field: value}}")
             if weights and (unknown := row.keys() - weights.keys() - {"id"}):
                 raise UserError(
-                    f"{name}[{i}] has a field {min(unknown)!r}; the model has {', '.join(weights)}"
+                    f"{name}[{i}] has a field {min(unknown, key=str)!r}; the model has "
+                    f"{', '.join(weights)}"
                 )
         weights = weights or {field: 1.0 for row in rows for field in row if field != "id"}
         if self._kinds is None:
@@ -137,6 +132,12 @@ class Model:
         found = self._embed(name, rows, self._kinds[side], weights, side)
         return found[0] if single else found
 
+    def _embed_alone(self, kind: str, values: Any, one: Any, side: Side) -> np.ndarray:
+        single, values = _listed(f"{kind}s", values, one)
+        rows = [{kind: value} for value in values]
+        found = self._embed(f"{kind}s", rows, {kind: kind}, {kind: 1.0}, side)
+        return found[0] if single else found
+
     def _embed(self, name: str, rows: list, kinds: Kinds, weights: dict[str, float], side: Side):
         """Embeddings of `rows` by the fields that `weights` names; `name` is theirs in errors."""
         weights = {field: weight for field, weight in weights.items() if weight > 0}
@@ -144,7 +145,7 @@ class Model:
         for i, row in enumerate(rows):
             present = {f: row[f] for f in weights if not _is_missing(row.get(f))}
             if not present:
-                raise DataError(f"{name}[{i}] has no {' or '.join(weights)}")
+                raise DataError(f"{name}[{i}] has no {' or '.join(map(str, weights)) or 'field'}")
             for field, value in present.items():
                 used[field] = kinds[field]
                 if wrong := _misfit(kinds[field], value):
@@ -313,7 +314,8 @@ def from_pretrained(
     cfg = TrainConfig(
         model=model_config(name, model, tokenizer, context_length),
         data=DataConfig(
-            query_fields=dict(query_fields or {}), document_fields=dict(document_fields or {})
+            query_fields=_weights("query_fields", query_fields),
+            document_fields=_weights("document_fields", document_fields),
         ),
     )
     validate(cfg)
@@ -326,6 +328,12 @@ def from_pretrained(
         abstract_params(cfg.model, mesh),
     )
     return Model(cfg, placed, mesh, kinds=_texts_but(image_fields))
+
+
+def _weights(name: str, fields: Any) -> dict[str, float]:
+    if fields is not None and not isinstance(fields, Mapping):
+        raise UserError(f"{name} must be a dict {{field: weight}}, not {_described(fields)}")
+    return dict(fields or {})
 
 
 def _path(name: str, value: Any) -> str:
