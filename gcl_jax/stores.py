@@ -30,6 +30,8 @@ def open_store(name: str) -> RankedStore:
         ConfigError: the source needs arguments.
         DataError: there is no such store.
     """
+    if not isinstance(name, str | os.PathLike):
+        raise DataError(f"a store is named by its path or its source, not {name!r}")
     if name not in SOURCES or Path(name).is_dir():
         return RankedStore(name)
     make, bad_rows = SOURCES[name], BadRows()

@@ -86,6 +86,8 @@ def check(embeddings: np.ndarray, expected: np.ndarray) -> None:
 
 
 NOTEBOOK = """
+import numpy as np
+
 import gcl_jax
 
 gcl_jax.train(config, workdir)
@@ -100,11 +102,14 @@ scores, ids = index.search(texts, k=5)
 
 run = {q: dict(zip(found, s)) for q, found, s in zip(["q3", "q4"], ids.tolist(), scores.tolist())}
 metrics = gcl_jax.evaluate_run(qrels, run)
+
+q, d, scale, weights = texts, embeddings[[3, 4]], 10.0, np.array([1.0, 0.5], "f4")
+loss = gcl_jax.gcl_loss(q, d, scale, weights)
 """
 
 
 def test_a_notebook(tiny_config, tiny_store, documents, png, tmp_path, monkeypatch):
-    """From training to the metrics of a search."""
+    """From training to the metrics of a search, and the loss of what was found."""
     monkeypatch.chdir(tmp_path)
     Path("cat.png").write_bytes(png)
     documents = [{k: v for k, v in d.items() if k != "brand"} for d in documents]
@@ -117,6 +122,10 @@ def test_a_notebook(tiny_config, tiny_store, documents, png, tmp_path, monkeypat
     assert cells["embeddings"].shape == (24, 16)
     assert cells["ids"].shape == (2, 5)
     assert cells["metrics"]["NDCG@10"].shape == (2,)
+    logits = 10 * cells["q"] @ cells["d"].T
+    chosen = [logits - np.log(np.exp(logits).sum(axis, keepdims=True)) for axis in (0, 1)]
+    expected = -(np.diag(sum(chosen)) * [1.0, 0.5]).sum() / 4
+    np.testing.assert_allclose(cells["loss"], expected, rtol=1e-5)
 
 
 def test_importing_loads_nothing_and_dir_shows_the_public_names(tmp_path):
@@ -275,6 +284,18 @@ def test_a_pretrained_folder(exported, model, documents, written):
     pretrained = gcl_jax.from_pretrained(exported, document_fields=weights)
     check(pretrained.encode(documents), np.load(written / "documents" / "embeddings.npy"))
     check(pretrained.encode_text("find 3"), model.encode_text("find 3"))
+    for given, message in (
+        (
+            {"document_fields": ["image"]},
+            "document_fields must be a dict",
+        ),
+        ({"document_fields": {"image": "x"}}, "must be a dict of names and weights"),
+        ({"image_fields": "image"}, "image_fields must be a list of names, not str 'image'"),
+        ({"embed_dim": "8"}, "embed_dim=8 is not from 1 to 16"),
+        ({"context_length": -3}, "context_length=-3 must be"),
+    ):
+        with pytest.raises(UserError, match=message):
+            gcl_jax.from_pretrained(exported, **given)
     equal = gcl_jax.from_pretrained(str(exported), embed_dim=8)
     assert equal.embed_dim == 8
     both = equal.encode([{"image": documents[0]["image"], "name": "thing 0"}])
@@ -313,6 +334,12 @@ def test_a_model_without_image_tower(tmp_path, png):
         (lambda m, png: gcl_jax.load(None), "workdir must be a path, not None"),
         (lambda m, png: gcl_jax.from_pretrained("no/such"), "no/such"),
         (lambda m, png: gcl_jax.from_pretrained(7), "source must be a path, not int 7"),
+        (lambda m, png: gcl_jax.load("x", image_fields="image"), "x is no directory"),
+        (lambda m, png: gcl_jax.open_store(None), "a store is named by its path"),
+        (lambda m, png: gcl_jax.open_store("no/such"), "no/such holds no store"),
+        (lambda m, png: gcl_jax.preset(None), "model 'None' is unknown"),
+        (lambda m, png: gcl_jax.train(None, "x"), "config is a NoneType"),
+        (lambda m, png: gcl_jax.evaluate_run(None, {}), "qrels is a NoneType"),
         (lambda m, png: m.encode_text(None), "texts must be a list, not None"),
         (lambda m, png: m.encode_text(7), "texts must be a list, not int 7"),
         (lambda m, png: m.encode_text(["a", None]), r"texts\[1\] has no text"),

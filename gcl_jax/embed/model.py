@@ -240,6 +240,8 @@ def kinds_of(store: RankedStore) -> dict[str, Kinds]:
 
 
 def _texts_but(image_fields: Collection[str]) -> dict[str, Kinds]:
+    if isinstance(image_fields, str) or not isinstance(image_fields, Collection):
+        raise UserError(f"image_fields must be a list of names, not {_described(image_fields)}")
     kinds = collections.defaultdict(lambda: "text", dict.fromkeys(image_fields, "image"))
     return dict.fromkeys(get_args(Side), kinds)
 
@@ -265,8 +267,8 @@ def load(
     folder = Path(_path("workdir", workdir))
     if not folder.is_dir():
         raise UserError(f"{folder} is no directory of a training run")
-    cfg, params, mesh, step = load_model(folder, str(checkpoint))
     kinds = None if image_fields is None else _texts_but(image_fields)
+    cfg, params, mesh, step = load_model(folder, str(checkpoint))
     try:
         store = open_store(cfg.data.store)
     except DataError:  # texts and images can be embedded all the same
@@ -307,7 +309,7 @@ def from_pretrained(
     """
     from gcl_jax.port.pretrained import load_pretrained, model_config
 
-    name = _path("source", source)
+    name, kinds = _path("source", source), _texts_but(image_fields)
     if (Path(name) / "config.json").is_file() and (Path(name) / "checkpoints").is_dir():
         raise UserError(f"{name} is a training run: open it with gcl_jax.load({name!r})")
     logs.quiet_libraries()
@@ -327,7 +329,7 @@ def from_pretrained(
         load_pretrained(name, cfg.model),
         abstract_params(cfg.model, mesh),
     )
-    return Model(cfg, placed, mesh, kinds=_texts_but(image_fields))
+    return Model(cfg, placed, mesh, kinds=kinds)
 
 
 def _weights(name: str, fields: Any) -> dict[str, float]:

@@ -230,6 +230,7 @@ PRESETS = (*OPEN_CLIP, *TEXT_ONLY)
 def preset(name: str) -> ModelConfig:
     """The model called `name`, one of `PRESETS`, or described in the open_clip JSON file at the
     path `name`; a copy that may be changed. Raises `ConfigError`."""
+    name = str(name)  # a path will do
     if name in OPEN_CLIP:
         return from_open_clip(OPEN_CLIP[name])
     if name in TEXT_ONLY:
