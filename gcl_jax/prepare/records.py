@@ -149,8 +149,9 @@ class _Cells:
         self._file = tempfile.TemporaryFile()  # noqa: SIM115
         self._ends = array.array("q", [0])
 
-    def append(self, cells: tuple) -> None:
+    def append(self, cells: tuple) -> int:
         self._ends.append(self._ends[-1] + self._file.write(json.dumps(cells).encode()))
+        return len(self._ends) - 2
 
     def __getitem__(self, number: int) -> tuple:
         start, end = self._ends[number], self._ends[number + 1]
@@ -168,9 +169,9 @@ class GivenNegatives:
 
     def __init__(self, columns: Mapping[str, str | None]):
         self.columns = {side: column for side, column in columns.items() if column}
-        self._lists = {side: _Lists() for side in self.columns}
+        self._named = _Cells()
+        self._given = np.array([], np.int32)
         self._numbers: dict[str, np.ndarray] = {}
-        self._noted = 0
 
     def read(self, row: Row, query: str, document_id: str) -> dict[str, list[str]]:
         """The names in `row`, whose own pair is of `query` (a text) and `document_id`. Raises
@@ -184,10 +185,7 @@ class GivenNegatives:
 
     def add(self, named: Mapping[str, list[str]]) -> int:
         """Notes what `read` gave; its number."""
-        for side, names in named.items():
-            self._lists[side].append(names)
-        self._noted += 1
-        return self._noted - 1
+        return self._named.append(tuple(named.values())) if named else 0
 
     def resolve(
         self,
@@ -213,22 +211,26 @@ class GivenNegatives:
                 return documents.numbers[key]
             raise RowError(Reason.UNKNOWN_NEGATIVE, repr(key))
 
-        for side, find in (("query", query), ("document", document)):
-            if side not in self._lists:
-                continue
-            names, codes = self._lists[side].names, self._lists[side].take(pairs["given"])
-            numbers = np.full(len(names), -1)
-            named, first = np.unique(codes.ravel(), return_index=True)
-            unresolved = {}
-            for place in np.sort(first[named >= 0]):
-                code, pair = codes.flat[place], pairs[place // codes.shape[1]]
-                try:
-                    numbers[code] = find(names[code], pair)
-                except RowError as error:
-                    unresolved[code] = error
-            for row, column in np.argwhere(np.isin(codes, list(unresolved))):
-                report(pairs[row], unresolved[codes[row, column]])
-            self._numbers[side] = numbers
+        self._given = pairs["given"]
+        for place, side in enumerate(self.columns):
+            find = {"query": query, "document": document}[side]
+            found: dict[str, int | RowError] = {}
+            numbers, counts = array.array("i"), array.array("i")
+            for pair in pairs:
+                before = len(numbers)
+                for name in self._named[pair["given"]][place]:
+                    try:
+                        found[name] = found[name] if name in found else find(name, pair)
+                    except RowError as error:
+                        found[name] = error
+                    if isinstance(number := found[name], RowError):
+                        report(pair, number)
+                    else:
+                        numbers.append(number)
+                counts.append(len(numbers) - before)
+            self._numbers[side] = np.full((len(pairs), max(counts, default=0)), -1)
+            filled = np.arange(max(counts, default=0)) < np.array(counts)[:, None]
+            self._numbers[side][filled] = numbers
 
     def of_pairs(
         self,
@@ -244,10 +246,9 @@ class GivenNegatives:
                 none (-1), so that training sees nothing that is held out.
         """
         found = {}
-        for side, lists in self._lists.items():
+        for side, numbers in self._numbers.items():
             # The last element serves the index -1: no such record.
-            number = np.append(self._numbers[side], -1)[lists.take(pairs["given"])]
-            rows = np.append(positions[side], -1)[number]
+            rows = np.append(positions[side], -1)[numbers[np.isin(self._given, pairs["given"])]]
             if halves is not None:
                 half = np.append(halves[side], -1)[rows]
                 own = halves[side][pairs[side]]
@@ -255,30 +256,6 @@ class GivenNegatives:
             if (rows >= 0).any():
                 found[side] = compacted(rows)
         return found
-
-
-class _Lists:
-    """Lists of names, as codes: places in `names`."""
-
-    def __init__(self) -> None:
-        self._code: dict[str, int] = {}
-        self._codes, self._ends = array.array("i"), array.array("q", [0])
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._code)
-
-    def append(self, names: list[str]) -> None:
-        self._codes.extend(self._code.setdefault(name, len(self._code)) for name in names)
-        self._ends.append(len(self._codes))
-
-    def take(self, numbers: np.ndarray) -> np.ndarray:
-        """int32 (numbers, longest list): the codes of these lists, -1 behind the end of each."""
-        ends = np.array(self._ends)
-        starts, counts = ends[numbers], np.diff(ends)[numbers]
-        place = np.arange(max(counts.max(initial=0), 1))
-        index = np.where(place < counts[:, None], starts[:, None] + place, len(self._codes))
-        return np.append(np.array(self._codes, np.int32), np.int32(-1))[index]
 
 
 def cells_of(row: Row, fields: dict[str, str]) -> tuple:
