@@ -96,7 +96,9 @@ class FieldEncoder:
 
     @functools.cached_property
     def _load(self) -> Callable[[int], dict]:
-        return functools.lru_cache(maxsize=self._cached_records)(self._load_record)
+        """Of record `index` what `_decode` makes, or made not long ago."""
+        cache = functools.lru_cache(maxsize=self._cached_records)
+        return cache(lambda index: self._decode(self._records[index]))
 
     def __getstate__(self) -> dict:
         """Without what a worker process makes anew: the cache and the tokenizer."""
@@ -108,11 +110,8 @@ class FieldEncoder:
         text = self._cfg.model.text
         return load_tokenizer(text.tokenizer, text.context_length, text.clean)
 
-    def _load_record(self, index: int) -> dict:
-        """Decoded images and token ids of record `index`; None for a missing field."""
-        return self._decode(self._records[index])
-
     def _decode(self, record: Mapping[str, Any]) -> dict:
+        """Decoded images and token ids; None for a missing field."""
         loaded: dict[str, Any] = {}
         for field in self._kinds:
             value = record[field]
@@ -207,17 +206,19 @@ class _PairExamples:
     def __init__(
         self, cfg: TrainConfig, store: RankedStore, text_lengths: TextLengths | None = None
     ):
-        self._pairs = store.pairs(cfg.data.train_split)
+        data, lengths = cfg.data, text_lengths or {}
+        self._pairs = store.pairs(data.train_split)
         self._weights = pair_weights(cfg, self._pairs)
 
         def encoder(side: Side, records: Records, fields: Mapping[str, float]) -> FieldEncoder:
-            own, cached = text_lengths[side] if text_lengths else {}, cfg.data.cached_records
+            cached, own = data.cached_records, lengths.get(side)
             return FieldEncoder(cfg, side, records, list(fields), cached, True, own)
 
-        self._encode_query = encoder("query", store.queries, cfg.data.query_fields)
-        self._encode_document = encoder("document", store.documents, cfg.data.document_fields)
-        encoders = {"query": self._encode_query, "document": self._encode_document}
-        self._negatives = PairNegatives(cfg, store, encoders)
+        self._encoders = {
+            "query": encoder("query", store.queries, data.query_fields),
+            "document": encoder("document", store.documents, data.document_fields),
+        }
+        self._negatives = PairNegatives(cfg, store, self._encoders)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -226,19 +227,11 @@ class _PairExamples:
         return index
 
     def example(self, index: int, rng: np.random.Generator) -> dict:
-        query, document = self._pairs.query[index], self._pairs.document[index]
-        query_inputs, query_present = self._encode_query(query, rng)
-        document_inputs, document_present = self._encode_document(document, rng)
-        return {
-            "query": query_inputs,
-            "document": document_inputs,
-            "query_present": query_present,
-            "document_present": document_present,
-            "weight": self._weights[index],
-            "query_id": query,
-            "document_id": document,
-            **self._negatives.example(index, query, rng),
-        }
+        made: dict[str, Any] = {"weight": self._weights[index]}
+        for side, encode in self._encoders.items():
+            made[f"{side}_id"] = getattr(self._pairs, side)[index]
+            made[side], made[f"{side}_present"] = encode(made[f"{side}_id"], rng)
+        return made | self._negatives.example(index, made["query_id"], rng)
 
 
 def train_batches(
