@@ -34,7 +34,7 @@ from gcl_jax.config import (
     VisionConfig,
 )
 from gcl_jax.data.store import Pairs, RankedStore
-from gcl_jax.prepare.source import Split
+from gcl_jax.prepare.source import Source, Split
 from gcl_jax.sharding import BATCH_AXES
 from gcl_jax.stores import write_store
 
@@ -94,14 +94,13 @@ def tiny_config() -> TrainConfig:
     return make_tiny_config()
 
 
-class TinySource:
+class TinySource(Source):
     """24 documents and 8 queries; four splits of 4 queries, each with 6 of 12 documents.
 
     Document 3 has no image, document 5 no title.
     """
 
     def __init__(self):
-        self.name = "tiny"
         self.query_fields = {"query": "text"}
         self.document_fields = {"image": "image", "title": "text"}
 

@@ -18,7 +18,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
@@ -121,6 +121,7 @@ def _check_rows(path: Path, pairs: int) -> None:
         )
 
 
+@runtime_checkable
 class Encoder(Protocol):
     """What makes model inputs of records: `gcl_jax.data.pipeline.FieldEncoder`."""
 
@@ -161,7 +162,7 @@ class PairNegatives:
             ids = np.full(self._count, -1, np.int32)
             if side in self._files:
                 rows = self._drawn(self._rows[side][pair], rng)
-                made = [encode(row, rng) for row in rows]
+                made = [encode(int(row), rng) for row in rows]
                 ids[: len(rows)] = rows
             elif side == "document" or self._texts is None:
                 continue

@@ -136,7 +136,7 @@ class FieldEncoder:
         Raises:
             DataError: an unreadable image, or a record without any field.
         """
-        return self._filled(self._load(int(index)), rng)
+        return self._filled(self._load(index), rng)
 
     def of_record(self, record: Mapping[str, Any]) -> tuple[dict, dict]:
         """The same of a record that the store does not have, {"id", **fields}."""
@@ -229,9 +229,9 @@ class _PairExamples:
     def example(self, index: int, rng: np.random.Generator) -> dict:
         made: dict[str, Any] = {"weight": self._weights[index]}
         for side, encode in self._encoders.items():
-            made[f"{side}_id"] = getattr(self._pairs, side)[index]
-            made[side], made[f"{side}_present"] = encode(made[f"{side}_id"], rng)
-        return made | self._negatives.example(index, made["query_id"], rng)
+            row = made[f"{side}_id"] = getattr(self._pairs, side)[index]
+            made[side], made[f"{side}_present"] = encode(int(row), rng)
+        return made | self._negatives.example(index, int(made["query_id"]), rng)
 
 
 def train_batches(
@@ -283,7 +283,7 @@ def corpus_batches(
         for start in range(0, len(indices), batch_size):
             chunk = indices[start : start + batch_size]
             padded = np.pad(chunk, (0, batch_size - len(chunk)), mode="edge")
-            inputs, present = zip(*pool.map(encode, padded[local]), strict=True)
+            inputs, present = zip(*pool.map(encode, padded[local].tolist()), strict=True)
             batch = {
                 name: {field: np.stack([row[field] for row in rows]) for field in fields}
                 for name, rows in (("inputs", inputs), ("present", present))
@@ -344,7 +344,7 @@ def longest_texts(
                 unsure = [field for field in fields if longest[field] < text.context_length]
                 if not unsure:
                     break
-                block = rows[start + BLOCK * shard :][:BLOCK]
+                block = rows[start + BLOCK * shard :][:BLOCK].tolist()
                 for field, texts in records.texts(unsure, block).items():
                     own = tokenizer.longest([prefix + one for one in texts if one])
                     longest[field] = max(longest[field], own)

@@ -24,6 +24,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import SupportsIndex
 
 import filelock
 import numpy as np
@@ -77,7 +78,7 @@ class Records:
     def __len__(self) -> int:
         return len(self._serialized)
 
-    def __getitem__(self, index: int) -> dict[str, str | bytes]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, str | bytes]:
         record = _bytes_of(self._serialized[int(index)], ("id", *self.fields))
         return {
             name: value if self.fields.get(name) == "image" else value.decode()
@@ -86,7 +87,7 @@ class Records:
 
     def texts(self, fields: Sequence[str], rows: Iterable[int]) -> dict[str, list[str]]:
         """Text fields of many records at once, faster than one by one."""
-        serialized = self._serialized.__getitems__([int(row) for row in rows])
+        serialized = self._serialized.__getitems__(list(rows))
         records = [_bytes_of(one, fields) for one in serialized]
         return {field: [record[field].decode() for record in records] for field in fields}
 

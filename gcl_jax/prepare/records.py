@@ -97,7 +97,7 @@ class TableRecords:
     def __iter__(self) -> Iterator[Item]:
         images = [field for field, kind in self._fields.items() if kind == "image"]
         ids = list(self.numbers)
-        for number, (place, cells) in zip(self.order, self._rows(), strict=True):
+        for number, (place, cells) in zip(map(int, self.order), self._rows(), strict=True):
             record = {"id": ids[number], **dict(zip(self._fields, cells, strict=True))}
             if any(record[field] for field in images):
                 yield functools.partial(
@@ -109,7 +109,7 @@ class TableRecords:
     def _rows(self) -> Iterator[tuple[Place, tuple]]:
         """The cells of the records, in their order."""
         if self._cells is not None:
-            for number in self.order:
+            for number in map(int, self.order):
                 yield self._place(number), self._cells[number]
             return
         wanted = ((self._file[number], self._row[number]) for number in self.order)
@@ -218,7 +218,7 @@ class GivenNegatives:
             numbers, counts = array.array("i"), array.array("i")
             for pair in pairs:
                 before = len(numbers)
-                for name in self._named[pair["given"]][place]:
+                for name in self._named[int(pair["given"])][place]:
                     try:
                         found[name] = found[name] if name in found else find(name, pair)
                     except RowError as error:
