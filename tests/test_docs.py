@@ -122,6 +122,8 @@ def workplace(tmp_path_factory):
                 (folder / f"pictures/{i}.{suffix}").write_bytes(content)
     captions = [f"{i}.png,picture {i}" for i in range(4)]
     (folder / "captions.csv").write_text("\n".join(["image,caption", *captions]) + "\n")
+    asked = [{"asked": f"thing {i}", "clicked": f"a thing, {i}"} for i in range(20)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     (folder / "gt.json").write_text(json.dumps({"q1": {"d1": 3, "d2": 1}}))
     (folder / "results.trec.gz").write_text("q1 Q0 d1 1 0.9 mine\nq1 Q0 d2 2 0.8 mine\n")
     lay_out(folder)

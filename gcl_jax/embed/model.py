@@ -4,7 +4,7 @@ import collections
 import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, SupportsIndex, get_args
 
 import jax
 import numpy as np
@@ -169,11 +169,11 @@ class GivenRecords(Records):
     def __len__(self) -> int:
         return len(self._rows)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: SupportsIndex) -> dict[str, Any]:
         """Files are read now, in the threads that decode images."""
         record: dict[str, Any] = {"id": f"{self._name}[{index}]"}
         for field, kind in self.fields.items():
-            value = self._rows[index].get(field)
+            value = self._rows[int(index)].get(field)
             if _is_missing(value):
                 value = ""
             elif isinstance(value, np.ndarray):
