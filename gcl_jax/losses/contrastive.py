@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Float
 
 from gcl_jax.config import LossConfig, choices
@@ -22,7 +22,6 @@ from gcl_jax.losses.blockwise import BLOCK_SIZE, product
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.objectives import objective
 from gcl_jax.losses.pairs import MASKED, KnownWeights, PairRows, Softmax, Tile
-from gcl_jax.sharding import replicated
 
 
 def gcl_loss_reference(
@@ -82,39 +81,18 @@ def gcl_loss(
         ConfigError: an unknown choice; arrays that do not fit each other or the mesh.
     """
     queries, documents = _array("queries", queries), _array("documents", documents)
-    arrays = {
-        "queries": queries,
-        "documents": documents,
-        "scale": _array("logit_scale", logit_scale, jnp.float32),
-        "bias": _array("logit_bias", logit_bias, jnp.float32),
-        "rows": _pair_rows(weights, queries),
-        "known": known,
-    }
-    mesh = _chosen_mesh(mesh, queries)
-    options = {
-        "mesh": mesh,
-        "mask_duplicates": mask_duplicates,
-        "form": form,
-        "block_size": block_size,
-    }
-    _one_term(**arrays, **options)  # refuses arrays that do not fit, before they move
-    if isinstance(mesh, Mesh):
-        split = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        by_row = {"queries", "documents", "rows"}
-        places = {name: split if name in by_row else replicated(mesh) for name in arrays}
-        arrays = {name: jax.device_put(x, places[name]) for name, x in arrays.items()}
-    return _jitted_loss(arrays, weight_norm, tuple(options.items()))
+    scalars = _array("logit_scale", logit_scale), _array("logit_bias", logit_bias)
+    mesh, rows = _chosen_mesh(mesh, queries), _pair_rows(weights, queries)
+    options = mesh, mask_duplicates, form, block_size
+    return _jitted_loss(queries, documents, *scalars, rows, known, weight_norm, options)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _jitted_loss(arrays, weight_norm, options):
-    """For a call outside of `jax.jit`."""
-    logits = _one_term(**arrays, **dict(options))
+@functools.partial(jax.jit, static_argnums=(6, 7))
+def _jitted_loss(queries, documents, scale, bias, rows, known, weight_norm, options):
+    """Compiled, also for a call outside of `jax.jit`."""
+    terms, (mesh, *how) = [Term("", "", rows)], options
+    logits = Logits({"": queries}, {"": documents}, scale, terms, mesh, bias, known, *how)
     return gcl_losses(logits, LossConfig(weight_norm=weight_norm))[0]
-
-
-def _one_term(queries, documents, scale, rows, **options) -> Logits:
-    return Logits({"": queries}, {"": documents}, scale, [Term("", "", rows)], **options)
 
 
 def _array(name: str, x: Any, dtype: Any = None) -> jax.Array:

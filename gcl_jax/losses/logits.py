@@ -103,45 +103,29 @@ class Logits:
         if form == "auto":
             copies = sum(x.size * (x.dtype.itemsize + 4) for x in documents.values())
             form = "gather" if _size(self.mesh) > 1 and copies <= GATHER_LIMIT else "ring"
-        axes = () if self.mesh is None else self.mesh.axis_names
         names = tuple((term.query, term.document) for term in self.terms)
-        options = _Options(
-            reductions, names, self.mask_duplicates, TRANSPORTS[form](axes), self.block_size
-        )
         rows, columns = [t.rows for t in self.terms], [t.columns for t in self.terms]
-        scalars = jnp.float32(self.scale), jnp.float32(self.bias)
+        arrays = queries, documents, rows, columns
+        everywhere = jnp.float32(self.scale), jnp.float32(self.bias), self.known
+        axes = () if self.mesh is None else self.mesh.axis_names
+        transport = TRANSPORTS[form](axes)
+        options = _Options(reductions, names, self.mask_duplicates, transport, self.block_size)
         of_device = functools.partial(_sums, options)
         if self.mesh is None:
-            return of_device(queries, documents, *scalars, rows, columns, self.known)
-        split, everywhere = PartitionSpec(axes), PartitionSpec()
-        sharded = jax.shard_map(
-            of_device,
-            mesh=self.mesh,
-            in_specs=(split, split, everywhere, everywhere, split, split, everywhere),
-            out_specs=split,
+            return of_device(*arrays, *everywhere)
+        kinds = zip(axes, self.mesh.axis_types, strict=True)
+        if explicit := tuple(axis for axis, kind in kinds if kind == AxisType.Explicit):
+            typed = NamedSharding(self.mesh, PartitionSpec(explicit))
+            arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, typed), arrays)
+        split, whole = PartitionSpec(axes), PartitionSpec()
+        specs = (*[split] * len(arrays), *[whole] * len(everywhere))
+        return jax.shard_map(of_device, mesh=self.mesh, in_specs=specs, out_specs=split)(
+            *arrays, *everywhere
         )
-        queries, documents, rows, columns = _split_as_typed(
-            (queries, documents, rows, columns), self.mesh
-        )
-        return sharded(queries, documents, *scalars, rows, columns, self.known)
 
 
 def _size(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else mesh.size
-
-
-def _split_as_typed(x, mesh: Mesh | AbstractMesh):
-    """The rows of all arrays split over the mesh's Explicit axes, which are part of their types;
-    `shard_map` does so with the others."""
-    explicit = tuple(
-        axis
-        for axis, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Explicit
-    )
-    if not explicit:
-        return x
-    sharding = NamedSharding(mesh, PartitionSpec(explicit))
-    return jax.tree.map(lambda one: jax.sharding.reshard(one, sharding), x)
 
 
 class _Options(NamedTuple):
@@ -159,17 +143,17 @@ def _sums(
     options: _Options,
     queries: dict[str, Float[Array, "n d"]],
     documents: dict[str, Float[Array, "m d"]],
-    scale: Float[Array, ""],
-    bias: Float[Array, ""],
     rows: list[PairRows],
     columns: list[PairRows],
+    scale: Float[Array, ""],
+    bias: Float[Array, ""],
     known: KnownWeights | None,
 ) -> list[Sums]:
     """`Logits.sums` on a device: of all arguments but the scale, the bias and `known`, its part."""
-    return _forward(options, queries, documents, scale, bias, rows, columns, known)[0]
+    return _forward(options, queries, documents, rows, columns, scale, bias, known)[0]
 
 
-def _forward(options, queries, documents, scale, bias, rows, columns, known):
+def _forward(options, queries, documents, rows, columns, scale, bias, known):
     sides = [Embedded(queries[q], r) for (q, _), r in zip(options.names, rows, strict=True)]
 
     def tile(rows, columns):
@@ -179,22 +163,19 @@ def _forward(options, queries, documents, scale, bias, rows, columns, known):
     def sweep(visitors, seen):
         order, others = _columns(visitors, known, options)
         swept = [
-            tile_statistics(tile, side, other, so_far, before(0), options.block_size, order)
+            tile_statistics(tile, side, other, so_far, no_column, options.block_size, order)
             for side, other, so_far in zip(sides, others, seen, strict=True)
         ]
         return [of_rows for of_rows, _ in swept], [of_columns for _, of_columns in swept]
 
     visitors = documents, columns
     shapes = jax.eval_shape(tile, sides[0], _columns(visitors, known, options)[1][0])
-
-    def before(axis):
-        return functools.partial(nothing_yet, shapes[1 - axis])
-
+    no_row, no_column = (functools.partial(nothing_yet, like) for like in shapes)
     of_rows, of_columns, residual = options.transport.forward(
         sweep,
         visitors,
-        [before(1)(side.pairs.number) for side in sides],
-        [before(0)(one.number) for one in columns],
+        [no_row(one.number) for one in rows],
+        [no_column(one.number) for one in columns],
     )
     sums = [Sums(*one) for one in zip(of_rows, of_columns, strict=True)]
     return sums, (sides, of_rows, documents, residual, scale, bias, known)
@@ -243,7 +224,7 @@ def _backward(options, residual, cotangents):
     dtype = sides[0].embedding.dtype
     by_query, by_document = jax.tree.map(lambda x: x.astype(dtype), (by_query, by_document))
     by_scale, by_bias = jax.lax.psum((sum(by_scale), sum(by_bias)), options.transport.axes)
-    return by_query, by_document, by_scale, by_bias, None, None, None
+    return by_query, by_document, None, None, by_scale, by_bias, None
 
 
 def _by_name(names, gradients) -> dict[str, jax.Array]:
