@@ -47,7 +47,7 @@ test-all: lint
 # In an environment of its own: Beam wants a protobuf older than the one sentencepiece is made for.
 test-beam:
 	$(MAKE) VENV=.venv-beam EXTRAS=beam .venv-beam/.installed-beam
-	.venv-beam/bin/python -m pip install --quiet --disable-pip-version-check pytest
+	.venv-beam/bin/python -m pip install --quiet --disable-pip-version-check beartype pytest
 	.venv-beam/bin/python -m pytest -q tests/test_beam.py
 
 lint: $(INSTALLED_TEST)
