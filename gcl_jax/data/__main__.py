@@ -27,7 +27,10 @@ def make_parser() -> argparse.ArgumentParser:
         "inspect",
         help="counts, scores, documents per query, missing fields; sample pairs as an HTML page",
     )
-    inspect.add_argument("store", help="directory of the store, or emoji, emoji_languages")
+    inspect.add_argument(
+        "store",
+        help="directory of the store, or a source that needs no arguments: emoji, emoji_languages",
+    )
     inspect.add_argument(
         "--html", type=Path, metavar="FILE", help="the page to write (default: NAME.html here)"
     )
