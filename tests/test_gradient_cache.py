@@ -13,8 +13,7 @@ from gcl_jax.models.clip import abstract_model
 from gcl_jax.optim import make_optimizer
 from gcl_jax.plan.hlo import read_collectives, read_program
 from gcl_jax.sharding import batch_sharding, to_global
-from gcl_jax.train.gradient_cache import cached_value_and_grad
-from gcl_jax.train.step import make_train_step
+from gcl_jax.train.step import cached_value_and_grad, make_train_step
 
 ROWS, CHUNKS = 48, 3
 

@@ -25,8 +25,8 @@ from gcl_jax.prepare.source import Split
 from gcl_jax.sharding import to_global
 from gcl_jax.stores import write_store
 from gcl_jax.train import step
-from gcl_jax.train.gradient_cache import cached_value_and_grad
 from gcl_jax.train.loop import train
+from gcl_jax.train.step import cached_value_and_grad
 
 PAIRS = [
     {"query": "red thing", "id": "a", "score": 100, "title": "A", "no": ["c", "b", "c"]},

@@ -34,10 +34,8 @@ from gcl_jax.stores import open_store
 from gcl_jax.train.step import known_weights, make_train_step
 
 GIB, MIB = 2**30, 2**20
-
 # Of a store that is not there yet: Marqo-GS-10M's in-domain split.
 ASSUMED_PAIRS, ASSUMED_QUERIES = 3_930_000, 78_000
-
 # Passes that a float32 product of `Precision.HIGHEST` takes of the unit that bfloat16 takes one of:
 # a TPU adds up six products of parts; a GPU leaves its tensor cores (67 of 989 TFLOP/s on an H100).
 FLOAT32_PASSES = {"tpu": 6, "gpu": 15}
