@@ -79,15 +79,13 @@ class Task:
 
     def manifest(self) -> dict:
         """All that the embeddings depend on, and where the store was."""
-        selection = "all"
-        if len(self.rows) != len(self.records):
-            selection = hashlib.sha256(np.asarray(self.rows, "<i8").tobytes()).hexdigest()
-        kinds = self.records.fields
+        part, kinds = len(self.rows) != len(self.records), self.records.fields
+        selection = np.asarray(self.rows, "<i8").tobytes() if part else b""
         return {
             "format": FORMAT,
             "side": self.side,
             "records": len(self.rows),
-            "selection": selection,
+            "selection": hashlib.sha256(selection).hexdigest() if part else "all",
             "dim": self.dim,
             "fields": {n: {"kind": kinds[n], "weight": w} for n, w in self.weights.items()},
             "per_field": self.per_field and len(self.weights) > 1,
@@ -152,10 +150,10 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
             else:
                 collections.deque(batches, maxlen=0)
         if first:
+            made = building / "made"
             if not folder.exists():
-                made = building / "made"
                 _write_ids(task, made / IDS)
-                _write_manifest(made, manifest | {"checksums": _checksums(made)})
+                _note(made / MANIFEST, manifest | {"checksums": _checksums(made)})
                 made.rename(folder)
             shutil.rmtree(building)
     multihost_utils.sync_global_devices("embedded")
@@ -240,18 +238,14 @@ def _done(folder: Path, building: Path, manifest: dict) -> int:
     shutil.rmtree(made, ignore_errors=True)
     (building / "done").unlink(missing_ok=True)
     made.mkdir()
-    _write_manifest(made, manifest)
+    _note(made / MANIFEST, manifest)
     return 0
 
 
-def _write_manifest(folder: Path, manifest: dict) -> None:
-    _replace(folder / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-
-
-def _replace(path: Path, text: str) -> None:
-    """Writes a file that is complete or as it was."""
+def _note(path: Path, value: object) -> None:
+    """Writes `value` as JSON; the file is complete or as it was."""
     unfinished = path.with_name(f"{path.name}.incomplete")
-    unfinished.write_text(text, "utf-8")
+    unfinished.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
     unfinished.replace(path)
 
 
@@ -277,7 +271,7 @@ def _write(
                 for file in arrays.values():
                     file.flush()
                     os.fsync(file.fileno())
-                _replace(building / "done", str(done))
+                _note(building / "done", done)
                 noted = time.monotonic()
 
 
