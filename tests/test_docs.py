@@ -109,7 +109,8 @@ def workplace(tmp_path_factory):
     header = "query,product_id,image,title,score"
     lines = [",".join(str(value) for value in row.values()) for row in rows]
     (folder / "pairs.csv").write_text("\n".join([header, *lines]) + "\n")
-    listed = [row | {"not": ["p11"], "other": ["red socks"]} for row in rows if row["score"] > 90]
+    listed = [row | {"not": ["p11"], "other": ["red socks"]} for row in rows]
+    listed = [row for row in listed if row["product_id"] != "p11"] + [rows[11]]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
     (folder / "shards").mkdir()
     (folder / "pictures").mkdir()
