@@ -79,11 +79,12 @@ def module_of(words):
 
 
 def lay_out(folder):
-    """The configs, and the blocks that are files of their own."""
+    """The configs, and the blocks that are files of their own, each of another name."""
     (folder / "configs").symlink_to(ROOT / "configs")
     for block in BLOCKS:
         if named := FILE.match(block.text):
-            (folder / named[1]).write_text(block.text)
+            with (folder / named[1]).open("x") as file:
+                file.write(block.text)
 
 
 @pytest.fixture(scope="module")
@@ -112,6 +113,8 @@ def workplace(tmp_path_factory):
     listed = [row | {"not": ["p11"], "other": ["red socks"]} for row in rows]
     listed = [row for row in listed if row["product_id"] != "p11"] + [rows[11]]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in listed))
+    asked = ({"asked": f"thing {i}", "clicked": f"a thing, {i}"} for i in range(20))
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
     (folder / "shards").mkdir()
     (folder / "pictures").mkdir()
     with tarfile.open(folder / "shards/0.tar", "w") as tar:
