@@ -24,6 +24,7 @@ release = version = __version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["**/.ipynb_checkpoints"]
+smartquotes = False
 html_theme = "furo"
 html_title = f"gcl_jax {release}"
 
@@ -46,7 +47,7 @@ class Options(SphinxDirective):
     """All options of a configuration, a table for each part, from the fields themselves."""
 
     def run(self) -> list[nodes.Node]:
-        parts: dict[str, list[str]] = {}
+        parts: dict[str, list[str]] = {"": []}
         for one in config.described():
             part = one.key.rpartition(".")[0]
             takes = "; ".join(filter(None, (in_words(one.type), one.option.allowed)))

@@ -211,5 +211,16 @@ def test_figures_stand_within_their_lines():
     assert odd == []
 
 
+def test_links_lead_somewhere():
+    """Sphinx checks those within docs/."""
+    gone = [
+        f"{page.name}: {link}"
+        for page in PAGES[:2]
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text("utf-8"))
+        if not link.startswith("http") and not (page.parent / link).exists()
+    ]
+    assert gone == []
+
+
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text("utf-8").splitlines()) <= 120
