@@ -343,7 +343,7 @@ def test_mixed_loss_of_one_perfect_pair(one_device):
     key = jax.random.key(0)
     options = LossConfig(mixed=MixedConfig(1, 1))
     loss = jax.jit(
-        lambda x: mixed_loss(merged(x, x, 1, make_rows(1), key=key, **one_device), options)
+        lambda x: mixed_loss(merged(x, x, 1.0, make_rows(1), key=key, **one_device), options)
     )
     np.testing.assert_allclose(loss(x), np.log(2), rtol=1e-6)
 

@@ -32,7 +32,9 @@ BLOCK_SIZE = 1024
 class Embedded:
     """Rows or columns of the logits; padding is zero throughout."""
 
-    embedding: Float[Any, "*n d"]
+    __no_type_check__ = True  # as a pytree it holds anything, such as shapes
+
+    embedding: Float[Array, "n d"]
     pairs: PairRows
 
 

@@ -23,12 +23,15 @@ from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.objectives import objective
 from gcl_jax.losses.pairs import MASKED, KnownWeights, PairRows, Softmax, Tile
 
+# Arrays of numpy and jax, numbers, nested lists: checked here, with errors of one line.
+ArrayLike = Any
+
 
 def gcl_loss_reference(
     queries: Float[Any, "n d"],
     documents: Float[Any, "n d"],
     logit_scale: Float[Any, ""] | float,
-    weights: Float[Any, " n"] | PairRows | None = None,
+    weights: ArrayLike | PairRows | None = None,
     *,
     logit_bias: Float[Any, ""] | float = 0.0,
     known: KnownWeights | None = None,
@@ -47,13 +50,13 @@ def gcl_loss_reference(
 
 
 def gcl_loss(
-    queries: Float[Any, "n d"],
-    documents: Float[Any, "n d"],
-    logit_scale: Float[Any, ""] | float,
-    weights: Float[Any, " n"] | PairRows | None = None,
+    queries: Float[Array, "n d"] | ArrayLike,
+    documents: Float[Array, "n d"] | ArrayLike,
+    logit_scale: Float[Array, ""] | ArrayLike,
+    weights: Float[Array, " n"] | ArrayLike | PairRows | None = None,
     *,
     mesh: Mesh | AbstractMesh | None = None,
-    logit_bias: Float[Any, ""] | float = 0.0,
+    logit_bias: Float[Array, ""] | ArrayLike = 0.0,
     known: KnownWeights | None = None,
     weight_norm: str = "none",
     mask_duplicates: bool = False,
@@ -111,15 +114,11 @@ def _pair_rows(weights: Any, queries: Any) -> PairRows:
     return PairRows(_array("weights", weights, jnp.float32))
 
 
-def _chosen_mesh(
-    mesh: Mesh | AbstractMesh | None, queries: jax.Array
-) -> Mesh | AbstractMesh | None:
+def _chosen_mesh(mesh: Any, queries: jax.Array) -> Mesh | AbstractMesh | None:
     context, of_queries = jax.sharding.get_abstract_mesh(), jax.typeof(queries).sharding.mesh
     if AxisType.Manual in context.axis_types:
         raise ConfigError("gcl_loss takes the whole global batch: call it outside of shard_map")
     around = of_queries if context.empty else context
-    if not isinstance(mesh, Mesh | AbstractMesh | None):
-        raise ConfigError(f"mesh must be a jax.sharding.Mesh, not {mesh!r}")
     if mesh is None or mesh.empty:
         return None if around.empty else around
     if around.empty:  # nothing has Explicit types, and without `jax.set_mesh` no gradient may

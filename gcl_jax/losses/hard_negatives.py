@@ -4,6 +4,8 @@ There, hard negatives are captions with words exchanged, and images have none; h
 have hard negatives just as well, and all terms are made for the sides that do.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -94,7 +96,7 @@ def _with_negatives(batch: Merged, side: str, own: Float[Array, "n d"]):
     embeddings = jnp.concatenate([own[:, None], negatives.embedding], 1)
     ids = {name: jnp.asarray(getattr(rows, f"{name}_id")) for name in ("query", "document")}
 
-    def widened(first: jax.Array, others: jax.Array) -> jax.Array:
+    def widened(first: jax.Array, others: Any) -> jax.Array:
         others = jnp.broadcast_to(others, (n, h)).astype(first.dtype)
         return jnp.concatenate([first[:, None], others], 1).reshape(-1)
 

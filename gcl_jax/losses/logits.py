@@ -75,6 +75,8 @@ class Logits:
         ConfigError: an unknown form; shapes that do not fit each other or the mesh.
     """
 
+    __no_type_check__ = True  # `_check` says more, in one line
+
     queries: Mapping[str, Float[Any, "n d"]]
     documents: Mapping[str, Float[Any, "m d"]]
     scale: Float[Any, ""] | float

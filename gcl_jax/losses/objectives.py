@@ -84,6 +84,8 @@ def asked(loss: LossConfig) -> dict[str, Objective]:
 class Negatives:
     """H hard negatives of each pair: merged embeddings, those that there are, and their ids."""
 
+    __no_type_check__ = True  # as a pytree it holds anything, such as shapes
+
     embedding: Float[Any, "n h d"]
     valid: Bool[Any, "n h"]
     id: Int[Any, "n h"]
@@ -114,8 +116,8 @@ class Merged:
 
     def logits(
         self,
-        queries: Mapping[str, jax.Array],
-        documents: Mapping[str, jax.Array],
+        queries: Mapping[str, Any],
+        documents: Mapping[str, Any],
         terms: Sequence[Term],
         **options: Any,
     ) -> Logits:

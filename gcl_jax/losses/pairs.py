@@ -27,7 +27,7 @@ class PairRows:
     row and a column of the same number are a pair, and 0 belongs to none.
     """
 
-    __no_type_check__ = True  # what is not given is None; its pytrees hold shapes and more
+    __no_type_check__ = True  # `Logits` checks it; as a pytree it holds anything, such as shapes
 
     weight: Float[Array, " n"]
     valid: Bool[Array, " n"] = None  # type: ignore[assignment]  # all of these until `completed`
@@ -63,9 +63,11 @@ class KnownWeights:
     weight: float32 (pairs,). search_steps: of a binary search in the longest list.
     """
 
-    start: Int[Any, " q"]
-    document: Int[Any, " p"]
-    weight: Float[Any, " p"]
+    __no_type_check__ = True  # as a pytree it holds anything, such as shapes
+
+    start: Int[Array, " q"]
+    document: Int[Array, " p"]
+    weight: Float[Array, " p"]
     search_steps: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
@@ -214,10 +216,12 @@ class SoftmaxSums:
     choice of the top has the right gradient all the same.
     """
 
-    top: Float[Any, "*n"]
-    rest: Float[Any, "*n"]
-    weight: Float[Any, "*n"]
-    gap: Float[Any, "*n"]
+    __no_type_check__ = True  # as a pytree it holds anything, such as shapes
+
+    top: Float[Array, " n"]
+    rest: Float[Array, " n"]
+    weight: Float[Array, " n"]
+    gap: Float[Array, " n"]
 
     @property
     def cross_entropy(self) -> Float[Array, " n"]:
@@ -249,7 +253,9 @@ class SoftmaxSums:
 class Total:
     """What has been added up of a `Sum` over each row (or column)."""
 
-    total: Float[Any, "*n"]
+    __no_type_check__ = True  # as a pytree it holds anything, such as shapes
+
+    total: Float[Array, " n"]
 
     def merge(self, other: "Total") -> "Total":
         return Total(self.total + other.total)

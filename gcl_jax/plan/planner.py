@@ -1,8 +1,7 @@
 """The training step of a configuration, compiled for devices that are not here.
 
 No data is read and no array made: state and batch are shapes with shardings, the program is the
-target's compiler's own, and what it holds and sends is read from it. Times are projected
-(`project`), never measured.
+target's compiler's own, and what it holds and sends is read from it. Times are projections.
 """
 
 import dataclasses
