@@ -58,15 +58,15 @@ lint: $(INSTALLED_TEST)
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
-$(INSTALLED): setup.cfg pyproject.toml | $(BIN)/python
+$(INSTALLED): setup.py setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
 	@touch $@
 
-$(INSTALLED_DOCS): setup.cfg pyproject.toml | $(BIN)/python
+$(INSTALLED_DOCS): setup.py setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[docs]"
 	@touch $@ $(INSTALLED)
 
-$(INSTALLED_TEST): setup.cfg pyproject.toml | $(BIN)/python
+$(INSTALLED_TEST): setup.py setup.cfg pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 ifneq (,$(findstring parity,$(EXTRAS)))
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(PRETRAINED)

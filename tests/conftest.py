@@ -42,6 +42,8 @@ MESHES = ((1, 1), (8, 1), (4, 2), (2, 4))
 
 # What takes a minute or more on a core.
 LONGEST = (
+    "test_docs.py",
+    "test_site.py",
     "test_train.py",
     "test_distributed.py",
     "test_parity_models.py",
