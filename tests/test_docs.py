@@ -29,11 +29,13 @@ FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE = re.compile(r"# (\w+\.py)\n")  # the first line of a block that is a file of its own
 LANGUAGES = {"bash", "python", "text", "json", "{toctree}", "{include}", "{options}", "{eval-rst}"}
 
-# Added to every training that a page tells to start.
+# Added to every training that a page tells to start: a few steps, images of one patch, one split.
 SHORT = (
     "--config.optim.steps=2",
     "--config.optim.warmup_steps=1",
     "--config.optim.batch_size=16",
+    "--config.model.vision.image_size=16",
+    "--config.model.vision.layers=1",
     "--config.eval.every=0",
     "--config.eval.splits=('in_domain',)",
     "--config.eval.max_queries=20",
