@@ -24,7 +24,7 @@ TABLES = ("ndcg", "mAP", "recall", "precision", "mrr")
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Runs `python -m gcl_jax.evaluate`; what it printed, to stdout or, if it failed, stderr."""
+    """Runs `python -m gcl_jax.evaluate`; what it printed, if it failed also to stderr."""
 
     def run(*args: object, code: int = 0) -> str:
         monkeypatch.setattr(sys, "argv", ["evaluate", *map(str, args)])
@@ -34,7 +34,7 @@ def command(monkeypatch, capsys):
         with pytest.raises(SystemExit) as left:
             evaluate.main()
         assert left.value.code == code
-        return capsys.readouterr().err
+        return "".join(capsys.readouterr())
 
     return run
 
@@ -104,7 +104,8 @@ def test_scores_of_files(tmp_path, command, form):
 def test_wrong_calls_are_refused_in_one_line(tmp_path, command):
     (tmp_path / "qrels").write_text("q 0 d 1\n")
     (tmp_path / "other").write_text("p Q0 d 1 1 t\n")
-    qrels, other = tmp_path / "qrels", tmp_path / "other"
+    (tmp_path / "alien").write_text("q Q0 D 1 1 t\n")
+    qrels, other, alien = (tmp_path / name for name in ("qrels", "other", "alien"))
     for args, message in [
         (("--qrels", qrels), "--qrels needs --run"),
         (("--workdir", tmp_path, "--run", other), "--run is an option of --qrels"),
@@ -112,6 +113,7 @@ def test_wrong_calls_are_refused_in_one_line(tmp_path, command):
         (("--qrels", qrels, "--run", other, "--embed_dim", "1"), "--embed_dim is an option of --w"),
         (("--compare", qrels, other, "--write_runs"), "--write_runs is an option of --workdir"),
         (("--qrels", qrels, "--run", other), f"none of its queries is judged in {qrels}"),
+        (("--qrels", qrels, "--run", alien), "alien: no document is both in qrels, such as 'd', "),
         (("--qrels", other, "--run", other), f"{other}, line 1: 6 columns"),
         (("--qrels", qrels, "--run", tmp_path / "gone"), "gone"),
         (("--qrels", qrels, "--run", tmp_path), "Is a directory"),
@@ -179,3 +181,14 @@ def test_a_run_writes_what_others_score_alike(tmp_path, command):
             again = pq.read_table(out / "output.parquet")
             assert again.drop(["query_id"]).equals(ours.drop(["query_id"]))
         assert again["query_id"].to_pylist() == ours["query_id"].to_pylist()
+    assert not (workdir / "eval" / "recall").exists()
+    (workdir / "eval").rename(workdir / "before")
+    theirs = [workdir / "before" / path.name for path in theirs]
+    (workdir / "eval").touch()  # so that nothing can be written
+    for arguments, header in (((), "NDCG@10"), (("--recall",), "R@1")):
+        shown = command("--workdir", workdir, *arguments, code=2)
+        assert header in shown
+        assert "\nerror: these results were not written: " in shown
+    shown = command(*("--qrels", theirs[0], "--run", theirs[1], "--out", workdir / "eval"), code=2)
+    assert shown.startswith("NDCG@10")
+    assert "\nerror: these results were not written: " in shown

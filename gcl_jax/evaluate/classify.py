@@ -19,7 +19,7 @@ from gcl_jax import distributed
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.evaluate.results import write_json
+from gcl_jax.evaluate.results import write_json, writing
 from gcl_jax.prepare.records import image_cell, text_cell
 from gcl_jax.prepare.rows import read_rows
 from gcl_jax.prepare.source import Place, RowError
@@ -145,8 +145,10 @@ def classify_workdir(
         return ""
     report = {"step": step, "data": str(path), "templates": prompts, **result}
     name = path.resolve().stem if embed_dim is None else f"{path.resolve().stem}@{embed_dim}"
-    write_json(workdir / "eval" / "classify" / f"{name}.json", report)
-    return format_result(result)
+    text = format_result(result)
+    with writing(text):
+        write_json(workdir / "eval" / "classify" / f"{name}.json", report)
+    return text
 
 
 def format_result(result: dict) -> str:

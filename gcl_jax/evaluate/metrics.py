@@ -247,8 +247,8 @@ def evaluate_run(
     those with judgements and a run, even an empty one: (Q,) is in the order of qrels.
 
     Raises:
-      DataError: qrels or run has another form, a value is not a finite number, or no query is in
-        both.
+      DataError: qrels or run has another form, a value is not a finite number, or no query, or
+        no document, is in both.
     """
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -258,6 +258,12 @@ def evaluate_run(
     queries = [query for query in qrels if qrels[query] and query in run]
     if not queries:
         raise DataError("there is no query with both judgements in qrels and a ranking in run")
+    judged_ids, found_ids = (set(chain(*(t[q] for q in queries))) for t in (qrels, run))
+    if found_ids and judged_ids.isdisjoint(found_ids):
+        raise DataError(
+            f"no document is both in qrels, such as {min(judged_ids)!r}, and in run, such as "
+            f"{min(found_ids)!r}: every metric would be 0; write the ids alike"
+        )
     step = max(1, RUN_BLOCK // max(max(len(qrels[q]), len(run[q])) for q in queries))
     parts = []
     for start in range(0, len(queries), step):

@@ -220,12 +220,16 @@ def evaluate_workdir(
     for split, result in found.items():
         reports[split] = results.as_report(split, step, result)
         reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
-        path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
-        results.write(path, reports[split], result)
-        if result.ranking is not None:
-            trec.write_ranking(path, result.ranking)
-    groups = "" if group_by is None else f"\n\n{results.format_groups(reports)}"
-    return results.format_tables(found) + groups
+    text = results.format_tables(found)
+    if group_by is not None:
+        text += f"\n\n{results.format_groups(reports)}"
+    with results.writing(text):
+        for split, result in found.items():
+            path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
+            results.write(path, reports[split], result)
+            if result.ranking is not None:
+                trec.write_ranking(path, result.ranking)
+    return text
 
 
 def recall_at(
@@ -257,6 +261,7 @@ def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str 
     rows = np.unique(np.concatenate(list(corpora.values())))
     documents = EmbeddingCache(workdir, step).documents(cfg, store, embedder, rows)
     table: list[list] = []
+    reports = {}
     for split, corpus in corpora.items():
         pairs = store.pairs(split)
         asked, text_of = np.unique(pairs.query, return_inverse=True)
@@ -264,12 +269,15 @@ def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str 
         texts = queries.merged(weights)[text_of]
         image_of = np.searchsorted(corpus, pairs.document)
         shares = recall_at(texts, documents.of(corpus)["merged"], image_of)
-        report = {"step": step, "captions": len(texts), "images": len(corpus), **shares}
+        reports[split] = {"step": step, "captions": len(texts), "images": len(corpus), **shares}
         table.append([split, len(texts), len(corpus), *chain(*map(dict.values, shares.values()))])
-        if distributed.is_first():
-            name = split if embed_dim is None else f"{split}@{embed_dim}"
-            results.write_json(workdir / "eval" / "recall" / f"{name}.json", report)
+    if not distributed.is_first():
+        return ""
     first, *others = (f"R@{k}" for k in RECALL_KS)
     columns = [f"text to image {first}", *others, f"image to text {first}", *others]
     text = results.text_table(["split", "captions", "images", *columns], table)
-    return text if distributed.is_first() else ""
+    with results.writing(text):
+        for split, report in reports.items():
+            name = split if embed_dim is None else f"{split}@{embed_dim}"
+            results.write_json(workdir / "eval" / "recall" / f"{name}.json", report)
+    return text

@@ -4,10 +4,11 @@
 `compare` reads two evaluations again (`--compare RUN_A RUN_B`).
 """
 
+import contextlib
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,6 +133,21 @@ def write_json(path: Path, report: dict) -> None:
     trec.write_lines(path, [json.dumps(report, indent=2) + "\n"])
 
 
+@contextlib.contextmanager
+def writing(text: str) -> Iterator[None]:
+    """A block that writes the results shown in `text`. Where it cannot, they are printed all the
+    same.
+
+    Raises:
+        DataError: they were not written, and why.
+    """
+    try:
+        yield
+    except (OSError, DataError) as error:
+        print(text, flush=True)
+        raise DataError(f"these results were not written: {error}") from None
+
+
 def format_tables(results: Mapping[str, SplitResult]) -> str:
     """One row per split and kind of document; then, where there are several, one per query field
     and the rank variance over them."""
@@ -221,19 +237,16 @@ def score_files(qrels: Path, run: Path, out: Path | None = None) -> str:
     a table; with `out` also OUT/output.json, .csv (the summary) and .parquet (query by query).
 
     Raises:
-        DataError: a file cannot be read, or the two have no query in common.
+        DataError: a file cannot be read, the two have no query or no document in common, or
+            nothing can be written to `out`.
     """
     judged, ranked = trec.read(qrels, "qrels"), trec.read(run, "run")
     if not any(documents and query in ranked for query, documents in judged.items()):
         raise DataError(f"{run}: none of its queries is judged in {qrels}")
-    result, counts = score(judged, ranked)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        means = summary(result.merged)
-        report = {"qrels": str(qrels), "run": str(run), **counts, "summary": means}
-        write(out / "output", with_sections(report, result.merged), result)
-        rows = (",".join(row) + "\n" for row in (means.keys(), map(repr, means.values())))
-        trec.write_lines(out / "output.csv", rows)
+    try:
+        result, counts = score(judged, ranked)
+    except DataError as error:
+        raise DataError(f"{run}: {error} (qrels: {qrels})") from None
     shown = summary(result.merged, "columns")
     lines = [f"{name:<12}{mean:>8.4f}" for name, mean in shown.items()]
     lines.append(f"over {counts['queries']} judged queries")
@@ -241,7 +254,17 @@ def score_files(qrels: Path, run: Path, out: Path | None = None) -> str:
         lines.append(f"{lacking} of them are not in the run and count 0")
     if unjudged := counts["queries_without_judgements"]:
         lines.append(f"{unjudged} queries of the run have no judgements and are left out")
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    if out is not None:
+        means = summary(result.merged)
+        report = {"qrels": str(qrels), "run": str(run), **counts, "summary": means}
+        report = with_sections(report, result.merged)
+        with writing(text):
+            out.mkdir(parents=True, exist_ok=True)
+            write(out / "output", report, result)
+            rows = (",".join(row) + "\n" for row in (means.keys(), map(repr, means.values())))
+            trec.write_lines(out / "output.csv", rows)
+    return text
 
 
 class Difference(NamedTuple):
