@@ -1,6 +1,7 @@
 """Errors that a user can mend, and how every command reports them: one line, no traceback."""
 
 import contextlib
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -27,7 +28,9 @@ def require(condition: bool, message: str) -> None:
 @contextlib.contextmanager
 def reported_in_one_line() -> Iterator[None]:
     """Turns a `UserError`, or what the operating system refuses, into one line on stderr and exit
-    code 2; Ctrl-C into exit code 130."""
+    code 2; Ctrl-C into exit code 130. What the encoding of stdout lacks is printed escaped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except BrokenPipeError:  # whoever read our output has seen enough

@@ -404,7 +404,9 @@ def test_wrong_arguments(folder, change, message, policy):
         ("pairs.jsonl", b"", "is empty"),
         ("pairs.parquet", b"PAR1", "not a readable parquet file"),
         ("pairs.xlsx", b"", "unknown format; use one of .csv"),
-        ("pairs.csv", "query,id\n".encode("utf-16"), "not UTF-8"),
+        ("pairs.csv", "query,id\n".encode("utf-16-le"), "not UTF-8"),
+        ("pairs.csv", "query,id\n".encode("utf-16"), "no column 'score'; there are query, id"),
+        ("pairs.csv", "query,id,score,image,title\n".encode("utf-16") + b"x", "cannot be decoded"),
         ("pairs.csv", b"query,id,score,image,title,id\n", "column 'id' appears twice"),
         ("pairs.csv", b"query,id,score,image,title\n", "has no documents left"),
     ],
@@ -413,6 +415,76 @@ def test_wrong_files(folder, name, data, message):
     (folder / name).write_bytes(data)
     with pytest.raises(DataError, match=message):
         run(folder, folder / name)
+
+
+QUOTES = [("poster", "p1", '"Sunrise over sea', 50), ("frame", "p2", 'Oak frame 20 x 30"', 90)]
+QUOTES += [("lamp", "p3", "Desk lamp", 70), ("stool", "p4", '"', 5), ("box", "p5", '6" x "9', 4)]
+TEXT_FIELDS = "--query_fields=query --document_fields=title --id_column=product_id"
+
+
+def titles(store, split="train") -> list:
+    return [
+        (q, i, title, score)
+        for ((_, _), (_, q)), ((_, i), (_, title)), score in sorted(
+            content(store, split), key=lambda row: str(row[1])
+        )
+    ]
+
+
+@pytest.mark.parametrize("name", ["pairs.tsv", "PAIRS.TSV", "pairs.csv"])
+def test_quotes_between_tabs_are_characters(folder, name):
+    lines = [("query", "product_id", "title", "score"), *QUOTES]
+    (folder / name).write_text("".join("\t".join(map(str, line)) + "\n" for line in lines))
+    assert titles(run(folder, folder / name, fields=TEXT_FIELDS)) == QUOTES
+    with (folder / name).open("a") as file:  # as Excel and pandas write them
+        file.write('"a"\tp6\t"7"" ""wide"", red"\t3\nb\tp7\t"two\nlines"\t3\n')
+    shutil.rmtree(folder / "store")
+    with pytest.raises(DataError, match=r"line 8: wrong number of columns: 3 .*one line, and quo"):
+        run(folder, folder / name, fields=TEXT_FIELDS)
+    store = run(folder, folder / name, "--on_error=skip", fields=TEXT_FIELDS)
+    assert titles(store) == [*QUOTES, ("a", "p6", '7" "wide", red', 3)]
+    assert store.info["provenance"]["skipped"] == {"wrong number of columns": 2}
+
+
+TWO = [("red, shoes", "p1", "Heels", 50), ("猫", "p2", "Cat; tabby", 90)]
+DIALECTS = {
+    "pairs.csv": 'query;product_id;title;score\n"red, shoes";p1;Heels;50\n猫;p2;"Cat; tabby";90\n',
+    "excel.CSV": "sep=;\nquery;product_id;title;score\nred, shoes;p1;Heels;50\n"
+    '猫;p2;"Cat; tabby";90\n',
+    "blanks.csv": 'query, product_id, title , score\n"red, shoes", p1, Heels, 50\n'
+    '猫, p2, "Cat; tabby", 90\n',
+    "tabs.csv": "query\tproduct_id\ttitle\tscore\nred, shoes\tp1\tHeels\t50\n"
+    "猫\tp2\tCat; tabby\t90\n",
+    "commas.tsv": 'query,product_id,title,score\n"red, shoes",p1,Heels,50\n猫,p2,Cat; tabby,90\n',
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", DIALECTS)
+def test_dialects(folder, name, encoding):
+    """A folder of parts, as Spark writes it, gives what the file gives."""
+    (folder / name).write_text(DIALECTS[name], encoding=encoding)
+    store = run(folder, folder / name, fields=TEXT_FIELDS)
+    assert titles(store) == TWO
+    shutil.rmtree(folder / "store")
+    parts = folder / "parts"
+    parts.mkdir()
+    (folder / name).rename(parts / f"part-00000-{name}")
+    for litter in ("_SUCCESS", f".part-00000-{name}.crc", f"._{name}", ".DS_Store"):
+        (parts / litter).write_bytes(b"\0\1")
+    assert titles(run(folder, parts, fields=TEXT_FIELDS)) == TWO
+
+
+def test_long_cells(folder):
+    """Python's reader stops at 131,072 characters."""
+    names = json.dumps([f"n{i}" for i in range(15_000)])
+    rows = [{"query": "q", "product_id": "p1", "title": "x" * 200_000, "score": 5, "not": "[]"}]
+    rows += [{"query": "r", "product_id": "p2", "title": "t", "score": 6, "not": names}]
+    pairs = write_table(folder / "pairs.csv", rows)
+    skip = ["--negative_documents_column=not", "--on_error=skip"]
+    store = run(folder, pairs, *skip, fields=TEXT_FIELDS)
+    assert [len(document["title"]) for document in store.documents] == [200_000, 1]
+    assert store.info["provenance"]["skipped"] == {"unknown negative document": 15_000}
 
 
 def test_byte_order_mark(folder):

@@ -1,6 +1,7 @@
 """Searching a run: what is printed, in which order, and what is refused."""
 
 import copy
+import io
 import json
 import subprocess
 import sys
@@ -100,6 +101,19 @@ def test_json_is_all_that_is_printed(run_search):
             assert result.keys() == {"rank", "score", "id", "fields"}
             assert result["fields"].keys() <= {"title"}
             assert result["id"] in {f"d{i:02}" for i in range(12)}, "the corpus of in_domain"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "cp1252", "ascii"])
+def test_any_encoding_of_stdout(workdir, monkeypatch, encoding):
+    printed = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", printed)
+    for more in (["--json"], []):
+        monkeypatch.setattr(sys, "argv", ["search", f"--workdir={workdir}", "猫", "😀 ö", *more])
+        search.main()
+    printed.flush()
+    lines = printed.buffer.getvalue().decode(encoding).splitlines()
+    assert [json.loads(line)["query"] for line in lines[:2]] == ["猫", "😀 ö"]
+    assert lines[2] == r"1. \u732b"
 
 
 def test_table_and_images(run_search, tmp_path):

@@ -23,7 +23,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import SupportsIndex
 
 import filelock
@@ -251,10 +251,21 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a path below a folder, or in an archive, is what an operating system left there:
+    .DS_Store, ._a.jpg, __MACOSX."""
+    return any(p == "__MACOSX" or (p[0] == "." and p != "..") for p in PurePosixPath(name).parts)
+
+
+def visible_files(directory: Path) -> list[Path]:
+    """The files below `directory` whose names, and whose folders', are not hidden; sorted."""
+    found = (path for path in directory.rglob("*") if path.is_file())
+    return sorted(p for p in found if not is_hidden(p.relative_to(directory).as_posix()))
+
+
 def files_of(directory: Path) -> dict[str, Path]:
     """{path below `directory`: path} of every file but the checksums themselves, sorted."""
-    found = sorted(path for path in directory.rglob("*") if path.is_file())
-    named = {path.relative_to(directory).as_posix(): path for path in found}
+    named = {path.relative_to(directory).as_posix(): path for path in visible_files(directory)}
     named.pop(CHECKSUMS, None)
     return named
 

@@ -284,7 +284,7 @@ def fingerprint_of(
         paths = given.get(name) if name != "image_root" else None
         for path in paths if isinstance(paths, list) else [paths]:
             if isinstance(path, Path) and path.exists():
-                inside = sorted(x for x in path.rglob("*") if x.suffix in TABLE_SUFFIXES)
+                inside = sorted(x for x in path.rglob("*") if x.suffix.lower() in TABLE_SUFFIXES)
                 for file in inside if path.is_dir() else [path]:
                     status = file.stat()
                     files.append((str(file), status.st_size, status.st_mtime_ns))

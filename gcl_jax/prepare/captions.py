@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.rows import Format, Row, Rows, json_object
+from gcl_jax.prepare.rows import Format, Row, Rows, is_a, json_object, table_files
 from gcl_jax.prepare.source import BadRows, Reason, RowError
 from gcl_jax.prepare.tables import Columns, Table, TablesSource
 from gcl_jax.registry import SOURCES
@@ -48,7 +48,7 @@ def folder_source(
     if captions is None:
         return _captioned("folder", [data], bad_rows, data)
     return TablesSource(
-        [Table(captions)],
+        [Table(file) for file in table_files(captions)],
         Columns({caption_column: "text"}, {image_column: "image"}, image_column, None),
         bad_rows,
         image_root=data,
@@ -70,7 +70,7 @@ def _captioned(
 
 
 def _shards(path: Path) -> list[Path]:
-    if path.is_file() and path.suffix == ".tar":
+    if path.is_file() and is_a(path, ".tar"):
         return [path]
     if found := sorted(path.glob("*.tar")):
         return found

@@ -17,7 +17,7 @@ from PIL import Image, UnidentifiedImageError
 
 from gcl_jax.data.negatives import compacted
 from gcl_jax.data.transforms import MAX_PIXELS, decode_image
-from gcl_jax.prepare.rows import Formats, Row, read_rows
+from gcl_jax.prepare.rows import Formats, Row, is_a, read_rows
 from gcl_jax.prepare.source import Item, Loaded, Place, Reason, Record, RowError
 
 
@@ -40,7 +40,7 @@ class TableRecords:
         self._corpora = array.array("B")
         # The bytes of images that stand in the files are read again from there.
         embedded = "image" in fields.values() and any(
-            path.suffix in (".parquet", ".tar") for path in files
+            is_a(path, ".parquet", ".tar") for path in files
         )
         self._cells = None if embedded else _Cells()
 

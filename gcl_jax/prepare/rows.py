@@ -1,5 +1,6 @@
 """CSV, JSONL and parquet files, and large JSON objects, as rows."""
 
+import codecs
 import collections
 import csv
 import functools
@@ -11,14 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
+from gcl_jax.data.store import visible_files
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.source import Reason, RowError
 
 SAMPLED_LINES = 1000
 PARQUET_BATCH = 256
 READ_BUFFER = 1 << 20  # bytes of a column, or characters of a JSON object, read at a time
-MAX_ENTRY = 1 << 24  # characters; more than one entry of a JSON object can have
-
+MAX_ENTRY = 1 << 24  # characters; more than an entry of a JSON object or a cell can have
+_MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
+_MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+csv.field_size_limit(max(csv.field_size_limit(), MAX_ENTRY))
 
 Row = dict[str, object]
 Rows = Iterator[tuple[int, Row | RowError]]
@@ -37,6 +41,21 @@ class Format(NamedTuple):
 Formats = Mapping[str, Format]  # by a file's suffix; "" is a folder
 
 
+def is_a(path: Path, *suffixes: str) -> bool:
+    """Whether the path ends in one of `suffixes`, in letters of either case."""
+    return path.suffix.lower() in suffixes
+
+
+def table_files(path: Path) -> list[Path]:
+    """The file itself; of a folder, as Spark writes one, the part files."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in visible_files(path) if not file.name.startswith("_")]
+    if not files:
+        raise DataError(f"{path}: a folder without files; give a table, or a folder of its parts")
+    return files
+
+
 def count_bytes(path: Path, byte: bytes) -> int:
     """How often `byte` stands in the file."""
     with path.open("rb") as file:
@@ -44,16 +63,28 @@ def count_bytes(path: Path, byte: bytes) -> int:
 
 
 def _open_text(path: Path) -> io.TextIOWrapper:
+    """Decodes UTF-8, and UTF-16 and 32 that begin with a byte order mark."""
+    with path.open("rb") as file:
+        head = file.read(4)
+    encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8-sig")
+    if encoding == "utf-8-sig" and b"\0" in head:
+        raise DataError(f"{path}: not UTF-8 (zero bytes); save the file as UTF-8")
     # Undecodable bytes become surrogates, so that only the row they stand in is bad.
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return path.open(encoding=encoding, errors="surrogateescape", newline="")
 
 
 def _csv_rows(path: Path, columns: list[str]) -> Rows:
     with _open_text(path) as file:
         lines = _Lines(file)
-        reader = csv.reader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", strict=True)
         try:
-            header = next(reader, [])
+            delimiters = "\t,;|" if is_a(path, ".tsv") else ",;\t|"
+            delimiter, spaced = _dialect(lines, columns, delimiters)
+            reader: Iterator[list[str]] = csv.reader(
+                lines, delimiter=delimiter, skipinitialspace=spaced, strict=True
+            )
+            if delimiter == "\t":
+                reader = map(_tab_cells, lines)
+            header = [cell.strip() if spaced else cell for cell in next(reader, [])]
         except csv.Error as error:
             raise DataError(f"{path}, line 1: broken CSV header: {error}") from None
         _require_columns(path, columns, header)
@@ -72,7 +103,35 @@ def _csv_rows(path: Path, columns: list[str]) -> Rows:
                 yield number, {column: cells[i] for column, i in places.items()}
             elif cells:  # an empty line is no row
                 detail = f"{len(cells)} cells, {len(header)} in the header"
+                if delimiter == "\t" and any(cell.startswith('"') for cell in cells):
+                    detail += " (between tabs, a row is one line, and quotes hide no tab)"
                 yield number, RowError(Reason.WRONG_COLUMNS, detail)
+
+
+def _dialect(lines: "_Lines", columns: list[str], delimiters: str) -> tuple[str, bool]:
+    """The first of `delimiters` that gives a header with all `columns`, or what Excel's first line
+    "sep=;" says; and whether blanks stand around the names. The header is still to be read."""
+    first = next(lines, "")
+    said = re.fullmatch(r'"?sep=(.)"?\s*', first)
+    header = next(lines, "") if said else first
+    lines.put_back(1 if said else 0)
+    for delimiter in (delimiters := said[1] if said else delimiters):
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        bare = next(csv.reader([header], delimiter=delimiter, skipinitialspace=True), [])
+        if {*columns} <= {*names}:
+            return delimiter, False
+        if {*columns} <= {name.strip() for name in bare}:
+            return delimiter, True
+    return delimiters[0], False
+
+
+def _tab_cells(line: str) -> list[str]:
+    """The cells between tabs. A quote means nothing but where it is at both ends of a cell, with
+    those inside doubled, as Excel and pandas write it."""
+    line = line.rstrip("\r\n")
+    quoted = r'"((?:[^"]|"")*)"'
+    found = ((re.fullmatch(quoted, cell), cell) for cell in line.split("\t"))
+    return [m[1].replace('""', '"') if m else cell for m, cell in found] if line else []
 
 
 class _Lines:
@@ -99,10 +158,10 @@ class _Lines:
         self._record = []
         return self._number
 
-    def put_back(self) -> None:
-        """All lines of this record but its first will be read again."""
-        self._pending.extendleft(reversed(self._record[1:]))
-        self._record = self._record[:1]
+    def put_back(self, taken: int = 1) -> None:
+        """All lines of this record but the first `taken` will be read again."""
+        self._pending.extendleft(reversed(self._record[taken:]))
+        self._record = self._record[:taken]
 
 
 def _jsonl_rows(path: Path, columns: list[str]) -> Rows:
@@ -174,6 +233,8 @@ def read_rows(path: Path, columns: Sequence[str], formats: Formats = TABLES) -> 
             yield number, row if isinstance(row, RowError) else _checked(row, wanted)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeError as error:
+        raise DataError(f"{path}: cannot be decoded ({error}); save the file as UTF-8") from None
 
 
 def count_rows(path: Path, formats: Formats = TABLES) -> int:
@@ -184,7 +245,7 @@ def count_rows(path: Path, formats: Formats = TABLES) -> int:
 def _format(path: Path, formats: Formats) -> Format:
     if not (path.is_file() or ("" in formats and path.is_dir())):
         raise DataError(f"{path}: no such file")
-    found = formats.get("" if path.is_dir() else path.suffix)
+    found = formats.get("" if path.is_dir() else path.suffix.lower())
     if found is None:
         raise DataError(f"{path}: unknown format; use one of {', '.join(formats)}")
     return found
@@ -250,7 +311,7 @@ def corpus_entries(path: Path) -> Iterator[tuple[int, str, Row | RowError]]:
         DataError: the file is no such object, from the entry named on.
     """
     number = 0
-    with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
+    with _open_text(path) as file:
         text = _Text(file)
         try:
             mark = text.mark("{")

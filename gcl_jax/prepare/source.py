@@ -83,7 +83,7 @@ class Place:
     row: int
 
     def __str__(self) -> str:
-        return f"{self.file}, {_UNITS.get(self.file.suffix, 'line')} {self.row}"
+        return f"{self.file}, {_UNITS.get(self.file.suffix.lower(), 'line')} {self.row}"
 
 
 class BadRows:

@@ -25,7 +25,7 @@ from gcl_jax.prepare.records import (
     split_cell,
     text_cell,
 )
-from gcl_jax.prepare.rows import TABLES, Formats, Row, count_rows, read_rows
+from gcl_jax.prepare.rows import TABLES, Formats, Row, count_rows, read_rows, table_files
 from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Source, Split
 from gcl_jax.registry import SOURCES
 
@@ -347,10 +347,10 @@ def tables_source(
         negative_queries_column,
     )
     return TablesSource(
-        [Table(path) for path in pairs],
+        [Table(file) for path in pairs for file in table_files(path)],
         columns,
         bad_rows,
-        documents=[Table(path) for path in documents],
+        documents=[Table(file) for path in documents for file in table_files(path)],
         image_root=image_root,
         split=split,
         seed=seed,

@@ -99,7 +99,9 @@ def search_run(args: argparse.Namespace) -> None:
         if args.images:
             save_images(store.documents, found, args.images, str(number))
         if args.json:
-            print(json.dumps({"query": " + ".join(shown), "results": results}, ensure_ascii=False))
+            utf8 = sys.stdout.encoding.lower().startswith("utf")  # another would break the JSON
+            line = {"query": " + ".join(shown), "results": results}
+            print(json.dumps(line, ensure_ascii=not utf8))
         else:
             if len(queries) > 1:
                 print(f"{number}. {' + '.join(map(one_line, shown))}")
