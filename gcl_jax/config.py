@@ -184,7 +184,7 @@ class DataConfig:
     """Which store to train on, which of its fields to embed, and with which weights."""
 
     store: str = option("emoji", "folder of a store, or the name of a bundled or registered source")
-    train_split: str = option("", "split to train on; empty: the store's first")
+    train_split: str = option("", "split to train on; empty: train, or else the first")
     query_fields: dict[str, float] = option(
         {},
         "weight of each query field in the merged embedding; empty: all of the store, alike",
@@ -580,6 +580,19 @@ def from_dict(kind: type, values: Any, key: str = "") -> Any:
             value = tuple(value)
         made[name] = value
     return kind(**made)
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises `ConfigError` unless a run can be written to `workdir`: orbax takes its path for a
+    pattern when it puts the parts of a checkpoint together, and then finds none."""
+    if workdir.is_file():
+        raise ConfigError(f"{workdir} is a file; a run needs a directory")
+    path = str(workdir.absolute())
+    if found := "".join(dict.fromkeys(c for c in path if c in "[]*?\\")):
+        raise ConfigError(
+            f"{path}: checkpoints under a path with any of {' '.join(found)} could not be read "
+            "back; choose another name for the run's directory"
+        )
 
 
 def save(cfg: TrainConfig, path: Path) -> None:

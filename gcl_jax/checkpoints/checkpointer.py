@@ -36,7 +36,7 @@ from gcl_jax.checkpoints.saved import (
     unsealed,
 )
 from gcl_jax.checkpoints.state import TrainState
-from gcl_jax.config import CheckpointConfig, TrainConfig
+from gcl_jax.config import CheckpointConfig, TrainConfig, check_workdir
 from gcl_jax.distributed import announce, is_first
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.sharding import Params
@@ -78,6 +78,7 @@ class Checkpointer:
             if not self.directory.is_dir():
                 raise DataError(f"{self.directory} does not exist; train first")
             return
+        check_workdir(workdir)
         options = ocp.CheckpointManagerOptions(
             preservation_policy=self,
             cleanup_tmp_directories=True,

@@ -40,6 +40,7 @@ def import_model(args: argparse.Namespace) -> None:
 
     if args.context_length < 0:
         raise UserError(f"--context_length={args.context_length} must be above 0")
+    config.check_workdir(args.workdir)
     _require_unused(args.workdir, "--workdir")
     model = model_config(args.source, args.model, args.tokenizer, args.context_length)
     data = DataConfig(
@@ -173,6 +174,7 @@ def export_run(args: argparse.Namespace) -> None:
     # What may be missing is told before jax and the model are loaded.
     config.load(args.workdir / "config.json")
     if args.format == "run":
+        config.check_workdir(args.out)
         _require_unused(args.out, "--out")
 
     from gcl_jax.port.pretrained import export_pretrained
