@@ -22,6 +22,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import SupportsIndex
@@ -35,6 +36,8 @@ from gcl_jax.errors import DataError
 
 VERSION = "1.1.0"
 SEPARATOR = "_{!@#~}_"  # Marqo-GS: its authors end every text of a query's key with it
+# Splits that nobody trains on unasked.
+HELD_OUT = re.compile(r"(val|valid|validation|dev|test|eval|holdout)(?![a-z])", re.IGNORECASE)
 CHECKSUMS = "checksums.sha256"  # as `sha256sum --check` reads it
 
 
@@ -232,7 +235,9 @@ class RankedStore:
                 f"store {self.directory} has no query field {unknown[0]!r} "
                 f"(config.eval.query_fields); it has {', '.join(self.queries.fields)}"
             )
-        cfg.data.train_split = cfg.data.train_split or self.splits[0]
+        # The first split that training is for: train, train_a, in_domain, ..., val.
+        usual = sorted(self.splits, key=lambda s: (bool(HELD_OUT.match(s)), s != "train"))
+        cfg.data.train_split = cfg.data.train_split or usual[0]
         cfg.eval.splits = cfg.eval.splits or tuple(self.splits)
         for split in (cfg.data.train_split, *cfg.eval.splits):
             self._check_split(split)

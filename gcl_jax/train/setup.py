@@ -20,7 +20,7 @@ from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import longest_texts, padded_length, train_batches
 from gcl_jax.data.sampling import pair_weights, pairs_per_epoch
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import HELD_OUT, RankedStore
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate import metrics
 from gcl_jax.losses.objectives import check_data
@@ -64,12 +64,19 @@ def make_training(cfg: TrainConfig) -> Training:
         raise ConfigError(
             "config.model.attention='cudnn' needs an NVIDIA GPU, and jax finds none here; use 'xla'"
         )
-    store = open_store(cfg.data.store)
+    store, asked = open_store(cfg.data.store), cfg.data.train_split
     cfg = store.resolve(cfg)
+    split = cfg.data.train_split
+    if not asked and HELD_OUT.match(split):
+        raise ConfigError(
+            f"store {store.directory} has no split to train on, only {', '.join(store.splits)}; to "
+            f"train on one of these all the same, name it: --config.data.train_split={split}"
+        )
     require_metric(cfg)
     lengths = text_lengths(cfg, store)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), lengths)
-    pairs = store.pairs(cfg.data.train_split)
+    pairs = store.pairs(split)
+    distributed.announce(f"training on split {split!r} of {store.directory}: {len(pairs)} pairs")
     epoch = pairs_per_epoch(cfg, pairs)
     if epoch < len(pairs):
         distributed.announce(
