@@ -64,7 +64,7 @@ class Monitor:
         self._writer.restart(step)
         self._bar.n = self._bar.initial = step
         self._bar.refresh()
-        self._measure_from(step)
+        self._measure_from(step, time.perf_counter())
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
@@ -93,12 +93,13 @@ class Monitor:
             self._look_at(self._pending)
             self._pending = None
 
-    def _measure_from(self, step: int) -> None:
-        self._logged, self._since, self._waited = step, time.perf_counter(), 0.0
+    def _measure_from(self, step: int, moment: float) -> None:
+        self._logged, self._since, self._waited = step, moment, 0.0
 
     def _look_at(self, done: _Dispatched) -> None:
         step, metrics, rows = done
         vital = jax.device_get({name: metrics[name] for name in ("loss", "gradient_norm")})
+        ended = time.perf_counter()  # what follows may wait for the next step
         loss, norm = (float(vital[name]) for name in ("loss", "gradient_norm"))
         self._bar.update(step - self._bar.n)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -109,7 +110,7 @@ class Monitor:
             if alarm := self._spikes.hear(step, loss):
                 distributed.announce(f"\n{alarm}")
         if step % self._training.cfg.log_every == 0 or step == self._training.steps:
-            self._log(step, jax.device_get(metrics))
+            self._log(step, jax.device_get(metrics), ended)
 
     def _note(self, step: int, loss: float, norm: float, rows: Batch) -> None:
         """A line in nonfinite_steps.jsonl with the pairs of all hosts, to look for the culprit."""
@@ -125,8 +126,8 @@ class Monitor:
             f"\nstep {step} is skipped: loss {loss:g}, gradient norm {norm:g} (its pairs: {path})"
         )
 
-    def _log(self, step: int, metrics: Mapping[str, np.ndarray]) -> None:
-        seconds = time.perf_counter() - self._since
+    def _log(self, step: int, metrics: Mapping[str, np.ndarray], ended: float) -> None:
+        seconds = ended - self._since
         steps = step - self._logged
         # An accuracy is unknown at the last step, unless that is to be logged anyway.
         scalars = {
@@ -151,7 +152,7 @@ class Monitor:
         self._bar.set_postfix_str(
             f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
         )
-        self._measure_from(step)
+        self._measure_from(step, ended)
 
 
 class SpikeAlarm:
