@@ -167,7 +167,9 @@ class StopSignals:
 
     def _catch(self, signum: int, _frame) -> None:
         if self._signum:
-            raise KeyboardInterrupt
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return  # schedulers repeat their SIGTERM
         self._signum = signum
         if self._joined:
             os.kill(os.getpid(), signal.SIGTERM)

@@ -6,11 +6,13 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -21,15 +23,19 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
 import gcl_jax
-from gcl_jax import config, registry, sharding
+from gcl_jax import config, logs, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
+from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.models import clip, flops
+from gcl_jax.port import __main__ as port
 from gcl_jax.registry import SCHEDULES
 from gcl_jax.runs import load_run
 from gcl_jax.stores import write_store
+from gcl_jax.train import monitor
 from gcl_jax.train.loop import Interrupted, train
+from gcl_jax.train.setup import make_training
 from gcl_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
@@ -53,22 +59,34 @@ def final_params(cfg, workdir):
 
 
 def interrupt_at(step, monkeypatch):
-    """Sends this process a real SIGINT while training step `step` is under way."""
+    """Sends this process a real SIGINT while training step `step` is under way, and SIGTERM twice
+    while that is saved."""
     from gcl_jax.train import setup
 
-    make = setup.make_train_step
+    make, stopping = setup.make_train_step, []
 
     def make_interrupted(*args):
         train_step = make(*args)
 
         def interrupted(state, batch):
             if int(state.step) + 1 == step:
+                stopping.append(step)
                 os.kill(os.getpid(), signal.SIGINT)
             return train_step(state, batch)
 
         return interrupted
 
+    def terminated(real):
+        def method(*args):
+            if stopping:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return real(*args)
+
+        return method
+
     monkeypatch.setattr(setup, "make_train_step", make_interrupted)
+    for name in ("save", "__exit__"):
+        monkeypatch.setattr(Checkpointer, name, terminated(getattr(Checkpointer, name)))
 
 
 @pytest.mark.parametrize("step", [pytest.param(1, marks=pytest.mark.slow), 3])
@@ -91,6 +109,81 @@ def test_interrupted_and_resumed_equals_uninterrupted(cfg, tmp_path, monkeypatch
         return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
 
     assert logged("parts") == logged("whole")
+
+
+def test_a_path_that_orbax_cannot_read_is_refused(cfg, tmp_path, capsys):
+    """By all who write a run, before anything is done."""
+    config.save(cfg, tmp_path / "config.json")
+    for name in ("lr[1e-3]/run", "a]", "*", "what?", "back\\slash"):
+        with pytest.raises(ConfigError, match="could not be read back; choose another name"):
+            train(cfg, tmp_path / name)
+        for command in (
+            ["import", "nowhere", f"--workdir={tmp_path / name}"],
+            ["export", f"--workdir={tmp_path}", "--format=run", f"--out={tmp_path / name}"],
+        ):
+            with pytest.raises(SystemExit, match="2"):
+                port.main(command)
+            assert "could not be read back" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match="could not be read back"):
+        Checkpointer(tmp_path / "[", cfg.checkpoint)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize("log_every", [1, 10])
+def test_the_rate_logged_is_that_of_the_clock(cfg, tmp_path, monkeypatch, log_every):
+    """Though what is logged waits for the step in flight; evaluation is left out."""
+    now, lines = [0.0], []
+    passes = lambda seconds, result=None: now.__setitem__(0, now[0] + seconds) or result
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+    cfg.log_every, cfg.optim.batch_size, cfg.nonfinite.spike = log_every, 8, 0
+    parts = {"cfg": cfg, "steps": 40, "flops": 3e12, "schedule": lambda step: passes(0.7, 1.0)}
+    writer = SimpleNamespace(restart=lambda step: None, write=lambda step, x: lines.append(x))
+    bar = logs.progress(40, unit="step", description="train", quiet=True)
+    watched = monitor.Monitor(SimpleNamespace(**parts), tmp_path, writer, bar)
+    watched.start_at(0)
+    metrics = {"loss": np.float32(1), "gradient_norm": np.float32(1), "skipped_steps": np.int32(0)}
+    for step in range(1, 41):
+        passes(0.3)
+        watched.dispatched(step, metrics, {})
+        if step == 20:
+            watched.settle()
+            with watched.pause():
+                passes(100)
+    watched.settle()
+    assert len(lines) == 40 // log_every
+    seconds = sum(8 * log_every / line["pairs_per_second"] for line in lines)
+    # Of the last line's own wait nobody knows.
+    assert abs(seconds - (now[0] - 100 - 0.7)) < 1e-6
+    for line in lines:
+        rate = line["pairs_per_second"] / 8 * 3 / jax.device_count()
+        assert line["teraflops_per_device"] == pytest.approx(rate)
+
+
+def test_the_split_to_train_on_is_not_one_held_out(cfg, tiny_store, tmp_path, monkeypatch, capsys):
+    cfg.data.train_split, cfg.optim.steps = "", 1
+    info = tiny_store.info["splits"]
+    for names, found in (
+        (("val", "train_b", "train"), "train"),
+        (("Test", "in_domain", "dev"), "in_domain"),
+        (("validation", "test_2"), None),
+    ):
+        splits = dict.fromkeys(names, info["in_domain"])
+        shutil.rmtree(tmp_path / "store", ignore_errors=True)
+        shutil.copytree(tiny_store.directory, tmp_path / "store")
+        store = RankedStore(tmp_path / "store")
+        (store.directory / "store.json").write_text(json.dumps(store.info | {"splits": splits}))
+        for name in set(names) - set(info):
+            shutil.copytree(store.directory / "pairs/in_domain", store.directory / "pairs" / name)
+        cfg.data.store = str(store.directory)
+        if found:
+            assert make_training(cfg).cfg.data.train_split == found
+            assert f"training on split '{found}' of {store.directory}: 24 pairs" in (
+                capsys.readouterr().err
+            )
+    with pytest.raises(ConfigError, match="only validation, test_2; to train on one"):
+        make_training(cfg)
+    cfg.data.train_split = "test_2"
+    assert make_training(cfg).cfg.data.train_split == "test_2"
 
 
 def test_loss_falls_and_everything_is_written(cfg, tiny_store, tmp_path):

@@ -55,8 +55,7 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
     validate(cfg)
     logs.quiet_libraries()
     workdir = Path(workdir)
-    if workdir.is_file():
-        raise ConfigError(f"{workdir} is a file; a run needs a directory")
+    config.check_workdir(workdir)
     training = make_training(cfg)
     cfg, batches, steps = training.cfg, training.batches, training.steps
     cfg.extensions = tuple(dict.fromkeys((*cfg.extensions, *registry.extensions)))
@@ -66,8 +65,8 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
     # Unclosed, the threads that prefetch from an endless data set outlive the training.
     with (
         contextlib.closing(batches),
+        distributed.StopSignals() as signals,  # a repeated signal must not end the last save
         Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer,
-        distributed.StopSignals() as signals,
         distributed.Watchdog(cfg.hang_seconds) as watchdog,
     ):
         step, state = start_or_continue(training, checkpointer, workdir)
