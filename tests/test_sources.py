@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError
@@ -299,6 +300,12 @@ BAD_SAMPLES = {  # members, reason, kept documents
         ["good"],
     ),
     "image": ([*GOOD, ("k.png", png()[:50]), ("k.txt", b"t")], "unreadable image", ["good"]),
+    "apart": (
+        [*GOOD, ("k.png", png()), ("z.png", png()), ("k.txt", b"t"), ("z.txt", b"t")],
+        "sample whose files are not adjacent",
+        ["good"],
+    ),
+    "dots": ([*GOOD, ("k.b.input.jpg", png()), ("k.txt", b"t")], "empty document", ["good"]),
     "again": ([*GOOD, *sample("k", "t"), *GOOD], "duplicate pair", ["good", "k"]),
 }
 
@@ -310,8 +317,38 @@ def test_bad_samples(tmp_path, case):
     with pytest.raises(DataError, match=rf"{path}, sample \d: {reason}"):
         run(tmp_path / "store", "--source=webdataset", f"--data={path}")
     store = run(tmp_path / "store", "--source=webdataset", f"--data={path}", "--on_error=skip")
-    assert store.info["provenance"]["skipped"][reason] == 1
+    assert store.info["provenance"]["skipped"][reason] == {"apart": 4}.get(case, 1)
+    if case == "dots":
+        assert "not read: k.b.input.jpg" in (tmp_path / "store" / "skipped.jsonl").read_text()
     assert store.documents.ids == kept
+
+
+def test_hidden_files_are_left_out_and_counted(tmp_path):
+    """What macOS adds, in archives and folders; gif and bmp files are images as others are."""
+    files = {"a/1.gif": "GIF", "a/2.BMP": "BMP", "3.tiff": "TIFF"}
+    members = []
+    for (name, kind), text in zip(files.items(), CAPTIONED.values(), strict=True):
+        image = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(image, kind)
+        members += [(name, image.getvalue()), (f"{name.split('.')[0]}.txt", text.encode())]
+    litter = ["._3.png", "__MACOSX/3.png", "a/.DS_Store", "a/._1.txt", ".Trashes/x/y.jpg"]
+    members[2:2] = [(name, b"\0\5\x16\7") for name in litter]
+    for name, data in members:
+        path = tmp_path / "images" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    write_tar(tmp_path / "x.tar", members)
+    (tmp_path / "._x.tar").write_bytes(b"\0\5\x16\7")
+    for i, arguments in enumerate(
+        (["webdataset", f"--data={tmp_path}"], ["folder", f"--data={tmp_path / 'images'}"])
+    ):
+        store = run(tmp_path / f"store{i}", f"--source={arguments[0]}", *arguments[1:])
+        found = {(text, key) for text, key, _ in captioned(store)}
+        assert found == {(text, key) for key, text in CAPTIONED.items()}
+        assert "__MACOSX), not read: 5" in prepare.summary(store)
+    (tmp_path / "images" / "3.txt").write_bytes(b"T\xfcr")
+    with pytest.raises(DataError, match=r"not UTF-8: the caption of .*3\.tiff"):
+        run(tmp_path / "bad", "--source=folder", f"--data={tmp_path / 'images'}")
 
 
 @pytest.mark.parametrize("cut", [100, 700, 3072, 3100])

@@ -10,7 +10,7 @@ import math
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from gcl_jax.config import PreprocessConfig
 from gcl_jax.errors import DataError
@@ -20,6 +20,13 @@ try:
 except ImportError:  # There is no wheel for this machine; Pillow does it, four times as slowly.
     simd = None
 
+# What Pillow may try to read, by the file's ending: others call programs (EPS) or are no pictures.
+ENDINGS = {"PNG": ("png",), "JPEG": ("jpg", "jpeg"), "WEBP": ("webp",), "GIF": ("gif",)}
+ENDINGS |= {"BMP": ("bmp",), "TIFF": ("tif", "tiff"), "PPM": ("ppm", "pgm")}
+if features.check("avif"):
+    ENDINGS |= {"AVIF": ("avif",)}
+FORMATS = tuple(ENDINGS)
+IMAGE_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
 MAX_RESIZED = 2**24
 THUMBNAIL = 160  # pixels of the longer side

@@ -16,6 +16,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax import distributed
+from gcl_jax.data.store import is_hidden, visible_files
+from gcl_jax.data.transforms import IMAGE_ENDINGS
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
 from gcl_jax.errors import ConfigError, DataError
@@ -27,7 +29,6 @@ from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 from gcl_jax.search.index import exact_top_k
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff")
 TOP = (1, 5)
 
 
@@ -167,7 +168,7 @@ def read_templates(path: Path) -> list[str]:
 
 
 def _of_folder(folder: Path, classnames: Sequence[str] | None) -> Labelled:
-    folders = sorted(path for path in folder.iterdir() if path.is_dir())
+    folders = sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
     if classnames is not None and len(classnames) != len(folders):
         raise DataError(
             f"--classnames has {len(classnames)} names for the {len(folders)} folders in {folder}"
@@ -175,8 +176,8 @@ def _of_folder(folder: Path, classnames: Sequence[str] | None) -> Labelled:
     found = [
         (path, label)
         for label, subfolder in enumerate(folders)
-        for path in sorted(subfolder.rglob("*"))
-        if path.suffix.lower() in IMAGES and path.is_file()
+        for path in visible_files(subfolder)
+        if path.suffix[1:].lower() in IMAGE_ENDINGS
     ]
     if not found:
         raise DataError(f"{folder} has no subfolder with images; one for each class is expected")

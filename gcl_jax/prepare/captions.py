@@ -1,26 +1,31 @@
 """Images with captions, without scores: WebDataset shards (tar files) and folders."""
 
+import collections
+import functools
 import itertools
 import json
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from gcl_jax.data.store import is_hidden, visible_files
+from gcl_jax.data.transforms import IMAGE_ENDINGS
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.rows import Format, Row, Rows, is_a, json_object, table_files
 from gcl_jax.prepare.source import BadRows, Reason, RowError
 from gcl_jax.prepare.tables import Columns, Table, TablesSource
 from gcl_jax.registry import SOURCES
 
-IMAGES = ("jpg", "jpeg", "png", "webp")
 CAPTION_KEYS = ("caption", "text")
+HIDDEN = "hidden files"
 BLOCK = tarfile.BLOCKSIZE
 
 
 @SOURCES.register("webdataset")
 def webdataset_source(data: list[Path], bad_rows: BadRows) -> TablesSource:
-    """The samples of WebDataset shards: KEY.jpg, .png or .webp and its caption, KEY.txt, or the
-    key "caption" or "text" of KEY.json. A document's id is its KEY; a folder stands for its tars.
+    """The samples of WebDataset shards: KEY.jpg, .png or another image and its caption, KEY.txt, or
+    the key "caption" or "text" of KEY.json. A document's id is its KEY; a folder stands for its
+    tars.
 
     Raises:
         DataError: no such file; or, with the strict policy, a bad sample.
@@ -59,62 +64,85 @@ def folder_source(
 def _captioned(
     source: str, files: list[Path], bad_rows: BadRows, image_root: Path | None = None
 ) -> TablesSource:
+    about: dict[str, object] = {"source": source}
     return TablesSource(
         [Table(file) for file in files],
         Columns({"caption": "text"}, {"image": "image"}, "id", None),
         bad_rows,
         image_root=image_root,
-        formats={".tar": Format(_samples, _count_samples), "": Format(_images, _count_images)},
-        about={"source": source},
+        formats={
+            ".tar": Format(_samples, functools.partial(_count_samples, about)),
+            "": Format(_images, functools.partial(_count_images, about)),
+        },
+        about=about,
     )
 
 
 def _shards(path: Path) -> list[Path]:
     if path.is_file() and is_a(path, ".tar"):
         return [path]
-    if found := sorted(path.glob("*.tar")):
-        return found
+    shards = [file for file in path.glob("*") if is_a(file, ".tar") and not is_hidden(file.name)]
+    if shards:
+        return sorted(shards)
     raise DataError(f"{path} is neither a tar file nor a folder of tar files")
 
 
-def _count_images(directory: Path) -> int:
+def _count_images(about: dict, directory: Path) -> int:
+    files = visible_files(directory)
+    about[HIDDEN] = sum(path.is_file() for path in directory.rglob("*")) - len(files)
     return sum(1 for _ in _files(directory))
 
 
-def _count_samples(path: Path) -> int:
+def _count_samples(about: dict, path: Path) -> int:
     try:
         with tarfile.open(path) as tar:
-            return len({_key_and_kind(member)[0] for member in tar if member.isfile()})
+            members = [member.name for member in tar if member.isfile()]
     except (tarfile.TarError, OSError):
         return 0
+    shown = [name for name in members if not is_hidden(name)]
+    about[HIDDEN] = about.get(HIDDEN, 0) + len(members) - len(shown)
+    return len({_key_and_kind(name)[0] for name in shown})
 
 
-def _key_and_kind(member: tarfile.TarInfo) -> tuple[str, str]:
-    folder, slash, name = member.name.rpartition("/")
+def _key_and_kind(name: str) -> tuple[str, str]:
+    """WebDataset's: the name is cut at the first dot behind the last slash."""
+    folder, slash, name = name.rpartition("/")
     key, _, kind = name.partition(".")
     return folder + slash + key, kind.lower()
 
 
 def _samples(path: Path, columns: list[str]) -> Rows:
-    number = 0
+    done, broken = 0, ""
     try:
         with tarfile.open(path) as tar:
-            members = (member for member in tar if member.isfile())
-            for key, group in itertools.groupby(members, lambda member: _key_and_kind(member)[0]):
-                number += 1
-                files = [(_key_and_kind(member)[1], member) for member in group]
-                yield number, _sample(key, [(k, _read(tar, m)) for k, m in files if _used(k)])
-            end = tar.offset
-        with path.open("rb") as file:
-            file.seek(end)
-            if file.read(BLOCK) != bytes(BLOCK):
-                raise tarfile.ReadError("the end is missing")
+            members, broken = _members(tar, path)
+            groups = itertools.groupby(members, lambda member: _key_and_kind(member.name)[0])
+            samples = [(key, list(group)) for key, group in groups]
+            places = collections.Counter(key for key, _ in samples)
+            for key, group in samples:
+                row = _sample(tar, key, group, apart=places[key] > 1)
+                if broken and isinstance(row, RowError) and group[-1] is members[-1]:
+                    break  # what it lacks was cut off
+                done += 1
+                yield done, row
     except (tarfile.TarError, EOFError) as error:
-        yield number + 1, RowError(Reason.BROKEN_ARCHIVE, str(error))
+        broken = broken or str(error)
+    if broken:
+        yield done + 1, RowError(Reason.BROKEN_ARCHIVE, broken)
 
 
-def _used(kind: str) -> bool:
-    return kind in IMAGES or kind in ("txt", "json")
+def _members(tar: tarfile.TarFile, path: Path) -> tuple[list[tarfile.TarInfo], str]:
+    """The files that are not hidden, and what is wrong behind them."""
+    members = []
+    try:
+        for member in tar:
+            if member.isfile() and not is_hidden(member.name):
+                members.append(member)
+    except tarfile.TarError as error:
+        return members, str(error)
+    with path.open("rb") as file:
+        file.seek(tar.offset)
+        return members, "" if file.read(BLOCK) == bytes(BLOCK) else "the end is missing"
 
 
 def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -122,18 +150,30 @@ def _read(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return file.read() if file else b""
 
 
-def _sample(key: str, files: list[tuple[str, bytes]]) -> Row | RowError:
-    images = [data for kind, data in files if kind in IMAGES]
-    if len(images) > 1 or len(files) - len(images) > len({*dict(files)} - {*IMAGES}):
+def _sample(
+    tar: tarfile.TarFile, key: str, members: list[tarfile.TarInfo], apart: bool
+) -> Row | RowError:
+    kinds = [_key_and_kind(member.name)[1] for member in members]
+    images = [m for m, kind in zip(members, kinds, strict=True) if kind in IMAGE_ENDINGS]
+    texts = {k: m for m, k in zip(members, kinds, strict=True) if k in ("txt", "json")}
+    if len(images) > 1 or sum(kind in ("txt", "json") for kind in kinds) > len(texts):
         return RowError(Reason.BROKEN_ARCHIVE, f"{key!r} has several images or captions")
-    texts = {kind: data for kind, data in files if kind not in IMAGES}
-    caption = _caption(texts)
+    if not images or not texts:
+        detail = f"{key!r} has no " + (".txt or .json" if images else "image")
+        if apart:
+            return RowError(Reason.APART, f"{detail} here, and comes again")
+        known = (*IMAGE_ENDINGS, "txt", "json")
+        if unread := [m.name for m, kind in zip(members, kinds, strict=True) if kind not in known]:
+            detail += f"; not read: {', '.join(unread[:5])}, since what follows the first dot is "
+            detail += f"none of {', '.join(known)}"
+        return RowError(Reason.EMPTY_QUERY if images else Reason.EMPTY_DOCUMENT, detail)
+    caption = _caption({kind: _read(tar, member) for kind, member in texts.items()}, key)
     if isinstance(caption, RowError):
         return caption
-    return {"id": key, "image": images[0] if images else None, "caption": caption}
+    return {"id": key, "image": _read(tar, images[0]), "caption": caption}
 
 
-def _caption(texts: dict[str, bytes]) -> str | RowError | None:
+def _caption(texts: dict[str, bytes], name: object) -> str | RowError | None:
     """The text, else what the JSON says."""
     data = texts.get("txt", texts.get("json"))
     if data is None:
@@ -141,7 +181,7 @@ def _caption(texts: dict[str, bytes]) -> str | RowError | None:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        return RowError(Reason.NOT_UTF8, str(error))
+        return RowError(Reason.NOT_UTF8, f"the caption of {str(name)!r}: {error}")
     if "txt" in texts:
         return text.strip()
     row = json_object(text)
@@ -155,8 +195,8 @@ def _caption(texts: dict[str, bytes]) -> str | RowError | None:
 
 def _files(directory: Path) -> Iterator[Path]:
     """The images, and the text files without one, in the order of their names."""
-    paths = sorted(path for path in directory.rglob("*") if path.is_file())
-    images = [path for path in paths if path.suffix[1:].lower() in IMAGES]
+    paths = visible_files(directory)
+    images = [path for path in paths if path.suffix[1:].lower() in IMAGE_ENDINGS]
     stems = {path.with_suffix("") for path in images}
     lone = [p for p in paths if p.suffix == ".txt" and p.with_suffix("") not in stems]
     yield from sorted([*images, *lone])
@@ -168,7 +208,7 @@ def _images(directory: Path, columns: list[str]) -> Rows:
             yield number, RowError(Reason.MISSING_IMAGE, f"no image beside {path}")
             continue
         beside = path.with_suffix(".txt")
-        caption = _caption({"txt": beside.read_bytes()} if beside.is_file() else {})
+        caption = _caption({"txt": beside.read_bytes()} if beside.is_file() else {}, path)
         if isinstance(caption, RowError):
             yield number, caption
         elif not caption:

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax.data.store import SEPARATOR, Pairs, sha256
+from gcl_jax.data.store import SEPARATOR, Pairs, sha256, visible_files
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.records import TableRecords
-from gcl_jax.prepare.rows import TABLES, Format, Rows, corpus_entries, count_bytes
+from gcl_jax.prepare.rows import TABLES, Format, Rows, corpus_entries, count_bytes, is_a
 from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Split
 from gcl_jax.prepare.tables import PAPER_SPLITS, Columns, Table, TablesSource
 from gcl_jax.registry import SOURCES
@@ -171,7 +171,7 @@ def _of_split(directory: Path, split: str, ending: str) -> Table:
 
 
 def _pairs_of_layout_2(directory: Path) -> list[Table]:
-    shards = sorted(directory.rglob("*.parquet"))
+    shards = [path for path in visible_files(directory) if is_a(path, ".parquet")]
     if not shards:
         raise DataError(
             f"{directory} holds no Marqo-GS data: neither corpus_1.json nor parquet shards"

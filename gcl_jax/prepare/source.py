@@ -56,6 +56,7 @@ class Reason(enum.Enum):
     ANIMATED_IMAGE = "animated image", "save one frame of it as a still image"
     DEEP_IMAGE = "16-bit image", "save it with 8 bits a channel"
     BROKEN_ARCHIVE = "broken archive", "fetch or pack the tar file again"
+    APART = "sample whose files are not adjacent", "pack the files of a sample one after another"
     NOTHING_LEFT = "no readable field", "mend at least one of its images"
     LEFT_OUT = "pair of a record that was left out", "mend the record"
 
