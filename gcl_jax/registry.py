@@ -1,7 +1,7 @@
 """What can be added without editing this package, by name: here, and in your own modules.
 
     @gcl_jax.OBJECTIVES.register("my_loss")
-    def my_loss(...): ...
+    def my_losses(logits, loss): ...
 
 A name is known before its module is imported, so that a wrong one is answered at once, without jax.
 A module of your own registers when it is imported, by the config file or by `config.extensions`; a

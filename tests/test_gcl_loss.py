@@ -146,5 +146,7 @@ def test_another_mesh_than_that_of_the_inputs_is_named():
         in_specs=(PartitionSpec("x"), PartitionSpec("x"), PartitionSpec(), PartitionSpec("x")),
         out_specs=PartitionSpec(),
     )
+    with pytest.raises(ConfigError, match=r"mesh='data' must be a jax\.sharding\.Mesh"):
+        gcl_loss(np.eye(4), np.eye(4), 1.0, mesh="data")
     with pytest.raises(ConfigError, match="call it outside of shard_map"):
         inside(*case()[0])

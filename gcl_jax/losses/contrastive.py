@@ -93,8 +93,8 @@ def gcl_loss(
 @functools.partial(jax.jit, static_argnums=(6, 7))
 def _jitted_loss(queries, documents, scale, bias, rows, known, weight_norm, options):
     """Compiled, also for a call outside of `jax.jit`."""
-    terms, (mesh, *how) = [Term("", "", rows)], options
-    logits = Logits({"": queries}, {"": documents}, scale, terms, mesh, bias, known, *how)
+    terms, (mesh, *others) = [Term("", "", rows)], options
+    logits = Logits({"": queries}, {"": documents}, scale, terms, mesh, bias, known, *others)
     return gcl_losses(logits, LossConfig(weight_norm=weight_norm))[0]
 
 
@@ -115,6 +115,8 @@ def _pair_rows(weights: Any, queries: Any) -> PairRows:
 
 
 def _chosen_mesh(mesh: Any, queries: jax.Array) -> Mesh | AbstractMesh | None:
+    if not isinstance(mesh, Mesh | AbstractMesh | None):
+        raise ConfigError(f"mesh={mesh!r} must be a jax.sharding.Mesh")
     context, of_queries = jax.sharding.get_abstract_mesh(), jax.typeof(queries).sharding.mesh
     if AxisType.Manual in context.axis_types:
         raise ConfigError("gcl_loss takes the whole global batch: call it outside of shard_map")

@@ -75,8 +75,9 @@ def objective(name: str, **declared: Any) -> Callable[[F], F]:
 
 
 def asked(loss: LossConfig) -> dict[str, Objective]:
-    """The objectives that have a weight."""
-    return {name: OBJECTIVES[name] for name, weight in loss.objectives.items() if weight}
+    """The objectives that have a weight; a bare function that was registered declares nothing."""
+    found = {name: OBJECTIVES[name] for name, weight in loss.objectives.items() if weight}
+    return {n: x if isinstance(x, Objective) else Objective(x) for n, x in found.items()}
 
 
 @jax.tree_util.register_dataclass
