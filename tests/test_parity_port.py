@@ -149,20 +149,29 @@ def saved_by_torch(torch, kind: str, weights, path: Path) -> None:
     content = {
         "plain": tensors,
         "training": training,
+        "model": {"optimizer": {"state": {}, "lr": 1.0}, "model": tensors, "step": 3},
+        "compiled": {"model_state_dict": {f"_orig_mod.{key}": x for key, x in tensors.items()}},
+        "averaged": {"ema": {key: 2 * x for key, x in tensors.items()}, "model": tensors},
         "openai": tensors | sizes,
         "bfloat16": {key: x.bfloat16() for key, x in tensors.items()},
     }[kind if kind != "old format" else "plain"]
     torch.save(content, path, _use_new_zipfile_serialization=kind != "old format")
 
 
-@pytest.mark.parametrize("kind", ["plain", "training", "openai", "bfloat16", "old format"])
-def test_torch_files_are_read(torch, tmp_path, kind):
+KINDS = ["plain", "training", "model", "compiled", "averaged", "openai", "bfloat16", "old format"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_torch_files_are_read(torch, tmp_path, capsys, kind):
     params = random_params(CLIP)
     path = tmp_path / "weights.pt"
     saved_by_torch(torch, kind, to_state_dict(params, CLIP, "open_clip"), path)
     if kind == "bfloat16":
         params = jax.tree.map(lambda x: x.astype(jax.numpy.bfloat16).astype(np.float32), params)
     assert_same_params(load_pretrained(str(path), CLIP), params)
+    entries = {"training": "'state_dict'", "model": "'model'", "compiled": "'model_state_dict'"}
+    entries["averaged"] = "'model', not 'ema'"
+    assert f"read its entry {entries.get(kind)}\n" in capsys.readouterr().err or kind not in entries
 
 
 class Payload:
@@ -210,6 +219,7 @@ def test_a_damaged_torch_file_is_named(torch, tmp_path):
     for content, reason in (
         ([torch.zeros(3)], "holds a list, not a state dict"),
         ({"a": torch.zeros(3), "epoch": 3}, "no tensors under epoch"),
+        ({"a": torch.zeros(3), "model": {"b": 3}}, "no tensors under b"),
         ({"visual.proj": torch.zeros(3).to_sparse()}, "visual.proj is sparse"),
     ):
         torch.save(content, path)

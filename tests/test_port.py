@@ -25,7 +25,7 @@ from gcl_jax.models.presets import OPEN_CLIP, TEXT_ONLY, from_open_clip, preset
 from gcl_jax.port import __main__ as port
 from gcl_jax.port import hugging_face, sentence_transformers
 from gcl_jax.port.convert import expected_shapes, from_state_dict, to_state_dict
-from gcl_jax.port.hugging_face import WEIGHT_FILES, is_hub_id
+from gcl_jax.port.hugging_face import WEIGHT_FILES, chosen_weights, is_hub_id
 from gcl_jax.port.open_clip import to_open_clip_config
 from gcl_jax.port.pretrained import (
     export_pretrained,
@@ -231,9 +231,26 @@ def test_known_keys_are_left_out_aloud(clip_weights, capsys):
             from_state_dict(headed | {odd: np.zeros(3)}, cfg)
 
 
-def test_wrapped_models_lose_their_prefix(clip_params, clip_weights):
+WRAPPED = ("module.", "_orig_mod.", "model.", "clip.", "transformer.", "my_net.clip_model.")
+
+
+def test_wrapped_models_lose_their_prefix(clip_params, clip_weights, capsys):
+    for prefix in (*WRAPPED, "_orig_mod.module.", "module._orig_mod.", "model._orig_mod."):
+        wrapped = {f"{prefix}{key}": x for key, x in clip_weights.items()}
+        wrapped |= {f"{prefix}vocab_size": np.int64(1), "n_averaged": np.int64(1)}
+        assert_same_params(from_state_dict(wrapped, CLIP, "w"), clip_params)
+        shown = capsys.readouterr().err
+        assert "w: left out vocab_size" in shown
+        for part in prefix.split(".")[:-1]:
+            assert f"{part}." in shown.splitlines()[-1]
+    compiled = {key.replace("visual.", "visual._orig_mod."): x for key, x in clip_weights.items()}
+    assert_same_params(from_state_dict(compiled, CLIP, "w"), clip_params)
+    assert "w: took _orig_mod. off the keys" in capsys.readouterr().err
+    with pytest.raises(DataError, match=r"differ only by _orig_mod\."):
+        from_state_dict(compiled | clip_weights, CLIP)
+    with pytest.raises(DataError, match=r"such keys: head\.a\.b, head\.a\.c"):
+        from_state_dict({"head.a.b": np.zeros(1), "head.a.c": np.zeros(1)}, CLIP)
     wrapped = {f"module.{key}": x for key, x in clip_weights.items()}
-    assert_same_params(from_state_dict(wrapped, CLIP), clip_params)
     with pytest.raises(DataError, match=r"unused: .*module\.visual\.proj"):
         from_state_dict(
             without(clip_weights, "visual.proj")
@@ -318,6 +335,23 @@ def test_files_and_folders_are_found(tmp_path, clip_params, clip_weights):
         save_file(clip_weights, tmp_path / name)
         assert_same_params(load_pretrained(str(tmp_path / name), CLIP), clip_params)
     assert_same_params(load_pretrained(str(tmp_path), CLIP), clip_params)
+
+
+def test_the_weights_of_a_folder_are_those_of_its_configuration(
+    tmp_path, capsys, clip_params, clip_weights
+):
+    other = jax.tree.map(lambda x: x + 1, clip_params)
+    save_file(clip_weights, tmp_path / "open_clip_pytorch_model.safetensors")
+    save_file(to_state_dict(other, CLIP, "hugging_face"), tmp_path / "model.safetensors")
+    assert_same_params(load_pretrained(str(tmp_path), CLIP), other)
+    shown = capsys.readouterr().err
+    assert "read model.safetensors, not open_clip_pytorch_model.safetensors" in shown
+    (tmp_path / "open_clip_config.json").write_text("{}")
+    assert_same_params(load_pretrained(str(tmp_path), CLIP), clip_params)
+    shown = capsys.readouterr().err
+    assert "read open_clip_pytorch_model.safetensors, not model.safetensors" in shown
+    names = ["open_clip_config.json", "model.safetensors", "open_clip_pytorch_model.bin"]
+    assert chosen_weights(names, "") == names[2]  # as open_clip chooses
 
 
 def shard(weights, folder: Path) -> Path:
@@ -712,6 +746,8 @@ def test_a_model_is_imported_and_exported_again(tmp_path, tiny_store, capsys, cl
     assert "| zero_shot | 0.5000 |" in (tmp_path / "again/README.md").read_text()
     assert_same_params(load_pretrained(str(tmp_path / "again"), cfg), params)
     assert str(tmp_path / "again") in capsys.readouterr().out
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "again").glob("*.*")}
+    assert len(modes) == 1  # others may read the weights if they may read the rest
 
     alone = ("export", "--workdir", workdir, "--format=run", "--out", tmp_path / "alone")
     run(*alone)

@@ -35,9 +35,11 @@ SOURCE_HELP = (
 
 def import_model(args: argparse.Namespace) -> None:
     """Makes --workdir the run of a pretrained model, at step 0."""
+    from gcl_jax import logs
     from gcl_jax.port.pretrained import load_pretrained, model_config
     from gcl_jax.stores import open_store
 
+    logs.quiet_libraries()
     if args.context_length < 0:
         raise UserError(f"--context_length={args.context_length} must be above 0")
     config.check_workdir(args.workdir)

@@ -36,8 +36,13 @@ LEFT_OUT = {
     r"(text\.transformer\.|bert\.|roberta\.)?pooler\.dense\.(weight|bias)": (
         "BERT's pooling head, which mean and first pooling do not use"
     ),
+    r"n_averaged": "how often torch's AveragedModel averaged",
     r"cls\.(predictions|seq_relationship)\..*|lm_head\..*": "the pretraining head of a masked LM",
 }
+
+
+# What torch.compile, FSDP and checkpointed activations put into the keys of the modules they wrap.
+_WRAPPERS = re.compile(r"(?<![^.])_(orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 
 
 class Layout(NamedTuple):
@@ -144,14 +149,10 @@ def _ours(cfg: ModelConfig, ours: Sequence[str]) -> Table:
     return [(path, path, SAME) for path in ours]
 
 
-def _recognised(keys: Iterable[str]) -> str:
-    """The one of `NAMINGS` by which `keys` are named. Raises `DataError` if none is."""
-    keys = sorted(keys)
-    for name, naming in NAMINGS.items():
-        if any(re.fullmatch(naming.pattern, key) for key in keys):
-            return name
-    some = ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
-    raise DataError(f"no family of checkpoints that gcl_jax knows has such keys: {some or 'none'}")
+def _recognised(keys: Iterable[str]) -> str | None:
+    """The one of `NAMINGS` by which `keys` are named, if any."""
+    named = (n for n, x in NAMINGS.items() if any(re.fullmatch(x.pattern, key) for key in keys))
+    return next(named, None)
 
 
 class _Row(NamedTuple):
@@ -259,6 +260,11 @@ def _from_state_dict(
     everything = abstract_model(cfg)[1]
     is_ours = _flat(everything).keys() <= state_dict.keys()
     naming = "gcl_jax" if is_ours else _recognised(state_dict)
+    if naming is None:
+        some = ", ".join(sorted(state_dict)[:3]) + (", ..." if len(state_dict) > 3 else "")
+        raise DataError(
+            f"no family of checkpoints that gcl_jax knows has such keys: {some or 'none'}"
+        )
     optional = set(NAMINGS[naming].never)
     if naming != "gcl_jax" and cfg.vision is not None and cfg.vision.pool == "tok":
         optional.add("logit_bias")
@@ -290,19 +296,30 @@ def _from_state_dict(
 
 def _plain_names(state_dict: Mapping[str, Any], source: str) -> tuple[dict[str, Any], str]:
     """Without what wrapped models put before every key, which is returned as well, and without what
-    `LEFT_OUT` lists, which is reported; old names of layer norms made new."""
-    kept, cut = dict(state_dict), ""
-    for pattern, reason in LEFT_OUT.items():
-        if matched := [key for key in kept if re.fullmatch(rf"(module\.)?({pattern})", key)]:
-            print(f"{source}: left out {', '.join(matched)} ({reason})", file=sys.stderr)
-            kept = {key: x for key, x in kept.items() if key not in matched}
-    for prefix in ("module.", "bert.", "roberta."):
-        if kept and all(key.startswith(prefix) for key in kept):
-            kept = {key.removeprefix(prefix): x for key, x in kept.items()}
-            cut += prefix
+    `LEFT_OUT` lists; both are reported. Old names of layer norms are made new."""
+    kept, cut = {_WRAPPERS.sub("", key): x for key, x in state_dict.items()}, ""
+    if len(kept) < len(state_dict):
+        raise DataError(f"some keys differ only by {', '.join(_wrappers(state_dict))}")
+    while True:
+        for pattern, reason in LEFT_OUT.items():
+            if matched := [key for key in kept if re.fullmatch(pattern, key)]:
+                print(f"{source}: left out {', '.join(matched)} ({reason})", file=sys.stderr)
+                kept = {key: x for key, x in kept.items() if key not in matched}
+        first, *others = {"".join(key.partition(".")[:2]) for key in kept} or {""}
+        if others or not first.endswith("."):
+            break
+        kept, cut = {key.removeprefix(first): x for key, x in kept.items()}, cut + first
+    if cut and not _recognised(kept):
+        kept, cut = {cut + key: x for key, x in kept.items()}, ""
+    if taken_off := [*_wrappers(state_dict), *filter(None, [cut])]:
+        print(f"{source}: took {', '.join(taken_off)} off the keys", file=sys.stderr)
     old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
     names = re.compile("|".join(map(re.escape, old)))
     return {names.sub(lambda match: old[match[0]], key): x for key, x in kept.items()}, cut
+
+
+def _wrappers(keys: Iterable[str]) -> list[str]:
+    return sorted({match[0] for key in keys for match in _WRAPPERS.finditer(key)})
 
 
 def _require_same_names(found: Iterable[str], expected: Iterable[str], prefix: str) -> None:

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +291,7 @@ FILES: dict[str, Reader] = {"preprocessor_config.json": _read_preprocessor}
 
 # Hub
 
-# What is looked for in a folder, in this order; an index lists the shards of one checkpoint.
+# What is looked for in a folder, see `chosen_weights`; an index lists the shards of one checkpoint.
 WEIGHT_FILES = (
     "open_clip_model.safetensors",
     "open_clip_pytorch_model.safetensors",
@@ -326,6 +327,23 @@ def locate(source: str) -> Path:
     return _download(source, huggingface_hub.HfApi, huggingface_hub.snapshot_download)
 
 
+def chosen_weights(names: Collection[str], where: str) -> str:
+    """The one of `WEIGHT_FILES` among the `names` of files, the others named aloud: open_clip's
+    first if its configuration is there, else those of transformers and of our own exports.
+
+    Raises:
+        DataError: there is none.
+    """
+    is_open_clips = "open_clip_config.json" in names
+    order = sorted(WEIGHT_FILES, key=lambda name: name.startswith("open_clip") != is_open_clips)
+    wanted, *others = [name for name in order if name in names] or [""]
+    if not wanted:
+        raise DataError(f"{where} holds no weights: none of {', '.join(WEIGHT_FILES)}")
+    if others:
+        print(f"{where}: read {wanted}, not {', '.join(others)}", file=sys.stderr)
+    return wanted
+
+
 def is_hub_id(source: str) -> bool:
     """Whether `source` can only be a hub's "owner/name": a path that does not exist, and none that
     ends like a weights file."""
@@ -339,9 +357,7 @@ def _download(repository: str, api: Callable, snapshot: Callable) -> Path:
     try:
         siblings = api().model_info(repository, timeout=_HUB_SECONDS).siblings or []
         files = [sibling.rfilename for sibling in siblings]
-        wanted = next((name for name in WEIGHT_FILES if name in files), None)
-        if wanted is None:
-            raise DataError(f"hub repository {repository} holds none of {', '.join(WEIGHT_FILES)}")
+        wanted = chosen_weights(files, f"hub repository {repository}")
         kind = ".safetensors" if ".safetensors" in wanted else ".bin"
         stem = wanted.partition(kind)[0]
         patterns = [wanted, "*.json", "*.txt", "*.model"]

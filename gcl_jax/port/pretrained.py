@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from importlib import resources
@@ -33,6 +34,7 @@ from gcl_jax.port.convert import from_state_dict, to_state_dict
 from gcl_jax.port.hugging_face import (
     TORCH_SUFFIXES,
     WEIGHT_FILES,
+    chosen_weights,
     first_line,
     is_hub_id,
     locate,
@@ -44,6 +46,8 @@ Metrics = Mapping[str, Mapping[str, float]]
 
 FORMATS = ("open_clip", "hugging_face", "safetensors")
 OWN_CONFIG = "gcl_jax_config.json"
+# Where training checkpoints keep the model, the likeliest first.
+MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
 _CONVERT = "or convert the file to .safetensors elsewhere"
 
 # Reading
@@ -151,10 +155,9 @@ def read_weights(path: Path) -> dict[str, np.ndarray]:
             be run.
     """
     if path.is_dir():
-        for name in WEIGHT_FILES:
-            if (path / name).is_file():
-                return read_weights(path / name)
-        raise DataError(f"folder {path} holds no weights: none of {', '.join(WEIGHT_FILES)}")
+        return read_weights(
+            path / chosen_weights([file.name for file in path.iterdir()], f"folder {path}")
+        )
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     if path.name.endswith(".index.json"):
@@ -217,8 +220,15 @@ def _read_torch(path: Path) -> dict[str, np.ndarray]:
             f"{path} is damaged, or is no plain state dict and would run code when read: "
             f"{first_line(error)}"
         ) from None
-    if isinstance(loaded, dict) and isinstance(loaded.get("state_dict"), dict):
-        loaded = loaded["state_dict"]  # a training checkpoint of open_clip
+    tensors = lambda x: isinstance(x, dict) and all(isinstance(y, torch.Tensor) for y in x.values())
+    if isinstance(loaded, dict) and not tensors(loaded):  # a training checkpoint
+        entries = {key: x for key, x in loaded.items() if isinstance(x, dict) and x}
+        models = [key for key, x in entries.items() if tensors(x) or key in MODEL_KEYS]
+        if models:
+            models.sort(key=lambda key: MODEL_KEYS.index(key) if key in MODEL_KEYS else 9)
+            others = f", not {', '.join(map(repr, models[1:]))}" if models[1:] else ""
+            print(f"{path}: read its entry {models[0]!r}{others}", file=sys.stderr)
+            loaded = loaded[models[0]]
     if not isinstance(loaded, dict):
         raise DataError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     if odd := [str(key) for key, x in loaded.items() if not isinstance(x, torch.Tensor)]:
@@ -278,6 +288,7 @@ def export_pretrained(
             open_clip.write_tokenizer(made, text.context_length)
         # transformers asks for the format that the layouts are of.
         save_file(weights, made / f"{file}.safetensors", metadata={"format": "pt"})
+        (made / f"{file}.safetensors").chmod(made.stat().st_mode & 0o666)  # not for us alone
         if torch_file and format == "open_clip":
             _save_torch(weights, made / "open_clip_pytorch_model.bin")
         card = _model_card(cfg, Path(folder).absolute().name, library, metrics or {})
