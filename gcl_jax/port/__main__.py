@@ -92,6 +92,8 @@ def read_metrics(workdir: Path) -> dict[str, dict[str, float]]:
     """{split: {metric: value}} of the evaluation in `workdir`, empty if there was none."""
     metrics = {}
     for path in sorted((workdir / "eval").glob("*.json")):
+        if path.name.endswith((".gt_results.json", ".retrieval.json")):  # of --write_runs
+            continue
         try:
             report = json.loads(path.read_text("utf-8"))
             metrics[str(report["split"])] = {k: float(x) for k, x in report["summary"].items()}
