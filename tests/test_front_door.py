@@ -358,6 +358,8 @@ def test_a_model_without_image_tower(tmp_path, png):
             lambda m, png: m.encode_image([np.zeros((9, 9, 3))]),
             r"images\[0\].*: an array float64 \(9, 9, 3\) is no image: give a path, .* uint8",
         ),
+        (lambda m, png: m.encode_image(Image.new("I;16", (9, 9))), "16-bit image"),
+        (lambda m, png: m.encode_image("/dev/zero"), "not a regular file"),
         (lambda m, png: m.encode_image(np.zeros((9, 9), np.uint8)), r"\(9, 9\) is no image"),
         (lambda m, png: m.encode_image(np.uint8(3)), "must be a list, not uint8"),
         (lambda m, png: m.encode_image(Image.new("RGB", (0, 4))), r"is no image"),

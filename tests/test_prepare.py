@@ -1,5 +1,6 @@
 """Tables to a store: every format gives the same one, and every kind of bad row is told apart."""
 
+import base64
 import csv
 import io
 import json
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError, UserError
@@ -29,9 +31,9 @@ PAIRS = [
 ]
 
 
-def png(color="red", **options) -> bytes:
+def png(color="red", size=8, **options) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (8, 8), color).save(file, "PNG", **options)
+    Image.new("RGB", (size, size), color).save(file, "PNG", **options)
     return file.getvalue()
 
 
@@ -316,6 +318,17 @@ BAD_IMAGES = {
     "16 bits": ("img/x.png", deep_image("I;16"), "16-bit image"),
     "16-bit colours": ("img/x.png", deep_colours(), "16-bit image"),
     "floats": ("img/x.tiff", deep_image("F", "TIFF"), "16-bit image"),
+    "program": (
+        "img/x.jpg",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "unreadable image",
+    ),
+    "url": ("https://example.org/a.png", None, "URL in place of an image"),
+    "base64": (base64.b64encode(png(size=64)).decode(), None, "base64 in place of an image"),
+    "data": ("data:image/png;base64," + "A" * 10**6, None, "base64 in place of an image"),
+    "windows": ("img\\a.png", None, "backslashes in an image path"),
+    "decomposed": ("img/ü.png", None, "image path in another Unicode form"),
+    "device": ("/dev/zero", None, "unreadable image"),
     "outside": ("img/../../x.png", None, "image path leaves the image root"),
     "a folder": ("img", None, "unreadable image"),
 }
@@ -326,6 +339,7 @@ BAD_IMAGES = {
 def test_bad_images(folder, case, title):
     """Skipped, the field is missing; a document without any other goes, and its pairs with it."""
     path, data, reason = BAD_IMAGES[case]
+    (folder / "img" / "u\u0308.png").write_bytes(png())
     if data is not None:
         (folder / path).write_bytes(data)
     rows = [dict(row) for row in PAIRS]
@@ -333,6 +347,7 @@ def test_bad_images(folder, case, title):
         row |= {"image": path, "title": title}
     pairs = write_table(folder / "pairs.jsonl", rows)
     store = check_bad(folder, pairs, [], reason, 1, "", left=4 if title else 2)
+    assert max(map(len, (folder / "store" / "skipped.jsonl").read_text().splitlines())) < 600
     skipped = store.info["provenance"]["skipped"]
     if title:
         assert store.documents[0] == {"id": "a", "image": b"", "title": title}
@@ -343,6 +358,15 @@ def test_bad_images(folder, case, title):
         assert skipped == {reason: 1} | gone
         assert store.documents.ids == ["b", "c"]
         assert content(store) == {row for row in expected(folder) if row[1][0] != ("id", "a")}
+
+
+def test_large_profiles_and_texts_are_no_fault(folder):
+    text = PngInfo()
+    text.add_text("prompt", "x" * 3_000_000, zip=True)
+    large = png(icc_profile=bytes(3_000_000), pnginfo=text)
+    (folder / "img/a.png").write_bytes(large)
+    store = run(folder, write_table(folder / "pairs.csv", PAIRS))
+    assert store.documents[0]["image"] == large
 
 
 def test_first_image_of_a_phone_picture_is_no_animation(folder):

@@ -28,6 +28,7 @@ from werkzeug.serving import make_server
 from werkzeug.test import Client
 
 from gcl_jax import config
+from gcl_jax.data.transforms import FORMATS
 from gcl_jax.errors import UserError
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
@@ -567,8 +568,8 @@ def test_chosen_image_is_searched_for(page, searchers, tmp_path):
 @pytest.mark.parametrize(
     ("data", "zeros", "message"),
     [
-        (b"only a text", 0, "this is not an image (PNG, JPEG, WEBP, GIF, BMP, TIFF)"),
-        (b"", 0, "this is not an image (PNG, JPEG, WEBP, GIF, BMP, TIFF)"),
+        (b"only a text", 0, f"unreadable image: this is not an image ({', '.join(FORMATS)})"),
+        (b"", 0, f"unreadable image: this is not an image ({', '.join(FORMATS)})"),
         (
             png_header(10_000, 5_000),
             0,

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +13,11 @@ from PIL import Image, ImageOps
 
 from gcl_jax.config import ModelConfig, PreprocessConfig
 from gcl_jax.data import transforms
-from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
+from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop, thumbnail
 from gcl_jax.errors import DataError
+from gcl_jax.prepare.records import load_image
+from gcl_jax.search.searcher import image_type
+from gcl_jax.search.serve import check_image
 
 SIZES = [(53, 37), (32, 32), (1, 1), (1, 1000), (1000, 1), (700, 31), (225, 223), (640, 427)]
 # Sides whose resized image passes MAX_RESIZED at 224 pixels.
@@ -318,6 +322,26 @@ def test_a_decoded_image_lets_go_of_its_file():
     image = decode_image(data)
     assert type(image) is Image.Image
     np.testing.assert_array_equal(pickle.loads(pickle.dumps(image)), frames[0])
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_deep_images_are_refused_not_read_white(mode):
+    with pytest.raises(DataError, match=r"16-bit image: .*8 bits"):
+        decode_image(encoded(Image.new(mode, (8, 8)), "TIFF"), deep=False)
+
+
+def test_no_image_starts_a_program(monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.Popen", lambda *args, **kwargs: started.append(args))
+    data = encoded(Image.new("RGB", (8, 8)), "EPS")
+    for read in (decode_image, thumbnail, image_type, check_image, load_image_of_a_table):
+        with pytest.raises(DataError, match=r"this is not an image|something else"):
+            read(data)
+    assert not started
+
+
+def load_image_of_a_table(data: bytes) -> bytes:
+    return load_image(data, Path())
 
 
 @pytest.mark.parametrize("crop_size", [0, 8])

@@ -123,7 +123,7 @@ class FieldEncoder:
                 loaded[field] = value
             else:
                 try:
-                    loaded[field] = decode_image(value, **self._scaling)
+                    loaded[field] = decode_image(value, deep=False, **self._scaling)
                 except DataError as error:
                     raise DataError(f"record {record['id']!r}, field {field!r}: {error}") from None
         if all(value is None for value in loaded.values()):

@@ -5,12 +5,18 @@ matters: transparent pixels, palettes and CMYK would be resized to other colours
 """
 
 import base64
+import contextlib
+import errno
 import io
 import math
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError, features
 
 from gcl_jax.config import PreprocessConfig
 from gcl_jax.errors import DataError
@@ -29,13 +35,72 @@ FORMATS = tuple(ENDINGS)
 IMAGE_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
 MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 2**27
 MAX_RESIZED = 2**24
+MAX_BYTES = int(os.environ.get("GCL_JAX_MAX_BYTES", 2**28))  # of an encoded image, or of a cell
+# A profile or a text in a PNG may be as large as all its texts together: by default 1 MiB.
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
 THUMBNAIL = 160  # pixels of the longer side
 _PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 CROP_RATIO = (3 / 4, 4 / 3)
 
 
-def decode_image(data: bytes, crop_size: int = 0, min_area: float = 1.0) -> Image.Image:
+class ImageError(DataError):
+    """An image that cannot be used; `label` is the kind of reason, `detail` what it has."""
+
+    def __init__(self, label: str, detail: object):
+        super().__init__(f"{label}: {detail}")
+        self.label, self.detail = label, str(detail)
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a regular file of at most `MAX_BYTES`: reading a device would never end.
+
+    Raises:
+        OSError: there is none, or it is something else.
+    """
+    status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        raise OSError(errno.EINVAL, "not a regular file")
+    if status.st_size > MAX_BYTES:
+        more = f"more than {MAX_BYTES} bytes; set the environment variable GCL_JAX_MAX_BYTES"
+        raise OSError(errno.EFBIG, more)
+    return path.read_bytes()
+
+
+@contextlib.contextmanager
+def open_image(data: bytes, deep: bool = True) -> Iterator[Image.Image]:
+    """An image of which only the header has been read: the one door to Pillow for a stranger's
+    bytes.
+
+    Raises:
+        ImageError: here or inside the context: not an image of one of `FORMATS`, broken, so large
+            that it may be a decompression bomb, or, unless `deep`, of more than 8 bits a channel.
+    """
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{width} x {height} pixels")
+            # Pillow cuts the channels of some 16-bit modes at 255, others it divides.
+            stored = [str(tile[3]) for tile in image.tile]
+            if not deep and (image.mode[0] in "IF" or any(";16" in x for x in stored)):
+                raise ImageError("16-bit image", f"mode {image.mode}, not 8 bits a channel")
+            yield image
+    except ImageError:
+        raise
+    except UnidentifiedImageError:
+        detail = f"this is not an image ({', '.join(FORMATS)})"
+        raise ImageError("unreadable image", detail) from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise ImageError("decompression bomb", error) from None
+    # Pillow's decoders raise whatever their libraries do; each of it means the same to the caller.
+    except Exception as error:
+        raise ImageError("unreadable image", error) from None
+
+
+def decode_image(
+    data: bytes, crop_size: int = 0, min_area: float = 1.0, *, deep: bool = True
+) -> Image.Image:
     """Decodes in the mode of the file, without what else the file holds (EXIF rotation is ignored,
     as in open_clip).
 
@@ -43,25 +108,18 @@ def decode_image(data: bytes, crop_size: int = 0, min_area: float = 1.0) -> Imag
     crop of `random_resized_crop` with that size and `min_area` then still has twice as many pixels
     on either side as are asked for (docs/data.md has the difference in pixels).
 
+    Images of more than 8 bits a channel come as white as open_clip sees them, if `deep`.
+
     Raises:
-        DataError: not an image, truncated, or so large that it may be a decompression bomb.
+        ImageError: as `open_image`, or truncated.
     """
-    try:
-        image = Image.open(io.BytesIO(data))
-        if image.width * image.height <= MAX_PIXELS:
-            if crop_size and image.format == "JPEG":
-                image.draft(None, _draft_size(image.size, crop_size, min_area))
-            image.load()
-            image.info.clear()
-            # A copy lets go of the file, which may hold further frames.
-            return image.copy()
-        reason = f"{image.width} x {image.height} pixels may be a decompression bomb"
-    except UnidentifiedImageError:
-        reason = "not an image"
-    # Pillow's decoders raise whatever their libraries do; each of it means the same to the caller.
-    except Exception as error:
-        reason = str(error)
-    raise DataError(f"unreadable image: {reason}")
+    with open_image(data, deep) as image:
+        if crop_size and image.format == "JPEG":
+            image.draft(None, _draft_size(image.size, crop_size, min_area))
+        image.load()
+        image.info.clear()
+        # A copy lets go of the file, which may hold further frames.
+        return image.copy()
 
 
 def _draft_size(image_size: tuple[int, int], crop_size: int, min_area: float) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from gcl_jax import logs, sharding
 from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore, Records
+from gcl_jax.data.transforms import read_file
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.models.clip import abstract_params
@@ -181,7 +182,7 @@ class GivenRecords(Records):
             elif kind == "image" and isinstance(value, str | os.PathLike):
                 path = Path(value)
                 try:
-                    value = path.read_bytes()
+                    value = read_file(path)
                 except (OSError, ValueError) as error:
                     raise DataError(
                         f"{record['id']}, field {field!r}: cannot read the image: {error}"
@@ -219,6 +220,8 @@ def _misfit(kind: str, value: Any) -> str:
             value.load()
         except Exception as error:  # whatever a decoder raises
             return f"unreadable image: {error}"
+        if value.mode[0] in "IF":
+            return f"16-bit image: mode {value.mode}; convert it to 8 bits a channel"
         fits = min(value.size) > 0
     if fits:
         return ""

@@ -3,20 +3,19 @@ negatives that rows name; and what a cell may hold: text, names, a score, a spli
 
 import array
 import functools
-import io
 import json
 import math
 import os
 import re
 import tempfile
+import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from gcl_jax.data.negatives import compacted
-from gcl_jax.data.transforms import MAX_PIXELS, decode_image
+from gcl_jax.data.transforms import ImageError, decode_image, open_image, read_file
 from gcl_jax.prepare.rows import Formats, Row, is_a, read_rows
 from gcl_jax.prepare.source import Item, Loaded, Place, Reason, Record, RowError
 
@@ -337,41 +336,52 @@ def load_image(cell: str | bytes, root: Path, confined: bool = False) -> bytes:
     """The encoded bytes of a still image that decodes, as they are; `root` is where a relative path
     begins, and where an absolute one must lead too if `confined`. Raises `RowError`."""
     data = cell if isinstance(cell, bytes) else _read_file(cell, root, confined)
-    name = cell if isinstance(cell, str) else f"{len(cell)} bytes"
+    name = _shown(cell) if isinstance(cell, str) else f"{len(cell)} bytes"
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        with open_image(data, deep=False) as image:
             # A phone's MPO is a JPEG with extras behind the photo, no animation.
             animated = getattr(image, "is_animated", False) and image.format != "MPO"
-            # Pillow cuts the channels of some 16-bit modes at 255, others it divides.
-            stored = [str(tile[3]) for tile in image.tile]
-            deep = image.mode[0] in "IF" or any(";16" in arguments for arguments in stored)
         decode_image(data)
-    except UnidentifiedImageError:
-        raise RowError(Reason.UNREADABLE_IMAGE, f"{name} is no image") from None
-    except Image.DecompressionBombError as error:
-        raise RowError(Reason.HUGE_IMAGE, f"{name}: {error}") from None
-    except Exception as error:  # a broken file can make Pillow's parsers raise anything
-        detail = str(error).removeprefix("unreadable image: ")
-        raise RowError(Reason.UNREADABLE_IMAGE, f"{name}: {detail}") from None
+    except ImageError as error:
+        reason = next(reason for reason in Reason if reason.label == error.label)
+        raise RowError(reason, f"{name}: {error.detail}") from None
     if animated:
         raise RowError(Reason.ANIMATED_IMAGE, name)
-    if deep:
-        raise RowError(Reason.DEEP_IMAGE, name)
     return data
 
 
 def _read_file(path: str, root: Path, confined: bool) -> bytes:
+    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
+        raise RowError(Reason.URL_IMAGE, _shown(path))
+    if _BASE64.match(path):
+        raise RowError(Reason.BASE64_IMAGE, _shown(path))
     # Lexically, so that a root full of symbolic links serves.
     within = os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path)
     may_leave = os.path.isabs(path) and not confined
     if within.split(os.sep)[0] == os.pardir and not may_leave:
-        raise RowError(Reason.OUTSIDE_ROOT, path)
+        raise RowError(Reason.OUTSIDE_ROOT, _shown(path))
     file = Path(os.path.normpath(root / path))
     try:
-        return file.read_bytes()
+        return read_file(file)
     except (FileNotFoundError, NotADirectoryError):
-        raise RowError(Reason.MISSING_IMAGE, str(file)) from None
+        for form in ("NFC", "NFD"):
+            if file.with_name(unicodedata.normalize(form, file.name)).exists():
+                raise RowError(Reason.OTHER_FORM, f"{file}, which is there in {form}") from None
+        if "\\" in path:
+            raise RowError(Reason.BACKSLASH, _shown(path)) from None
+        raise RowError(Reason.MISSING_IMAGE, _shown(str(file))) from None
     except (OSError, ValueError) as error:
-        raise RowError(Reason.UNREADABLE_IMAGE, f"{path!r}: {error}") from None
+        detail = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RowError(Reason.UNREADABLE_IMAGE, f"{_shown(path)!r}: {detail}") from None
+
+
+def _shown(text: str, length: int = 200) -> str:
+    """Not more than a line can hold; of a long text its beginning."""
+    return text if len(text) <= length else f"{text[:60]}... ({len(text)} characters)"
+
+
+# A data URI, or what JPEG, PNG, WebP, GIF, BMP and TIFF files begin with, in a text longer than the
+# name of a file.
+_BASE64 = re.compile(
+    r"data:|(?:/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*\Z"
+)

@@ -51,6 +51,16 @@ class Reason(enum.Enum):
         "image path leaves the image root",
         "set --image_root to a folder above the images",
     )
+    URL_IMAGE = "URL in place of an image", "URLs are not fetched; give paths of downloaded images"
+    BASE64_IMAGE = (
+        "base64 in place of an image",
+        "write the images to files and give their paths, or give bytes in parquet",
+    )
+    BACKSLASH = "backslashes in an image path", "write / between folders"
+    OTHER_FORM = (
+        "image path in another Unicode form",
+        "write names as they are on disk: an accent is one character in NFC, two in NFD",
+    )
     UNREADABLE_IMAGE = "unreadable image", "save it again, as JPEG, PNG or WebP"
     HUGE_IMAGE = "decompression bomb", "save the image with fewer pixels"
     ANIMATED_IMAGE = "animated image", "save one frame of it as a still image"

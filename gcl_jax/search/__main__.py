@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from gcl_jax import config
+from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_run
 from gcl_jax.search.searcher import (
@@ -67,7 +68,7 @@ def _parse_assignment(kinds: Mapping[str, str], assignment: str) -> tuple[str, s
     if kinds[field] == "text":
         return field, value.strip()
     try:
-        return field, Path(value).read_bytes()
+        return field, read_file(Path(value))
     except OSError as error:
         raise UserError(
             f"--query={assignment!r}: cannot read the image: {error.strerror}"

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from gcl_jax.data.store import Records
+from gcl_jax.data.transforms import ImageError, open_image
 from gcl_jax.errors import DataError
 from gcl_jax.runs import NEWEST, Run, load_run
 
@@ -135,10 +136,10 @@ def image_type(encoded: bytes) -> str:
         DataError: not an image.
     """
     try:
-        with Image.open(io.BytesIO(encoded)) as image:
+        with open_image(encoded) as image:
             return Image.MIME[image.format or ""].removeprefix("image/")
-    except (OSError, KeyError):
-        raise DataError("a field of kind image holds something else") from None
+    except (ImageError, KeyError):
+        raise DataError("a field of kind image holds something else; no browser shows it") from None
 
 
 def fields_of_kind(records: Records, record: Mapping[str, Any], kind: str) -> dict[str, Any]:

@@ -5,7 +5,6 @@ requests under another host's name (DNS rebinding) or from another site. No requ
 """
 
 import importlib.resources
-import io
 import json
 import os
 import socket
@@ -16,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 from werkzeug.exceptions import (
     BadRequest,
     Forbidden,
@@ -29,6 +27,7 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 from werkzeug.wrappers import Request, Response
 
 from gcl_jax.data.store import Records
+from gcl_jax.data.transforms import open_image
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.search.searcher import (
     MAX_K,
@@ -44,8 +43,6 @@ HOSTS = ["localhost", ADDRESS]
 MAX_CHARACTERS = 1_000  # of a typed query
 MAX_BYTES = 2**25  # of an image
 MAX_PIXELS = 40_000_000  # of a query: less than a store may hold, since somebody waits for it
-# What Pillow may try to read: others call programs (EPS) or mean nothing to a browser.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SHOWN = ("png", "jpeg", "webp", "gif", "bmp", "avif")
 PAGE = {"search.html": "text/html", "search.css": "text/css", "search.js": "text/javascript"}
 HEADERS = {
@@ -192,14 +189,8 @@ def check_image(encoded: bytes) -> None:
     Raises:
         DataError: not an image, of no common format, or of more than `MAX_PIXELS` pixels.
     """
-    try:
-        with Image.open(io.BytesIO(encoded), formats=FORMATS) as image:
-            width, height = image.size
-    except UnidentifiedImageError:
-        raise DataError(f"this is not an image ({', '.join(FORMATS)})") from None
-    # As in `decode_image`, whatever a decoder raises.
-    except Exception as error:
-        raise DataError(f"unreadable image: {error}") from None
+    with open_image(encoded) as image:
+        width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(
             f"the image has {width} x {height} = {width * height / 1e6:.0f} million pixels; at "
