@@ -5,6 +5,7 @@ the command line, e.g. `--config.optim.lr=3e-4`. `python -m gcl_jax config` prin
 No jax: a wrong flag is answered before it loads.
 """
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -595,11 +596,24 @@ def check_workdir(workdir: Path) -> None:
         )
 
 
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Where to write a file that becomes `path` at the end: that is complete, or as it was."""
+    unfinished = path.with_name(f"{path.name}.incomplete")
+    yield unfinished
+    unfinished.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value`, and makes the folder; the file is complete or as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
 def save(cfg: TrainConfig, path: Path) -> None:
     """Writes `cfg` as JSON; the file is complete or as it was."""
-    unfinished = path.with_name(f"{path.name}.incomplete")
-    unfinished.write_text(json.dumps(dataclasses.asdict(cfg), indent=2) + "\n")
-    unfinished.replace(path)
+    write_json(path, dataclasses.asdict(cfg))
 
 
 def load(path: Path) -> TrainConfig:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from gcl_jax.errors import ConfigError, UserError, reported_in_one_line
+from gcl_jax.errors import ConfigError, UserError, first_line, reported_in_one_line
 
 FLAGS = {
     "coordinator": (str, "HOST:PORT of process 0 (default: $JAX_COORDINATOR_ADDRESS)"),
@@ -31,7 +31,7 @@ FLAGS = {
 JOIN_SECONDS = 300
 # A process that is silent for so long is dead, and the others end.
 HEARTBEAT_SECONDS = 40
-# What process 0 leaves the others for their own error before it takes the coordinator down.
+# Process 0, which takes the coordinator with it, leaves so late that the others report their error.
 LAST_WORDS_SECONDS = 3
 HANG_EXIT_CODE = 85  # of `Watchdog`
 
@@ -102,7 +102,7 @@ def explicit(
         ConfigError: they are incomplete or make no sense.
     """
     environment = os.environ
-    # By itself it is but an answer that jax asks for: schedulers such as XPK set it.
+    # An address in the environment alone makes no run of several processes: XPK sets it always.
     asked = coordinator is not None
     coordinator = coordinator or environment.get("JAX_COORDINATOR_ADDRESS")
     if coordinator and ":" not in coordinator and "JAX_COORDINATOR_PORT" in environment:
@@ -260,8 +260,7 @@ def _initialize(rendezvous: Rendezvous | None) -> None:
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError) as error:
-        reason = str(error).partition("\n")[0]
-        _exit_with(f"the processes of this run do not find each other: {reason}")
+        _exit_with(f"the processes of this run do not find each other: {first_line(error)}")
     finally:
         timer.cancel()
 
@@ -273,10 +272,10 @@ def _leave(error: BaseException) -> NoReturn:
     code = 1
     lost = isinstance(error, jax.errors.JaxRuntimeError) and any(w in str(error) for w in _LOST)
     if lost:
-        reason = str(error).partition("\n")[0]
         error = UserError(
-            f"process {jax.process_index()} lost another process of this run ({reason}); see that "
-            "one's output; the same command continues from the last checkpoint"
+            f"process {jax.process_index()} lost another process of this run "
+            f"({first_line(error)}); see that one's output; the same command continues from the "
+            "last checkpoint"
         )
     try:
         with reported_in_one_line():

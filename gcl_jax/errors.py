@@ -19,6 +19,11 @@ class DataError(UserError):
     """Input data that cannot be used; the message names the file and the row."""
 
 
+def first_line(error: BaseException) -> str:
+    """What another library says, in one line."""
+    return (str(error) or type(error).__name__).strip().partition("\n")[0]
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError` with `message`, which starts with the key, unless `condition` holds."""
     if not condition:

@@ -1,5 +1,5 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events, one progress line; and whose words
-do not."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events, a progress bar; and how libraries
+are kept from printing between them."""
 
 import hashlib
 import json
@@ -14,6 +14,7 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
+from gcl_jax.config import replacing
 from gcl_jax.errors import ConfigError
 
 
@@ -57,9 +58,8 @@ class MetricWriter:
             return
         if self._path.exists():
             lines = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
-            unfinished = self._path.with_name(f"{self._path.name}.incomplete")
-            unfinished.write_text("".join(f"{line}\n" for line in lines))
-            unfinished.replace(self._path)
+            with replacing(self._path) as unfinished:
+                unfinished.write_text("".join(f"{line}\n" for line in lines))
         log = SessionLog(status=SessionLog.START)
         self._events.add_event(Event(step=start + 1, wall_time=time.time(), session_log=log))
 

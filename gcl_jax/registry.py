@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, first_line
 
 T = TypeVar("T")
 
@@ -117,7 +117,8 @@ def load_extensions(sources: Iterable[str]) -> None:
         except ConfigError:
             raise
         except Exception as error:
-            raise ConfigError(f"extension {source} cannot be imported: {error}") from None
+            reason = first_line(error)
+            raise ConfigError(f"extension {source} cannot be imported: {reason}") from None
 
 
 OBJECTIVES = Registry(

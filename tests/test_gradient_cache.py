@@ -140,5 +140,5 @@ def test_memory_is_flat_in_the_number_of_chunks(mesh, tiny_config, tiny_batch):
 def test_chunks_that_do_not_fit_the_devices_are_refused(tiny_config):
     tiny_config.optim.batch_size, tiny_config.optim.grad_cache_chunks = 48, 4
     tx = make_optimizer(tiny_config.optim, 4, abstract_model(tiny_config.model)[1])
-    with pytest.raises(ConfigError, match="48 is no multiple of chunks=4 x 8 devices"):
+    with pytest.raises(ConfigError, match="48 is no multiple of grad_cache_chunks=4 x 8 devices"):
         make_train_step(tiny_config, tx, make_cpu_mesh(4, 2))

@@ -16,7 +16,8 @@ from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import DataError
 from gcl_jax.models.clip import abstract_model, merge
 from gcl_jax.models.presets import preset
-from gcl_jax.port.convert import resize_positions, to_state_dict
+from gcl_jax.models.towers import resize_positions
+from gcl_jax.port.convert import to_state_dict
 from gcl_jax.port.pretrained import export_pretrained, load_pretrained, model_config
 
 CLIP = SMALL["clip"]

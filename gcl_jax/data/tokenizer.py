@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, first_line
 
 CLIP_START, CLIP_END = "<start_of_text>", "<end_of_text>"
 # CLIP's pattern is case-insensitive. That matters for its few words, where the long s is an s, and
@@ -223,7 +223,7 @@ def load_hugging_face(name: str) -> Any:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # Whatever its many parsers raise, the folder is to blame.
     except Exception as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         if importlib.util.find_spec("sentencepiece") is None and any(folder.glob("*.model")):
             reason = 'a SentencePiece model needs sentencepiece: pip install "gcl_jax[text]"'
         raise ConfigError(f"tokenizer folder {name} cannot be loaded: {reason}") from error
@@ -238,7 +238,7 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=[*_TOKENIZER_FILES], etag_timeout=10))
     except Exception as error:  # of the network, the hub, or the cache
-        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"tokenizer {name!r} is not 'clip', nor a folder, and not had from the hub: {reason}"
+            f"tokenizer {name!r} is not 'clip', nor a folder, and not had from the hub: "
+            f"{first_line(error)}"
         ) from error

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from gcl_jax import logs
+from gcl_jax.config import replacing
 from gcl_jax.errors import UserError
 
 EMBEDDINGS, IDS = "embeddings.npy", "ids.parquet"  # of `vectors.py`
@@ -30,9 +31,9 @@ def check(kinds: list[str]) -> None:
 def export(folder: Path, kind: str) -> Path:
     """Writes one of `EXPORTS` of the embeddings in `folder`, beside them, and returns its path."""
     write, name, *_ = EXPORTS[kind]
-    path, unfinished = folder / name, folder / f"{name}.incomplete"
-    write(folder, unfinished)
-    return unfinished.replace(path)
+    with replacing(folder / name) as unfinished:
+        write(folder, unfinished)
+    return folder / name
 
 
 def _blocks(folder: Path, kind: str) -> Iterator[tuple[int, np.ndarray]]:

@@ -30,7 +30,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from gcl_jax import distributed
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import TrainConfig, write_json
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore, is_locked, locked, read_checksums, sha256
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
@@ -153,7 +153,7 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
             made = building / "made"
             if not folder.exists():
                 _write_ids(task, made / IDS)
-                _note(made / MANIFEST, manifest | {"checksums": _checksums(made)})
+                write_json(made / MANIFEST, manifest | {"checksums": _checksums(made)})
                 made.rename(folder)
             shutil.rmtree(building)
     multihost_utils.sync_global_devices("embedded")
@@ -238,15 +238,8 @@ def _done(folder: Path, building: Path, manifest: dict) -> int:
     shutil.rmtree(made, ignore_errors=True)
     (building / "done").unlink(missing_ok=True)
     made.mkdir()
-    _note(made / MANIFEST, manifest)
+    write_json(made / MANIFEST, manifest)
     return 0
-
-
-def _note(path: Path, value: object) -> None:
-    """Writes `value` as JSON; the file is complete or as it was."""
-    unfinished = path.with_name(f"{path.name}.incomplete")
-    unfinished.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-    unfinished.replace(path)
 
 
 def _write(
@@ -271,7 +264,7 @@ def _write(
                 for file in arrays.values():
                     file.flush()
                     os.fsync(file.fileno())
-                _note(building / "done", done)
+                write_json(building / "done", done)
                 noted = time.monotonic()
 
 

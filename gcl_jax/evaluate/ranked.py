@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax import distributed
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import TrainConfig, write_json
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.embed.vectors import EmbeddingCache
@@ -279,5 +279,5 @@ def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str 
     with results.writing(text):
         for split, report in reports.items():
             name = split if embed_dim is None else f"{split}@{embed_dim}"
-            results.write_json(workdir / "eval" / "recall" / f"{name}.json", report)
+            write_json(workdir / "eval" / "recall" / f"{name}.json", report)
     return text

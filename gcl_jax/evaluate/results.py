@@ -6,7 +6,6 @@
 
 import contextlib
 import dataclasses
-import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gcl_jax.config import replacing, write_json
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate import metrics, trec
 from gcl_jax.evaluate.judgements import group_members
@@ -121,16 +121,9 @@ def write(path: Path, report: dict, result: SplitResult) -> None:
     path.parent.mkdir(exist_ok=True)
     columns = {name: result.merged[key] for name, key in metrics.names("columns").items()}
     columns |= {GROUP_COLUMN + name: pa.array(x) for name, x in result.groups.items()}
-    unfinished = path.with_name(f"{path.name}.incomplete")
-    pq.write_table(pa.table({"query_id": result.query_ids, **columns}), unfinished)
-    unfinished.replace(path.with_name(f"{path.name}.parquet"))
+    with replacing(path.with_name(f"{path.name}.parquet")) as unfinished:
+        pq.write_table(pa.table({"query_id": result.query_ids, **columns}), unfinished)
     write_json(path.with_name(f"{path.name}.json"), report)
-
-
-def write_json(path: Path, report: dict) -> None:
-    """Writes `report`; the file is complete or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    trec.write_lines(path, [json.dumps(report, indent=2) + "\n"])
 
 
 @contextlib.contextmanager

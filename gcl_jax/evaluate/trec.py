@@ -24,6 +24,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from gcl_jax.config import replacing
 from gcl_jax.data.store import SEPARATOR
 from gcl_jax.errors import DataError
 
@@ -204,10 +205,11 @@ def write_ranking(path: Path, ranking: Ranking) -> None:
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Writes a text file, which is complete or as it was."""
-    unfinished = path.with_name(f"{path.name}.incomplete")
-    with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+    with (
+        replacing(path) as unfinished,
+        unfinished.open("w", encoding="utf-8", newline="\n") as file,
+    ):
         file.writelines(lines)
-    unfinished.replace(path)
 
 
 def _in_a_column(name: str) -> str:

@@ -17,7 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from jaxtyping import Array, Float
 
 from gcl_jax.config import LossConfig, choices
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, first_line
 from gcl_jax.losses.blockwise import BLOCK_SIZE, product
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.objectives import objective
@@ -102,8 +102,7 @@ def _array(name: str, x: Any, dtype: Any = None) -> jax.Array:
     try:
         return jnp.asarray(x, dtype)
     except (TypeError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigError(f"{name} must be an array of numbers: {reason}") from None
+        raise ConfigError(f"{name} must be an array of numbers: {first_line(error)}") from None
 
 
 def _pair_rows(weights: Any, queries: Any) -> PairRows:

@@ -183,7 +183,7 @@ def in_batch_accuracy(
     """{"query_to_document", "document_to_query": float32 share of the valid pairs}: of the merged
     queries, how many are nearer to their own document than to all others of the global batch, and
     of the documents to their own query. Other pairs of the same query or document, and what is
-    known to be relevant, compete with nobody. A tie is wrong: who embeds all alike knows nothing.
+    known to be relevant, do not compete. A tie is wrong: embeddings that are all alike get 0.
 
     Arguments as those of `multi_field_loss`; costs one of its forward sweeps.
     """

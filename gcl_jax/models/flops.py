@@ -74,8 +74,8 @@ def train_flops(
     cfg: TrainConfig, kinds: Kinds | None = None, text_lengths: TextLengths | None = None
 ) -> float:
     """Of the towers in one training step of the whole global batch: forward, and twice that
-    backward, which is what model FLOP utilisation counts. What `remat` and `chunks` compute again
-    is not in it, nor that frozen layers need less, nor the loss (see
+    backward, which is what model FLOP utilisation counts. What `remat` and `grad_cache_chunks`
+    compute again is not in it, nor that frozen layers need less, nor the loss (see
     `losses.multi_field`). Arguments: as in `pair_flops`."""
     return 3 * pair_flops(cfg, kinds, text_lengths, training=True) * cfg.optim.batch_size
 

@@ -1,12 +1,16 @@
 """The towers that come with gcl_jax: vision transformers as open_clip (CLIP) and timm (SigLIP)
 build them, their text transformer, and BERT. `gcl_jax.models.families` declares them."""
 
+import math
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from gcl_jax.config import TextConfig, VisionConfig
+from gcl_jax.errors import DataError
 from gcl_jax.models.layers import ACTIVATIONS, Linear, Mlp, Numerics, Transformer
 from gcl_jax.sharding import looked_up
 
@@ -177,3 +181,24 @@ class Projection(nnx.Module):
             x = ACTIVATIONS["gelu"](x @ self.hidden[...].astype(self.dtype))
         x = x @ self.kernel[...].astype(self.dtype)
         return x + self.bias[...].astype(self.dtype) if self.kind == "linear_bias" else x
+
+
+def resize_positions(
+    table: Float[np.ndarray, "n d"], rows: int, class_tokens: int
+) -> Float[np.ndarray, "m d"]:
+    """Position embeddings of a square grid, behind `class_tokens` rows that stay as they are,
+    resized to a square grid that makes `rows` in all: bicubic, antialiased.
+
+    Raises:
+        DataError: the grid is not square.
+    """
+    kept, grid = table[:class_tokens], table[class_tokens:].astype(np.float32)
+    old, new = math.isqrt(len(grid)), math.isqrt(rows - class_tokens)
+    if old * old != len(grid) or new * new != rows - class_tokens or not old:
+        raise DataError(
+            f"visual.positional_embedding: {len(table)} rows are no square grid to make "
+            f"{rows} rows of"
+        )
+    image = grid.reshape(old, old, -1)
+    resized = jax.image.resize(image, (new, new, image.shape[-1]), "cubic", antialias=True)
+    return np.concatenate([kept, np.asarray(resized).reshape(new * new, -1)])

@@ -266,7 +266,8 @@ class Projection(NamedTuple):
 
 def project(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float) -> Projection:
     """Not a measurement: arithmetic at the share `utilisation` of the chip's peak, and with all its
-    links busy. What `remat` and `chunks` compute again is in it; reading memory is not."""
+    links busy. What `remat` and `grad_cache_chunks` compute again is in it; reading memory is
+    not."""
     chip = topology.chip
     assert chip is not None, "nothing is known of CPUs"
     passes = 3 + (cfg.model.remat == "full") + (cfg.optim.grad_cache_chunks > 1)

@@ -6,7 +6,7 @@ import os
 import re
 from typing import Any, NamedTuple
 
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, first_line
 from gcl_jax.models.flops import CHIPS, Chip
 
 # {name: (jax's device kind, the most dimensions of a slice)}
@@ -116,8 +116,8 @@ def _tpu(name: str, kind: str, sizes: list[int]) -> Topology:
     try:
         described = topologies.get_topology_desc(topology_name=name, platform="tpu")
     except Exception as error:
-        line = str(error).splitlines()[0]
-        raise ConfigError(f"--topology={name}: the TPU compiler refuses it: {line}") from None
+        reason = first_line(error)
+        raise ConfigError(f"--topology={name}: the TPU compiler refuses it: {reason}") from None
     chip = CHIPS[device_kind]
     devices = list(described.devices)
     return Topology(name, "tpu", devices, chip.memory, chip, {})

@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Float
 
 from gcl_jax.config import ModelConfig
 from gcl_jax.errors import DataError
 from gcl_jax.models.clip import LORA, abstract_model, init_params
+from gcl_jax.models.towers import resize_positions
 from gcl_jax.registry import Registry
 from gcl_jax.sharding import Params
 
@@ -394,24 +394,3 @@ def _fit_positions(path: str, table: np.ndarray, rows: int, cfg: ModelConfig) ->
             "tower that reads the end token (pool='argmax') can do with fewer"
         )
     return table[:rows]
-
-
-def resize_positions(
-    table: Float[np.ndarray, "n d"], rows: int, class_tokens: int
-) -> Float[np.ndarray, "m d"]:
-    """Position embeddings of a square grid, behind `class_tokens` rows that stay as they are,
-    resized to a square grid that makes `rows` in all: bicubic, antialiased.
-
-    Raises:
-        DataError: the grid is not square.
-    """
-    kept, grid = table[:class_tokens], table[class_tokens:].astype(np.float32)
-    old, new = math.isqrt(len(grid)), math.isqrt(rows - class_tokens)
-    if old * old != len(grid) or new * new != rows - class_tokens or not old:
-        raise DataError(
-            f"visual.positional_embedding: {len(table)} rows are no square grid to make "
-            f"{rows} rows of"
-        )
-    image = grid.reshape(old, old, -1)
-    resized = jax.image.resize(image, (new, new, image.shape[-1]), "cubic", antialias=True)
-    return np.concatenate([kept, np.asarray(resized).reshape(new * new, -1)])

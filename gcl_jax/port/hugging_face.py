@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gcl_jax.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import ConfigError, DataError, first_line
 from gcl_jax.port.convert import (
     ONE,
     ONE_ONE,
@@ -375,7 +375,3 @@ def _download(repository: str, api: Callable, snapshot: Callable) -> Path:
                 f"{repository}: no such file or folder, and the Hugging Face hub gives none: "
                 f"{first_line(error)}"
             ) from None
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().partition("\n")[0]

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from gcl_jax.config import ModelConfig, from_dict
 from gcl_jax.data.tokenizer import load_hugging_face
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import ConfigError, DataError, first_line
 from gcl_jax.models.clip import merge_lora
 from gcl_jax.models.presets import from_open_clip, preset
 from gcl_jax.port import hugging_face, open_clip, sentence_transformers
@@ -35,7 +35,6 @@ from gcl_jax.port.hugging_face import (
     TORCH_SUFFIXES,
     WEIGHT_FILES,
     chosen_weights,
-    first_line,
     is_hub_id,
     locate,
 )

@@ -17,6 +17,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from gcl_jax import logs
+from gcl_jax.config import write_json
 from gcl_jax.data import store
 from gcl_jax.errors import ConfigError
 from gcl_jax.prepare.source import BadRows, Item, Loaded
@@ -153,9 +154,7 @@ class PartsWriter:
                 part.read += 1
                 done(1)
         part.skipped = self._bad_rows.skipped[skipped_before:]
-        unfinished = folder / "part.json.unfinished"
-        unfinished.write_text(json.dumps(dataclasses.asdict(part)))
-        unfinished.rename(note)
+        write_json(note, dataclasses.asdict(part))
         return part
 
     def _join(self, parts: list[Part], out: Path) -> None:

@@ -156,7 +156,7 @@ class Monitor:
 
 
 class SpikeAlarm:
-    """Hears the loss of every step, and calls out when it leaps."""
+    """Reports a loss far above its running mean; told of every step."""
 
     def __init__(self, cfg: NonFiniteConfig):
         self._spike = cfg.spike

@@ -150,7 +150,7 @@ def check_chunks(batch_size: int, chunks: int, mesh: Mesh) -> None:
     """Raises `ConfigError` unless every chunk is spread evenly over the devices."""
     if batch_size % (chunks * mesh.size):
         raise ConfigError(
-            f"config.optim.batch_size={batch_size} is no multiple of chunks={chunks} x "
+            f"config.optim.batch_size={batch_size} is no multiple of grad_cache_chunks={chunks} x "
             f"{mesh.size} devices"
         )
 
