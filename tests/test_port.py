@@ -723,7 +723,7 @@ def run(*arguments: str) -> None:
 
 
 def test_a_model_is_imported_and_exported_again(tmp_path, tiny_store, capsys, clip_params):
-    from gcl_jax.runs import load_run
+    from gcl_jax.runs import load_run, parameters_digest
 
     folder, workdir = tmp_path / "model", tmp_path / "run"
     cfg, params, _ = exported(tmp_path, "bert", "hugging_face")
@@ -740,12 +740,26 @@ def test_a_model_is_imported_and_exported_again(tmp_path, tiny_store, capsys, cl
     assert_same_params(jax.tree.map(np.asarray, loaded.params), params)
 
     (workdir / "eval").mkdir()
-    report = {"split": "zero_shot", "summary": {"NDCG@10": 0.5}}
-    (workdir / "eval/zero_shot.json").write_text(json.dumps(report))
+    report = {"split": "zero_shot", "step": 0, "summary": {"NDCG@10": 0.5}}
+    report["checkpoint"], report["embed_dim"] = parameters_digest(loaded.params), cfg.embed_dim
+    files = {"zero_shot": report, "zero_shot@8": report | {"embed_dim": 8}}
+    files |= {"early": report | {"split": "early", "step": 7}, "odd": [], "x.gt_results": {}}
+    files["other"] = report | {"split": "other", "checkpoint": "0"}
+    for name, content in files.items():
+        (workdir / f"eval/{name}.json").write_text(json.dumps(content))
+    capsys.readouterr()
     run("export", "--workdir", workdir, "--format=hugging_face", "--out", tmp_path / "again")
-    assert "| zero_shot | 0.5000 |" in (tmp_path / "again/README.md").read_text()
+    card = (tmp_path / "again/README.md").read_text()
+    rows = [line for line in card.splitlines() if "0.5000" in line]
+    assert rows == ["| zero_shot | 0.5000 |", "| zero_shot, first 8 dimensions | 0.5000 |"]
+    assert "\n- documents: 1 title\n" in card
+    named = capsys.readouterr()
+    assert "eval/early.json is of step 7, the weights are of step 0, so the model " in named.err
+    assert "eval/other.json is of step 0, but not known to be of these weights" in named.err
+    assert "eval/odd.json is no evaluation" in named.err
+    assert "gt_results" not in named.err
     assert_same_params(load_pretrained(str(tmp_path / "again"), cfg), params)
-    assert str(tmp_path / "again") in capsys.readouterr().out
+    assert str(tmp_path / "again") in named.out
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "again").glob("*.*")}
     assert len(modes) == 1  # others may read the weights if they may read the rest
 

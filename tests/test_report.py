@@ -309,9 +309,14 @@ def test_runs_that_cannot_be_compared(workdir, others, tmp_path):
         pages.write_report([workdir, elsewhere])
     shutil.copytree(others[0], tmp_path / "dev")
     path = tmp_path / "dev" / "eval" / "zero_shot.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"ground_truth": "dev"}))
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps(report | {"ground_truth": "dev"}))
     with pytest.raises(DataError, match=r"was evaluated by the ground truth 'sampled', .*'dev'"):
         pages.write_report([workdir, tmp_path / "dev"])
+    for other in ({"step": 7}, {"checkpoint": "of other weights"}):
+        path.write_text(json.dumps(report | other))
+        with pytest.raises(DataError, match=r"eval is not all of the checkpoint at step 0"):
+            pages.write_report([tmp_path / "dev"])
 
 
 def test_interval_chart_encloses_its_intervals_and_zero():

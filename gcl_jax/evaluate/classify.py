@@ -22,7 +22,7 @@ from gcl_jax.data.transforms import IMAGE_ENDINGS
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.evaluate.results import writing
+from gcl_jax.evaluate.results import of_model, writing
 from gcl_jax.prepare.records import image_cell, text_cell
 from gcl_jax.prepare.rows import read_rows
 from gcl_jax.prepare.source import Place, RowError
@@ -143,9 +143,10 @@ def classify_workdir(
     if embed_dim is not None:
         set_embed_dim(cfg, embed_dim)
     result = classify(Embedder(cfg, params, mesh), data, prompts)
+    model = of_model(cfg, params, step)
     if not distributed.is_first():
         return ""
-    report = {"step": step, "data": str(path), "templates": prompts, **result}
+    report = model | {"data": str(path), "templates": prompts, **result}
     name = path.resolve().stem if embed_dim is None else f"{path.resolve().stem}@{embed_dim}"
     text = format_result(result)
     with writing(text):

@@ -214,11 +214,12 @@ def evaluate_workdir(
         group_by=group_by,
         cache=EmbeddingCache(workdir, step),
     )
+    model = results.of_model(cfg, params, step)
     if not distributed.is_first():
         return ""
     reports = {}
     for split, result in found.items():
-        reports[split] = results.as_report(split, step, result)
+        reports[split] = results.as_report(split, step, result) | model
         reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
     text = results.format_tables(found)
     if group_by is not None:
@@ -253,15 +254,16 @@ def recall_at(
 
 
 def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str = NEWEST) -> str:
-    """Writes WORKDIR/eval/recall/SPLIT.json, {"step", "captions", "images"} (their numbers) and
-    `recall_at`, for a checkpoint of a run and returns the table, one row per split."""
+    """Writes WORKDIR/eval/recall/SPLIT.json, `results.of_model`, how many "captions" and "images"
+    there are, and `recall_at`, for a checkpoint of a run and returns the table, a row per
+    split."""
     cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
     embedder, weights = Embedder(cfg, params, mesh), cfg.data.query_fields
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     rows = np.unique(np.concatenate(list(corpora.values())))
     documents = EmbeddingCache(workdir, step).documents(cfg, store, embedder, rows)
     table: list[list] = []
-    reports = {}
+    reports, model = {}, results.of_model(cfg, params, step)
     for split, corpus in corpora.items():
         pairs = store.pairs(split)
         asked, text_of = np.unique(pairs.query, return_inverse=True)
@@ -269,7 +271,7 @@ def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str 
         texts = queries.merged(weights)[text_of]
         image_of = np.searchsorted(corpus, pairs.document)
         shares = recall_at(texts, documents.of(corpus)["merged"], image_of)
-        reports[split] = {"step": step, "captions": len(texts), "images": len(corpus), **shares}
+        reports[split] = model | {"captions": len(texts), "images": len(corpus), **shares}
         table.append([split, len(texts), len(corpus), *chain(*map(dict.values, shares.values()))])
     if not distributed.is_first():
         return ""

@@ -9,14 +9,15 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from gcl_jax.config import replacing, write_json
+from gcl_jax.config import TrainConfig, replacing, write_json
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate import metrics, trec
 from gcl_jax.evaluate.judgements import group_members
+from gcl_jax.runs import parameters_digest
 
 # {key of `metrics.evaluate_rankings`: float64 (q,)}
 MetricValues = Mapping[str, np.ndarray]
@@ -93,6 +94,13 @@ def as_report(split: str, step: int, result: SplitResult) -> dict:
             for grouping, labels in result.groups.items()
         }
     return with_sections(report, result.merged)
+
+
+def of_model(cfg: TrainConfig, params: dict[str, Any], step: int) -> dict[str, int | str]:
+    """What results say of the model they are of: its training step, the digest of its parameters
+    as "checkpoint", and how many dimensions of its embeddings count. All processes call it."""
+    dim = cfg.eval.embed_dim or cfg.model.embed_dim
+    return {"step": step, "checkpoint": parameters_digest(params), "embed_dim": dim}
 
 
 def with_sections(report: dict, values: MetricValues) -> dict:

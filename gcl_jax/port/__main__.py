@@ -7,6 +7,7 @@ sentence-transformers; or, with --format=run, as a workdir of its parameters alo
 
 import argparse
 import json
+import sys
 import textwrap
 from pathlib import Path
 
@@ -88,17 +89,31 @@ def _embeddable(
     return dict.fromkeys(names, 1 / len(names))
 
 
-def read_metrics(workdir: Path) -> dict[str, dict[str, float]]:
-    """{split: {metric: value}} of the evaluation in `workdir`, empty if there was none."""
+def read_metrics(
+    workdir: Path, cfg: TrainConfig, step: int, checkpoint: str
+) -> dict[str, dict[str, float]]:
+    """{split: {metric: value}} of the evaluations in `workdir` that are of the model of this step
+    with the parameters of the digest `checkpoint`, shortened embeddings as "SPLIT, first DIM
+    dimensions"; the others are named on stderr."""
     metrics = {}
     for path in sorted((workdir / "eval").glob("*.json")):
-        if path.name.endswith((".gt_results.json", ".retrieval.json")):  # of --write_runs
+        if path.name.endswith((".gt_results.json", ".retrieval.json")):  # of `--write_runs`
             continue
         try:
             report = json.loads(path.read_text("utf-8"))
-            metrics[str(report["split"])] = {k: float(x) for k, x in report["summary"].items()}
+            split, dim = str(report["split"]), report.get("embed_dim", cfg.model.embed_dim)
+            found = {k: float(x) for k, x in report["summary"].items()}
+            if (report["step"], report.get("checkpoint")) == (step, checkpoint):
+                shortened = f", first {dim} dimensions" if dim != cfg.model.embed_dim else ""
+                metrics[split + shortened] = found
+                continue
+            what = f"of step {report['step']}, the weights are of step {step}"
+            if report["step"] == step:
+                what = f"of step {step}, but not known to be of these weights"
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise DataError(f"{path} is no evaluation; run gcl_jax.evaluate again") from None
+            what = "no evaluation"
+        again = f"python -m gcl_jax.evaluate --workdir={workdir} --checkpoint={step}"
+        print(f"{path} is {what}, so the model card leaves it out; `{again}`", file=sys.stderr)
     return metrics
 
 
@@ -182,9 +197,9 @@ def export_run(args: argparse.Namespace) -> None:
         _require_unused(args.out, "--out")
 
     from gcl_jax.port.pretrained import export_pretrained
-    from gcl_jax.runs import load_model
+    from gcl_jax.runs import load_model, parameters_digest
 
-    cfg, params, _, _ = load_model(args.workdir, args.checkpoint)
+    cfg, params, _, step = load_model(args.workdir, args.checkpoint)
     if args.format == "run":
         _write_run(params, cfg, args.out)
         return
@@ -193,7 +208,8 @@ def export_run(args: argparse.Namespace) -> None:
         cfg.model,
         args.out,
         args.format,
-        metrics=read_metrics(args.workdir),
+        fields={"queries": cfg.data.query_fields, "documents": cfg.data.document_fields},
+        metrics=read_metrics(args.workdir, cfg, step, parameters_digest(params)),
         overwrite=args.overwrite,
         torch_file=args.torch_file,
     )

@@ -248,6 +248,7 @@ def export_pretrained(
     folder: str | Path,
     format: str = "hugging_face",
     *,
+    fields: Metrics | None = None,
     metrics: Metrics | None = None,
     overwrite: bool = False,
     torch_file: bool = False,
@@ -257,8 +258,9 @@ def export_pretrained(
     "open_clip": open_clip_config.json and open_clip_model.safetensors, for
     `create_model("local-dir:FOLDER")`. "hugging_face": config.json, model.safetensors, tokenizer
     and preprocessor, for transformers; a text tower alone also loads in sentence-transformers.
-    "safetensors": our own names. Each has a README.md, a model card with `metrics`
-    ({split: {metric: value}}). Low-rank updates are merged; `cfg.dtype` and the like are not kept.
+    "safetensors": our own names. Each has a README.md, a model card with `fields`
+    ({side: {field: weight}}) and `metrics` ({split: {metric: value}}). Low-rank updates are merged;
+    `cfg.dtype` and the like are not kept.
 
     Args:
         overwrite: replace `folder` if it holds an earlier export; an empty one always is replaced.
@@ -290,7 +292,8 @@ def export_pretrained(
         (made / f"{file}.safetensors").chmod(made.stat().st_mode & 0o666)  # not for us alone
         if torch_file and format == "open_clip":
             _save_torch(weights, made / "open_clip_pytorch_model.bin")
-        card = _model_card(cfg, Path(folder).absolute().name, library, metrics or {})
+        name = Path(folder).absolute().name
+        card = _model_card(cfg, name, library, fields or {}, metrics or {})
         (made / "README.md").write_text(card, "utf-8")
 
 
@@ -313,12 +316,15 @@ def _contents(params: Params, cfg: ModelConfig, format: str) -> tuple[str, str, 
     return "sentence-transformers", "bert", sentence_transformers.to_files(cfg, **learned)
 
 
-def _model_card(cfg: ModelConfig, name: str, library: str, metrics: Metrics) -> str:
-    """Markdown: what the model is, how `library` loads it, and its `metrics`."""
+def _model_card(
+    cfg: ModelConfig, name: str, library: str, fields: Metrics, metrics: Metrics
+) -> str:
+    """Markdown: what the model is, how `library` loads it, its `fields` and `metrics`."""
     card = (resources.files("gcl_jax.port") / "card.md").read_text("utf-8")
     columns = list(dict.fromkeys(key for values in metrics.values() for key in values))
     template = jinja2.Template(card, trim_blocks=True, lstrip_blocks=True)
-    return template.render(cfg=cfg, name=name, library=library, metrics=metrics, columns=columns)
+    given = {"fields": fields, "metrics": metrics, "columns": columns}
+    return template.render(cfg=cfg, name=name, library=library, **given)
 
 
 def _save_torch(weights: Mapping[str, np.ndarray], path: Path) -> None:

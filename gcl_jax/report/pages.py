@@ -1,7 +1,6 @@
 """What report.html and comparison.html show: evaluations, curves of the training, and test queries
 with what runs find for them, with pictures."""
 
-import contextlib
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -19,8 +18,8 @@ from gcl_jax.errors import DataError, UserError
 from gcl_jax.evaluate.judgements import Judgements, load_judgements
 from gcl_jax.evaluate.metrics import evaluate_rankings
 from gcl_jax.evaluate.results import compare
-from gcl_jax.report.charts import compared_charts, interval_chart, training_charts
-from gcl_jax.runs import load_run
+from gcl_jax.report.charts import compared_charts, interval_chart, read_metrics, training_charts
+from gcl_jax.runs import load_run, parameters_digest
 from gcl_jax.search.searcher import SearchIndex, fields_of_kind
 from gcl_jax.stores import one_store
 
@@ -117,15 +116,6 @@ def read_run(name: str, workdir: Path, store: RankedStore, splits: Sequence[str]
     )
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, without a line that a kill cut short; none if it is missing."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def read_evaluation(workdir: Path, split: str) -> dict[str, Any]:
     """WORKDIR/eval/SPLIT.json. Raises `DataError` if it is missing or damaged."""
     path = workdir / "eval" / f"{split}.json"
@@ -162,11 +152,21 @@ def read_sample(workdir: Path, cfg: TrainConfig, store: RankedStore, split: str)
 
 def open_index(run: EvaluatedRun) -> tuple[SearchIndex, int]:
     """An index of all documents that the splits search, by the checkpoint that was evaluated, and
-    how many parameters the model has."""
+    how many parameters the model has.
+
+    Raises:
+        DataError: the evaluations are of several checkpoints, or of other parameters.
+    """
     import jax
 
-    evaluated = next(iter(run.evaluations.values()))["step"]
-    opened = load_run(run.workdir, checkpoint=str(evaluated))
+    evaluations = run.evaluations.values()
+    step = next(iter(evaluations))["step"]
+    opened = load_run(run.workdir, checkpoint=str(step))
+    digest = parameters_digest(opened.params)
+    # Results of earlier versions have the step alone.
+    if {(x["step"], x.get("checkpoint", digest)) for x in evaluations} != {(step, digest)}:
+        folder = run.workdir / "eval"
+        raise DataError(f"{folder} is not all of the checkpoint at step {step}: evaluate again")
     searched = np.unique(np.concatenate([opened.store.corpus(split) for split in run.samples]))
     parameters = sum(x.size for x in jax.tree.leaves(opened.params))
     return SearchIndex(opened, searched, run.workdir), parameters
