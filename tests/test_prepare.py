@@ -2,6 +2,8 @@
 
 import base64
 import csv
+import datetime
+import decimal
 import io
 import json
 import shutil
@@ -140,6 +142,47 @@ def test_image_root_and_absolute_paths(folder):
     assert content(run(folder, pairs, f"--image_root={folder / 'img'}")) == expected(folder)
 
 
+NUMBERS = [decimal.Decimal(7), 7.0, 7, decimal.Decimal("7.00"), b"7", " 7 ", "7\t"]
+REFUSED = [
+    7.5,
+    2**53 + 1,
+    1e300,
+    float("inf"),
+    decimal.Decimal(2**60),
+    decimal.Decimal("7.5"),
+    True,
+]
+
+
+@pytest.mark.parametrize("value", [*NUMBERS, *REFUSED], ids=repr)
+def test_numbers_become_ids_the_same_way(value):
+    if value in REFUSED:
+        with pytest.raises(DataError, match="bad id"):
+            records.id_cell(value)
+    else:
+        assert records.id_cell(value) == "7"
+
+
+def test_ids_of_parquet_and_text(folder):
+    """Decimals and dates name the documents that a CSV's texts name."""
+    dates = [datetime.date(2024, 1, 5), datetime.date(2024, 1, 6)]
+    for i, (ids, texts) in enumerate(
+        [
+            (pa.array([12, 13], pa.decimal128(20, 2)), ["12", "13"]),
+            (pa.array(dates, pa.date32()), ["2024-01-05", "2024-01-06 "]),
+            (pa.array([12.0, 13.0]), ["12", "13"]),
+            (pa.array([2**53, 1], pa.int64()), [str(2**53), "1"]),
+        ]
+    ):
+        table = pa.table({"product_id": ids, "title": ["a", "b"]})
+        pq.write_table(table, folder / "documents.parquet")
+        rows = [{"query": f"q{t}", "product_id": t, "score": "10"} for t in texts]
+        pairs = write_table(folder / f"pairs{i}.csv", rows)
+        more = [f"--documents={folder / 'documents.parquet'}", f"--out={folder / f'store{i}'}"]
+        store = run(folder, pairs, *more, fields=TEXT_FIELDS)
+        assert store.documents.ids == [text.strip() for text in texts]
+
+
 def test_text_only_store_with_query_ids_and_two_files(folder):
     rows = [
         {"query": "q", "qid": i, "id": i, "score": 5, "title": f"t{i}", "text": ""} for i in (1, 2)
@@ -196,6 +239,7 @@ BAD_ROWS = {  # row 2 of four: changes, reason, what the message says
     "infinite": ({"score": "inf"}, "bad score", "1..100, 100 best"),
     "too low": ({"score": "0.99"}, "bad score", "1..100, 100 best"),
     "too high": ({"score": "100.5"}, "bad score", "1..100, 100 best"),
+    "underscore": ({"score": "1_0"}, "bad score", "'1_0' is no number"),
     "no score": ({"score": ""}, "bad score", "is no number"),
     "no field": ({"image": "", "title": " "}, "empty document", "image, title"),
     "duplicate": (PAIRS[0], "duplicate pair", "'red thing' and 'a'"),

@@ -2,6 +2,8 @@
 negatives that rows name; and what a cell may hold: text, names, a score, a split, an image."""
 
 import array
+import datetime
+import decimal
 import functools
 import json
 import math
@@ -176,7 +178,8 @@ class GivenNegatives:
         """The names in `row`, whose own pair is of `query` (a text) and `document_id`. Raises
         `RowError`."""
         own = {"query": query, "document": document_id}
-        named = {side: names_cell(row[column]) for side, column in self.columns.items()}
+        cells = {"query": text_cell, "document": id_cell}
+        named = {side: names_cell(row[name], cells[side]) for side, name in self.columns.items()}
         for side, names in named.items():
             if own[side] in names:
                 raise RowError(Reason.OWN_NEGATIVE, f"{side} {own[side]!r}")
@@ -267,7 +270,7 @@ def cells_of(row: Row, fields: dict[str, str]) -> tuple:
 
 def text_cell(value: object) -> str:
     """A cell as text, "" where it is missing or blank. Raises `RowError`."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if value is None or value != value:  # NaN
         return ""
     if isinstance(value, bytes):
         try:
@@ -276,14 +279,29 @@ def text_cell(value: object) -> str:
             raise RowError(Reason.NOT_UTF8, str(error)) from None
     if isinstance(value, int | float):
         value = str(value)
+    elif isinstance(value, decimal.Decimal):
+        value = f"{value:f}"
+    elif isinstance(value, datetime.date):  # a time of a day, too
+        value = value.isoformat()
     if not isinstance(value, str):
         raise RowError(Reason.WRONG_TYPE, f"a {type(value).__name__} in place of a text")
     return "" if value.isspace() else value
 
 
-def names_cell(value: object) -> list[str]:
-    """A cell as a list of texts, each once: a list, or the JSON of one; empty where it is missing.
-    Raises `RowError`."""
+def id_cell(value: object) -> str:
+    """A cell as an id, without blanks around it, "" where it is missing. A number is a whole one,
+    so that 7 and 7.0 are one id in every format. Raises `RowError`."""
+    if isinstance(value, int | float | decimal.Decimal) and not math.isnan(value):
+        # Beyond, a float, which many readers make of a number, is its neighbours' too.
+        if isinstance(value, bool) or not -(2**53) <= value <= 2**53 or value != int(value):
+            raise RowError(Reason.BAD_ID, f"{value!r}")
+        value = int(value)
+    return text_cell(value).strip()
+
+
+def names_cell(value: object, cell: Callable[[object], str] = text_cell) -> list[str]:
+    """A cell as a list of texts, or of what `cell` makes of entries, each once: a list, or the JSON
+    of one; empty where it is missing. Raises `RowError`."""
     shown = repr(value)[:80]
     if not isinstance(value, list):
         text = text_cell(value)
@@ -293,7 +311,7 @@ def names_cell(value: object) -> list[str]:
             raise RowError(Reason.BAD_LIST, shown) from None
         if not isinstance(value, list):
             raise RowError(Reason.BAD_LIST, shown)
-    names = [text_cell(name) for name in value]
+    names = [cell(name) for name in value]
     if not all(names):
         raise RowError(Reason.BAD_LIST, f"an empty entry in {shown}")
     try:
@@ -314,7 +332,8 @@ def image_cell(value: object) -> str | bytes:
 def score_cell(value: object) -> float:
     """A cell as a score. Raises `RowError` when it is no number in [1, 100]."""
     try:
-        if isinstance(value, bool):
+        text = value.decode() if isinstance(value, bytes) else str(value)
+        if isinstance(value, bool) or "_" in text:  # float("1_0") is 10
             raise TypeError
         score = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):

@@ -34,6 +34,7 @@ class Reason(enum.Enum):
     WRONG_TYPE = "wrong type of value", "give a text, or a path or bytes for an image"
     EMPTY_QUERY = "empty query", "give every pair a query"
     EMPTY_DOCUMENT_ID = "empty document id", "give every document an id"
+    BAD_ID = "bad id", "write ids as texts, or as whole numbers up to 2**53"
     EMPTY_DOCUMENT = "empty document", "give every document at least one of its fields"
     BAD_SCORE = "bad score", "scores lie in 1..100, 100 best"
     BAD_SPLIT = "bad split name", "use letters, digits, '_' and '-'"

@@ -21,9 +21,9 @@ from gcl_jax.prepare.records import (
     GivenNegatives,
     TableRecords,
     cells_of,
+    id_cell,
     score_cell,
     split_cell,
-    text_cell,
 )
 from gcl_jax.prepare.rows import TABLES, Formats, Row, count_rows, read_rows, table_files
 from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Source, Split
@@ -257,7 +257,7 @@ class TablesSource(Source):
             raise RowError(Reason.EMPTY_QUERY, f"nothing in {', '.join(self.query_fields)}")
         if self._columns.query_id is None:
             return values[0] if len(values) == 1 else json.dumps(values, ensure_ascii=False), values
-        if key := text_cell(row[self._columns.query_id]):
+        if key := id_cell(row[self._columns.query_id]):
             return key, values
         raise RowError(Reason.EMPTY_QUERY, f"no id in {self._columns.query_id}")
 
@@ -268,7 +268,7 @@ class TablesSource(Source):
         return key, values
 
     def _document_id(self, row: Row) -> str:
-        if key := text_cell(row[self._columns.document_id]):
+        if key := id_cell(row[self._columns.document_id]):
             return key
         raise RowError(Reason.EMPTY_DOCUMENT_ID, f"nothing in {self._columns.document_id}")
 
