@@ -221,6 +221,11 @@ class DataConfig:
         ("none", "swap", "replace"),
     )
 
+    @property
+    def weights(self) -> dict[str, dict[str, float]]:
+        """The fields and their weights by side, "query" and "document"."""
+        return {"query": self.query_fields, "document": self.document_fields}
+
 
 @dataclasses.dataclass(slots=True)
 class OptimConfig:

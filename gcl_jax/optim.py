@@ -17,6 +17,7 @@ from flax import traverse_util
 
 from gcl_jax.config import OptimConfig
 from gcl_jax.errors import ConfigError
+from gcl_jax.models.clip import LORA
 from gcl_jax.registry import OPTIMIZERS, SCHEDULES, TEXT_TOWERS, VISION_TOWERS
 from gcl_jax.sharding import Params
 
@@ -97,7 +98,7 @@ def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
         raise ConfigError(f"config.optim.freeze={cfg.freeze!r} must be a tuple of patterns")
     flat = traverse_util.flatten_dict(params, sep=".")
     depths = {_tower(name): x.shape[0] for name, x in flat.items() if ".blocks." in name}
-    lora = any(map(_is_lora, flat))
+    lora, adapting = any(n.endswith(LORA) for n in flat), (*LORA, "logit_scale", "logit_bias")
     matched, multipliers = set(), {}
     for name, x in flat.items():
         depth = depths.get(_tower(name), 0)
@@ -105,7 +106,7 @@ def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
         for layer, layer_name in _layers(name, depth):
             patterns = {pattern for pattern in cfg.freeze if re.match(pattern, layer_name)}
             matched |= patterns
-            frozen = patterns or (lora and not _is_lora(name) and not name.startswith("logit_"))
+            frozen = patterns or (lora and not name.endswith(adapting))
             factors.append(0.0 if frozen else cfg.layer_decay ** (depth + 1 - layer))
         if any(factors):
             shape = (-1, *[1] * (x.ndim - 1)) if ".blocks." in name else ()
@@ -123,10 +124,6 @@ def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
 
 def _tower(name: str) -> str:
     return name.partition(".")[0]
-
-
-def _is_lora(name: str) -> bool:
-    return name.endswith((".lora_a", ".lora_b"))
 
 
 def _layers(name: str, depth: int):

@@ -185,6 +185,16 @@ class RankedStore:
         return self.directory.name
 
     @property
+    def records(self) -> dict[str, Records]:
+        """By side, "query" and "document"."""
+        return {"query": self.queries, "document": self.documents}
+
+    @property
+    def kinds(self) -> dict[str, dict[str, str]]:
+        """By side, {field: "text" or "image"}."""
+        return {side: records.fields for side, records in self.records.items()}
+
+    @property
     def splits(self) -> list[str]:
         return list(self.info["splits"])
 

@@ -15,17 +15,17 @@ from PIL import Image
 from gcl_jax import logs, sharding
 from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.pipeline import Side
-from gcl_jax.data.store import RankedStore, Records
+from gcl_jax.data.store import Records
 from gcl_jax.data.transforms import read_file
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.models.clip import abstract_params
+from gcl_jax.models.flops import Kinds
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
 from gcl_jax.validation import validate
 
-Kinds = Mapping[str, str]  # {field: "text" or "image"}
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 
@@ -50,7 +50,7 @@ class Model:
         params: Params,
         mesh: Mesh,
         step: int = 0,
-        kinds: Mapping[str, Kinds] | None = None,
+        kinds: Kinds | None = None,
     ):
         """`kinds`: those of the fields of each side; None if nobody knows."""
         self.cfg, self.step, self._kinds = cfg, step, kinds
@@ -70,7 +70,7 @@ class Model:
         """
         if side not in get_args(Side):
             raise UserError(f"side={side!r} must be 'query' or 'document'")
-        return self.cfg.data.query_fields if side == "query" else self.cfg.data.document_fields
+        return self.cfg.data.weights[side]
 
     def encode_text(
         self, texts: str | Iterable[str], side: Side = "query"
@@ -139,7 +139,14 @@ class Model:
         found = self._embed(f"{kind}s", rows, {kind: kind}, {kind: 1.0}, side)
         return found[0] if single else found
 
-    def _embed(self, name: str, rows: list, kinds: Kinds, weights: dict[str, float], side: Side):
+    def _embed(
+        self,
+        name: str,
+        rows: list,
+        kinds: Mapping[str, str],
+        weights: dict[str, float],
+        side: Side,
+    ):
         """Embeddings of `rows` by the fields that `weights` names; `name` is theirs in errors."""
         weights = {field: weight for field, weight in weights.items() if weight > 0}
         used = {}
@@ -237,12 +244,7 @@ def _described(value: Any) -> str:
     return "None" if value is None else f"{type(value).__name__} {repr(value)[:40]}"
 
 
-def kinds_of(store: RankedStore) -> dict[str, Kinds]:
-    """{side: {field: its kind}}, as `Model` wants it."""
-    return {"query": store.queries.fields, "document": store.documents.fields}
-
-
-def _texts_but(image_fields: Collection[str]) -> dict[str, Kinds]:
+def _texts_but(image_fields: Collection[str]) -> Kinds:
     if isinstance(image_fields, str) or not isinstance(image_fields, Collection):
         raise UserError(f"image_fields must be a list of names, not {_described(image_fields)}")
     kinds = collections.defaultdict(lambda: "text", dict.fromkeys(image_fields, "image"))
@@ -277,7 +279,7 @@ def load(
     except DataError:  # texts and images can be embedded all the same
         pass
     else:
-        cfg, kinds = store.resolve(cfg), kinds or kinds_of(store)
+        cfg, kinds = store.resolve(cfg), kinds or store.kinds
     if embed_dim is not None:
         set_embed_dim(cfg, embed_dim)
     return Model(cfg, params, mesh, step, kinds)

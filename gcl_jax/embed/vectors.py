@@ -61,7 +61,7 @@ class Task:
 
     @property
     def records(self):
-        return self.store.documents if self.side == "document" else self.store.queries
+        return self.store.records[self.side]
 
     @property
     def dim(self) -> int:
@@ -69,8 +69,7 @@ class Task:
 
     @property
     def weights(self) -> dict[str, float]:
-        data = self.cfg.data
-        return data.document_fields if self.side == "document" else data.query_fields
+        return self.cfg.data.weights[self.side]
 
     @property
     def bytes(self) -> int:

@@ -111,13 +111,12 @@ def merged_batch(
     mesh: Mesh,
 ) -> Merged:
     """The batch with one embedding for each query and document; arguments of `multi_field_loss`."""
-    fields = {"query": data.query_fields, "document": data.document_fields}
 
     def merge(name: str, side: str) -> tuple[Any, Any]:
         """(merged embeddings, where there is a field of weight above 0: elsewhere they are 0)."""
         present = batch[f"{name}_present"]
-        weighted = [present[field] for field, weight in fields[side].items() if weight]
-        merged = merge_fields(embeddings[name], present, fields[side])
+        weighted = [present[field] for field, weight in data.weights[side].items() if weight]
+        merged = merge_fields(embeddings[name], present, data.weights[side])
         return merged, functools.reduce(jnp.logical_or, weighted)
 
     queries, query_valid = merge("query", "query")

@@ -56,11 +56,10 @@ def mine_run(
     pairs = store.pairs(split)
     # All documents that the queries search; all queries of the split.
     rows = {"query": np.unique(pairs.query), "document": store.corpus(split)}
-    weights = {"query": cfg.data.query_fields, "document": cfg.data.document_fields}
-    records = {"query": store.queries, "document": store.documents}
+    weights = cfg.data.weights
     embeddings = {
         side: embedder.embed(
-            side, records[side], list(weights[side]), rows[side], description=f"embed {side}"
+            side, store.records[side], list(weights[side]), rows[side], description=f"embed {side}"
         ).merged(weights[side])
         for side in ("query", "document")
     }

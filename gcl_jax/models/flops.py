@@ -12,8 +12,8 @@ from gcl_jax.config import ModelConfig, TrainConfig
 from gcl_jax.errors import ConfigError
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
-Kinds = Mapping[str, Mapping[str, str]]
-TextLengths = Mapping[str, Mapping[str, int]]
+Kinds = Mapping[str, Mapping[str, str]]  # {side: {field: "text" or "image"}}
+TextLengths = Mapping[str, Mapping[str, int]]  # {side: {field: tokens}}
 
 
 def tower_flops(
@@ -55,13 +55,12 @@ def pair_flops(
             the context length.
     """
     data = cfg.data
-    sides = {"query": data.query_fields, "document": data.document_fields}
     rows = {"query": 1, "document": 1}
     if training:
         rows["query"] += data.num_negatives * (data.text_negatives != "none")
         rows["document"] += data.num_negatives * bool(data.negatives)
     total = 0.0
-    for side, fields in sides.items():
+    for side, fields in data.weights.items():
         for field in fields:
             default = "image" if field == "image" else "text"
             kind = kinds[side][field] if kinds else default

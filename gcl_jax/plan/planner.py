@@ -66,7 +66,7 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
     if name in SOURCES or (Path(name) / "store.json").is_file():
         store = open_store(name)
         cfg = store.resolve(cfg)
-        kinds = {"query": store.queries.fields, "document": store.documents.fields}
+        kinds = store.kinds
         pairs, note = len(store.pairs(cfg.data.train_split)), f"store {name}"
         if cfg.data.negatives:
             given = tuple(negative_files(cfg.data.negatives, store, cfg.data.train_split))
@@ -83,7 +83,7 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
         cfg, images = dataclasses.replace(cfg, data=spelled_out), set(image_fields)
         kinds = {
             side: {field: "image" if field in images else "text" for field in fields}
-            for side, fields in _sides(cfg).items()
+            for side, fields in cfg.data.weights.items()
         }
         note = f"no store at {name}: fields as the config names them, {ASSUMED_PAIRS:,} pairs"
         pairs = ASSUMED_PAIRS
@@ -97,7 +97,7 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
                 array((pairs,), np.float32),
                 search_steps=7,
             )
-    for side, fields in _sides(cfg).items():
+    for side, fields in cfg.data.weights.items():
         images_of_side = [field for field in fields if kinds[side][field] == "image"]
         if images_of_side and cfg.model.vision is None:
             raise ConfigError(
@@ -106,10 +106,6 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
             )
     of_text = ("query",) if cfg.data.text_negatives != "none" else ()
     return cfg, Data(kinds, pairs, (*given, *of_text), known, note)
-
-
-def _sides(cfg: TrainConfig) -> dict[str, dict[str, float]]:
-    return {"query": cfg.data.query_fields, "document": cfg.data.document_fields}
 
 
 def abstract_batch(cfg: TrainConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
@@ -127,7 +123,7 @@ def abstract_batch(cfg: TrainConfig, data: Data, mesh: Mesh) -> dict[str, Any]:
         size = cfg.model.vision.image_size
         return rows(np.uint8, *per_pair, size, size, 3)
 
-    sides = _sides(cfg)
+    sides = cfg.data.weights
     batch: dict[str, Any] = {"weight": rows(np.float32)}
     negatives = [(f"negative_{side}", side, (cfg.data.num_negatives,)) for side in data.negatives]
     for name, side, per_pair in [*((side, side, ()) for side in sides), *negatives]:
@@ -337,7 +333,7 @@ def report(cfg: TrainConfig, data: Data, plan: Plan, topology: Topology, utilisa
     """All figures of `plan`, for people."""
     sides = (
         f"{side} {', '.join(f'{field} ({data.kinds[side][field]})' for field in fields)}"
-        for side, fields in _sides(cfg).items()
+        for side, fields in cfg.data.weights.items()
     )
     chips, (along_data, along_fsdp) = len(topology.devices), plan.mesh
     held = {"parameters": plan.parameters, "optimizer state": plan.optimizer, "batch": plan.inputs}

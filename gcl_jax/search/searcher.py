@@ -30,11 +30,11 @@ class SearchIndex:
             DataError: a document that cannot be read.
         """
         from gcl_jax.embed.embedder import Corpus
-        from gcl_jax.embed.model import Model, kinds_of
+        from gcl_jax.embed.model import Model
         from gcl_jax.embed.vectors import EmbeddingCache
 
         cfg, store, params, mesh, step = run
-        self.model, self._rows = Model(cfg, params, mesh, step, kinds_of(store)), rows
+        self.model, self._rows = Model(cfg, params, mesh, step, store.kinds), rows
         if workdir is not None:
             cache = EmbeddingCache(workdir, step)
             corpus = cache.documents(cfg, store, self.model.embedder, rows)

@@ -26,7 +26,7 @@ from gcl_jax.evaluate import metrics
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
-from gcl_jax.models.clip import abstract_model, abstract_params
+from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
 from gcl_jax.train.step import Metrics, known_weights, make_train_step
@@ -92,7 +92,6 @@ def make_training(cfg: TrainConfig) -> Training:
     if cfg.loss.targets == "known":
         weights = known_weights(cfg, store)
         constants["known"] = jax.device_put(weights, sharding.replicated(mesh))
-    kinds = {"query": store.queries.fields, "document": store.documents.fields}
     return Training(
         cfg,
         store,
@@ -103,7 +102,7 @@ def make_training(cfg: TrainConfig) -> Training:
         tx,
         train_step,
         constants,
-        flops.train_flops(cfg, kinds, lengths),
+        flops.train_flops(cfg, store.kinds, lengths),
     )
 
 
@@ -183,7 +182,7 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     """
     abstract = abstract_params(cfg.model, mesh)
     wanted = traverse_util.flatten_dict(abstract, sep=".")
-    optional = [n for n in wanted if n.endswith((".lora_a", ".lora_b")) or n.startswith("logit_")]
+    optional = [n for n in wanted if n.endswith(LORA) or n.startswith("logit_")]
     source = Path(cfg.init_from)
     if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
         with Checkpointer(source, cfg.checkpoint, read_only=True) as checkpointer:

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gcl_jax.checkpoints.state import TrainState, state_shardings
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.negatives import SIDES
 from gcl_jax.data.sampling import pair_weights
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError
@@ -28,7 +29,6 @@ from gcl_jax.models.clip import CLIP, Fields, abstract_model, merge
 from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
 from gcl_jax.sharding import BATCH_AXES, gathered_outside_layers, is_split, on_mesh, replicated
 
-SIDES = ("query", "document")
 EMBEDDED = (*SIDES, "negative_query", "negative_document")
 Metrics = dict[str, jax.Array]
 _ROWS, _CHUNKS = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
