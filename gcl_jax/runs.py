@@ -130,3 +130,17 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number of 1 or more")
     return int(text)
+
+
+def field_weights(text: str) -> dict[str, float]:
+    """The type of an option such as "image=0.2,title=0.8"; a field without a weight has 1."""
+    weights: dict[str, float] = {}
+    for part in text.split(","):
+        name, _, weight = part.partition("=")
+        try:
+            weights[name.strip()] = float(weight or 1)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=WEIGHT") from None
+    if not all(weights) or min(weights.values()) < 0 or not any(weights.values()):
+        raise argparse.ArgumentTypeError(f"{text!r} names no field, or a negative weight")
+    return weights

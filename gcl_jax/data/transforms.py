@@ -205,16 +205,12 @@ def _resize_and_center_crop(
 
 
 def random_resized_crop(
-    image: Image.Image,
-    size: int,
-    rng: np.random.Generator,
-    min_area: float,
-    ratio: tuple[float, float] = CROP_RATIO,
+    image: Image.Image, size: int, rng: np.random.Generator, min_area: float
 ) -> UInt8[np.ndarray, "size size 3"]:
     """A box of random area (from `min_area` to 1 of the image) and aspect ratio, resized
     bicubically: the augmentation that open_clip trains with, in every resize mode. A pixel of an
     RGB image that shrinks may be one off Pillow's (two off next to black or white)."""
-    left, top, width, height = _random_box(image.size, rng, min_area, ratio)
+    left, top, width, height = _random_box(image.size, rng, min_area, CROP_RATIO)
     image = image.crop((left, top, left + width, top + height))
     if simd is not None and image.mode == "RGB" and size <= min(image.size):
         return _resize_rgb(image, size)

@@ -76,20 +76,6 @@ def embed_run(args: argparse.Namespace) -> None:
                 print(exports.export(folder, kind), flush=True)
 
 
-def _weights(text: str) -> dict[str, float]:
-    """NAME or NAME=WEIGHT, between commas."""
-    weights: dict[str, float] = {}
-    for part in text.split(","):
-        name, _, weight = part.partition("=")
-        try:
-            weights[name.strip()] = float(weight or 1)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"{part!r} is not NAME=WEIGHT") from None
-    if not all(weights) or min(weights.values()) < 0 or not any(weights.values()):
-        raise argparse.ArgumentTypeError(f"{text!r} names no field, or a negative weight")
-    return weights
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gcl_jax.embed",
@@ -111,7 +97,7 @@ def main() -> None:
     for side in FOLDERS:
         add(
             f"--{side}_fields",
-            type=_weights,
+            type=runs.field_weights,
             metavar="NAME=WEIGHT,...",
             help=f"{side} fields to merge (default: those of the run)",
         )

@@ -117,15 +117,6 @@ def read_metrics(
     return metrics
 
 
-def _fields(text: str) -> dict[str, float]:
-    """ "image=0.2,title=0.8" or "image,title" (equal weights)."""
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    try:
-        return {name: float(weight) if equals else 1.0 for name, equals, weight in pairs}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not like image=0.2,title=0.8") from None
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m gcl_jax.port",
@@ -152,7 +143,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for side in ("query_fields", "document_fields"):
         read.add_argument(
             f"--{side}",
-            type=_fields,
+            type=runs.field_weights,
             default={},
             metavar="NAME=WEIGHT,...",
             help="fields of the store (default: all that the model can embed)",

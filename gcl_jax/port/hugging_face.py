@@ -125,7 +125,7 @@ _TEXT_DEFAULTS = {
 }
 
 
-def require(config: Values, **values) -> None:
+def require_values(config: Values, **values) -> None:
     """Raises `ConfigError` for a key of `config` with another value."""
     for key, value in values.items():
         if config.get(key, value) != value:
@@ -161,7 +161,7 @@ def _from_config(kind: str, config: Values) -> ModelConfig:
 
     vision = tower("vision_config", _VISION_DEFAULTS[kind])
     text = tower("text_config", _TEXT_DEFAULTS[kind])
-    require(vision, num_channels=3, vision_use_head=True)
+    require_values(vision, num_channels=3, vision_use_head=True)
     image = VisionConfig(
         image_size=vision["image_size"],
         patch_size=vision["patch_size"],

@@ -10,7 +10,7 @@ from gcl_jax.config import ModelConfig, TextConfig
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models import presets
 from gcl_jax.port.convert import SAME, Table, add_naming, blocks, norm, under
-from gcl_jax.port.hugging_face import BASE, Reader, Values, from_tower, require, to_tower
+from gcl_jax.port.hugging_face import BASE, Reader, Values, from_tower, require_values, to_tower
 
 # Weights
 
@@ -63,7 +63,7 @@ def _from_config(kind: str, config: Values) -> ModelConfig:
     """The model of a config.json; its tokenizer is still to be named."""
     base, defaults = _BERTS[kind]
     filled: dict[str, Any] = {**defaults, **config}
-    require(filled, position_embedding_type="absolute", is_decoder=False)
+    require_values(filled, position_embedding_type="absolute", is_decoder=False)
     first = 0 if kind == "bert" else filled["pad_token_id"] + 1
     text = dataclasses.replace(
         base,
