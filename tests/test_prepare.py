@@ -231,6 +231,38 @@ def test_paper_splits(folder):
         assert set(store.pairs(name).document) == halves[name]
 
 
+@pytest.mark.parametrize("more", [[], ["--query_id_column=qid"]])
+def test_spellings_of_a_query_stay_on_one_side(folder, more):
+    spellings = ["red hat {}", "Red Hat {}", "red  hat {} "]
+    rows = [
+        {
+            "query": text.format(i),
+            "qid": f"{i}-{j}",
+            "id": f"d{i % 8}{j} ",
+            "score": 5,
+            "title": "t",
+        }
+        for i in range(50)
+        for j, text in enumerate(spellings)
+    ]
+    fields = "--query_fields=query --document_fields=title --id_column=id"
+    pairs = write_table(folder / "pairs.csv", rows)
+    store = run(folder, pairs, "--split=paper", *more, fields=fields)
+
+    def words(*splits):
+        numbers = np.concatenate([store.pairs(split).query for split in splits])
+        return {" ".join(store.queries[q]["query"].lower().split()) for q in numbers}
+
+    novel = words("novel_query", "zero_shot")
+    assert len(novel) == 10
+    assert not novel & words("in_domain", "novel_document")
+    assert sum(len(store.pairs(split)) for split in store.splits) == 150
+    assert len(store.queries) == (150 if more else 50)
+    assert len(store.documents) == 24
+    assert all(id == id.strip() for id in store.documents.ids)
+    assert ("merged: 100 spellings" in prepare.summary(store)) == (not more)
+
+
 BAD_ROWS = {  # row 2 of four: changes, reason, what the message says
     "empty query": ({"query": " "}, "empty query", "query"),
     "empty id": ({"id": ""}, "empty document id", "id"),

@@ -307,6 +307,8 @@ def summary(store) -> str:
         for field, count in fields.items():
             if count:
                 lines.append(f"  {side} field {field}: missing in {count}")
+    if merged := provenance.get("merged spellings"):
+        lines.append(f"  queries that differ in case or blanks only, merged: {merged} spellings")
     if hidden := provenance.get("hidden files"):
         lines.append(f"  hidden files (.DS_Store, ._*, __MACOSX), not read: {hidden}")
     if skipped := provenance.get("skipped"):

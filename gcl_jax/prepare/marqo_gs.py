@@ -130,6 +130,7 @@ class MarqoGSSource(TablesSource):
             documents=documents,
             image_root=image_root,
             in_order_of_pairs=True,
+            merge_spellings=False,
             formats={**TABLES, ".json": Format(_corpus_rows, _count_entries)},
             about={"source": "marqo_gs", "layout": layout, "judgements": _checksums(data)},
         )

@@ -174,11 +174,13 @@ class GivenNegatives:
         self._given = np.array([], np.int32)
         self._numbers: dict[str, np.ndarray] = {}
 
-    def read(self, row: Row, query: str, document_id: str) -> dict[str, list[str]]:
-        """The names in `row`, whose own pair is of `query` (a text) and `document_id`. Raises
-        `RowError`."""
+    def read(
+        self, row: Row, query: str, document_id: str, spelling: Callable[[str], str] = str
+    ) -> dict[str, list[str]]:
+        """The names in `row`, whose own pair is of `query` (a text) and `document_id`; `spelling`
+        gives the one of a query's text that counts. Raises `RowError`."""
         own = {"query": query, "document": document_id}
-        cells = {"query": text_cell, "document": id_cell}
+        cells = {"query": lambda cell: spelling(text_cell(cell)), "document": id_cell}
         named = {side: names_cell(row[name], cells[side]) for side, name in self.columns.items()}
         for side, names in named.items():
             if own[side] in names:

@@ -6,6 +6,7 @@ id, its place and a hash of its values; texts wait in a temporary file. The seco
 in the files are read again.
 """
 
+import array
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ import numpy as np
 
 from gcl_jax import logs
 from gcl_jax.data.store import Pairs
+from gcl_jax.data.tokenizer import CLEANERS
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.records import (
     GivenNegatives,
@@ -85,6 +87,8 @@ class TablesSource(Source):
 
     Args:
         in_order_of_pairs: write documents as the pairs first name them, not as their files do.
+        merge_spellings: unless queries have ids, take those that differ in case and blanks only,
+            which a tokenizer may not tell apart, for the one that comes first.
         formats: how files are read.
         about: what else the store's provenance tells.
 
@@ -103,6 +107,7 @@ class TablesSource(Source):
         split: str = "train",
         seed: int = 0,
         in_order_of_pairs: bool = False,
+        merge_spellings: bool = True,
         formats: Formats = TABLES,
         about: dict[str, object] | None = None,
     ):
@@ -110,6 +115,11 @@ class TablesSource(Source):
         self._columns, self._bad_rows, self._split, self._seed = columns, bad_rows, split, seed
         self._pair_tables, self._document_tables = pairs, documents
         self._formats, self._about = formats, about or {}
+        self._merge = merge_spellings and columns.query_id is None
+        self._first: dict[tuple, tuple] = {}  # cells as a tokenizer sees them: the first such cells
+        self._merged: set[tuple] = set()
+        self._words: dict[tuple, int] = {}
+        self._words_of = array.array("i")  # of every query
         self._corpora = list(dict.fromkeys(table.corpus for table in (*documents, *pairs)))
         self._negatives = GivenNegatives(
             {"query": columns.negative_queries, "document": columns.negative_documents}
@@ -187,6 +197,7 @@ class TablesSource(Source):
             "columns": dataclasses.asdict(self._columns),
             "split": self._split,
             "seed": self._seed,
+            **({"merged spellings": len(self._merged)} if self._merged else {}),
             **self._about,
         }
 
@@ -232,7 +243,12 @@ class TablesSource(Source):
                 query_id, query = self._query(row)
                 score = score_cell(row[names.score]) if names.score else MAX_SCORE
                 split = split_cell(row[names.split]) if names.split else table.split
-                negatives = self._negatives.read(row, query[0], self._document_id(row))
+                negatives = self._negatives.read(
+                    row,
+                    query[0],
+                    self._document_id(row),
+                    lambda text: self._one_spelling((text,))[0],
+                )
                 # All checks come before the first add: a bad row leaves no trace.
                 self._queries.check(query_id, query)
                 if inline:
@@ -241,8 +257,12 @@ class TablesSource(Source):
                     self._documents.add(file, place.row, document_id, document, corpus)
                 elif not self._documents.is_in(document_id := self._document_id(row), corpus):
                     raise RowError(Reason.UNKNOWN_DOCUMENT, repr(document_id))
+                number = self._queries.add(file, place.row, query_id, query)
+                if self._split == "paper" and number == len(self._words_of):
+                    words = self._words.setdefault(_cleaned(query), len(self._words))
+                    self._words_of.append(words)
                 yield (
-                    self._queries.add(file, place.row, query_id, query),
+                    number,
                     self._documents.numbers[document_id],
                     score,
                     self._split_names.setdefault(split, len(self._split_names)),
@@ -256,10 +276,19 @@ class TablesSource(Source):
         if not any(values):
             raise RowError(Reason.EMPTY_QUERY, f"nothing in {', '.join(self.query_fields)}")
         if self._columns.query_id is None:
+            values = self._one_spelling(values)
             return values[0] if len(values) == 1 else json.dumps(values, ensure_ascii=False), values
         if key := id_cell(row[self._columns.query_id]):
             return key, values
         raise RowError(Reason.EMPTY_QUERY, f"no id in {self._columns.query_id}")
+
+    def _one_spelling(self, values: tuple) -> tuple:
+        if not self._merge:
+            return values
+        first = self._first.setdefault(_cleaned(values), values)
+        if first != values:
+            self._merged.add(values)
+        return first
 
     def _document(self, row: Row) -> tuple[str, tuple]:
         key, values = self._document_id(row), cells_of(row, self.document_fields)
@@ -309,13 +338,21 @@ class TablesSource(Source):
             return None
         rng = np.random.default_rng(self._seed)
 
-        def draw(kept: np.ndarray, one_in: int) -> np.ndarray:
-            count = int(kept.sum())
-            return (rng.permutation(count) < round(count / one_in)).astype(np.int8)
+        def draw(groups: np.ndarray, one_in: int) -> np.ndarray:
+            found, member = np.unique(groups, return_inverse=True)
+            drawn = rng.permutation(len(found)) < round(len(found) / one_in)
+            return drawn[member].astype(np.int8)
 
         paired, alone = np.split(self._queries.kept, [self._paired_queries])
-        query = np.append(draw(paired, 5), np.full(alone.sum(), -1, np.int8))
-        return {"query": query, "document": draw(self._documents.kept, 2)}
+        words = np.array(self._words_of, np.int64)[paired]  # one side for several ids of the same
+        query = np.append(draw(words, 5), np.full(alone.sum(), -1, np.int8))
+        return {"query": query, "document": draw(np.flatnonzero(self._documents.kept), 2)}
+
+
+@functools.lru_cache(2**16)
+def _cleaned(values: tuple) -> tuple:
+    """Cells as the tokenizer of CLIP sees them."""
+    return tuple(CLEANERS["lower"](x) if isinstance(x, str) else x for x in values)
 
 
 @SOURCES.register("tables")
