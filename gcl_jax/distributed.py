@@ -203,7 +203,7 @@ class Watchdog:
         return self
 
     def alive(self) -> None:
-        """For after every step, and every batch of an evaluation."""
+        """To be called after every step."""
         self._sign.set()
 
     def _watch(self) -> None:

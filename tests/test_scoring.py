@@ -73,7 +73,7 @@ def test_scores_of_files(tmp_path, command, form):
     paths = tmp_path / "qrels", tmp_path / "run"
     if form == "json":
         for path, table in zip(paths, (qrels, run), strict=True):
-            trec.write_json(path, table)
+            trec.write_table(path, table)
     else:
         trec.write_qrels(paths[0], qrels)
         trec.write_run(paths[1], run, "tag")

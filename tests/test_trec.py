@@ -117,7 +117,7 @@ def test_what_is_written_is_read_by_us_and_by_pytrec_eval(tmp_path_factory, qrel
         values = [np.float32(list(documents.values())).tolist() for documents in table.values()]
         assert [np.float32(list(d.values())).tolist() for d in written.values()] == values
     for kind, table in (("qrels", qrels), ("run", run)):
-        trec.write_json(folder / kind, table)
+        trec.write_table(folder / kind, table)
         marked = any(query.endswith(trec.SEPARATOR) for query in table)
         assert marked or trec.read(folder / kind, kind) == table
     assert sorted(file.name for file in folder.iterdir()) == ["qrels", "run"]

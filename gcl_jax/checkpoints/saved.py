@@ -32,7 +32,7 @@ from gcl_jax.errors import DataError
 # Errors that say nothing about the files: too little memory, or somebody else's files.
 _NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
 
-# Why a save fails without anybody's fault, as the operating system words it.
+# What the operating system says of a disk that is full or read-only.
 _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
 
 
@@ -225,12 +225,12 @@ def _checksum(values: dict) -> str:
 
 @functools.cache
 def configure_orbax() -> None:
-    """What orbax does by default and should not; once for this process."""
+    """Changes defaults of orbax, once for this process."""
     # Replicated arrays are cut for all devices to share the writing, and every cut is compiled: not
     # worth it for small ones, as the first save would take seconds.
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
-    # Off the terminal with the stack traces of errors that are raised as well.
+    # It logs the stack traces of errors that it raises as well.
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(_not_of_orbax)
     report = sys.unraisablehook

@@ -202,7 +202,7 @@ def _hugging_face(name: str, context_length: int, clean: str) -> Tokenizer:
 
 def load_hugging_face(name: str) -> Any:
     """The transformers tokenizer of a folder, or of a hub id. Raises `ConfigError`."""
-    # Torch is not needed here, whatever transformers has to say about it.
+    # transformers warns where torch is missing, which is not needed here.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         from transformers import AutoTokenizer  # slow to import, and needed here only

@@ -189,16 +189,16 @@ def write_run(path: Path, run: Table, tag: str) -> None:
     write_lines(path, lines)
 
 
-def write_json(path: Path, table: Table) -> None:
-    """Writes a table as the authors' evaluation does, ids as they are."""
+def write_table(path: Path, table: Table) -> None:
+    """Writes a table as JSON, as the authors' evaluation does; ids as they are."""
     write_lines(path, [json.dumps(table, ensure_ascii=False)])
 
 
 def write_ranking(path: Path, ranking: Ranking) -> None:
     """Writes PATH.qrels.trec and PATH.run.trec, and the same as the authors' evaluation names and
     writes it, PATH.gt_results.json and PATH.retrieval.json. Raises `DataError` as `write_qrels`."""
-    write_json(Path(f"{path}.gt_results.json"), ranking.qrels)
-    write_json(Path(f"{path}.retrieval.json"), ranking.run)
+    write_table(Path(f"{path}.gt_results.json"), ranking.qrels)
+    write_table(Path(f"{path}.retrieval.json"), ranking.run)
     write_qrels(Path(f"{path}.qrels.trec"), ranking.qrels)
     write_run(Path(f"{path}.run.trec"), ranking.run, tag="gcl_jax")
 

@@ -338,7 +338,7 @@ def several_runs(workdirs: Sequence[Path]) -> dict[str, Any]:
     runs = [first, *others]
     check_same_judgements(runs)
     index_of_first, parameters = open_index(first)
-    facts = [essentials(first, store, parameters)]
+    of_runs = [essentials(first, store, parameters)]
     differences, intervals, sections = {}, {}, []
     for other in others:
         by_split = compare(first.workdir, other.workdir)
@@ -346,7 +346,7 @@ def several_runs(workdirs: Sequence[Path]) -> dict[str, Any]:
         ndcg = {split: by_split[split]["NDCG@10"] for split in splits}
         intervals[other.name] = {s: (d.low, d.difference, d.high) for s, d in ndcg.items()}
         index, parameters = open_index(other)
-        facts.append(essentials(other, store, parameters))
+        of_runs.append(essentials(other, store, parameters))
         for kind, side, sign in (("gains", "above", 1), ("losses", "below", -1)):
             chosen = {}
             for split, sample in first.samples.items():
@@ -363,7 +363,7 @@ def several_runs(workdirs: Sequence[Path]) -> dict[str, Any]:
             sections.append(make_section(title, note, chosen, store, first.samples, found))
     return {
         "names": names,
-        "essentials": {fact: [one[fact] for one in facts] for fact in facts[0]},
+        "essentials": {name: [one[name] for one in of_runs] for name in of_runs[0]},
         "settings": settings_that_differ(runs),
         "differences": differences,
         "metrics": list(next(iter(differences.values()))[splits[0]]),

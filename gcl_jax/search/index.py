@@ -1,8 +1,8 @@
 """Exact search: the best documents of a corpus by inner product, ties in document order.
 
-The devices of a mesh search as `gcl_jax.search.mesh_search` says, a single processor here. What XLA
-has for the best of many on a CPU, `top_k`, runs on one thread and takes 10 to 70 ns a score; here a
-score below the k-th best so far costs one comparison, 0.7 ns, and few are above it.
+`gcl_jax.search.mesh_search` searches on the devices of a mesh, this module on a single CPU device.
+XLA's `top_k` runs on one thread of a CPU and takes 10 to 70 ns a score; here a score below the k-th
+best so far costs one comparison, 0.7 ns, and few are above it.
 """
 
 import collections

@@ -52,7 +52,7 @@ def chunks(documents, mesh: Mesh, dtype: str) -> Iterator[tuple[int, Array, Arra
 def _extremes(x: Float[Array, "c d"], rounded: Float[Array, "c d"]) -> Float[Array, "2"]:
     """The greatest norms of rows and of what rounding changed; infinite for what is not finite."""
     squares = jnp.stack([(y**2).sum(1) for y in (x, x - rounded.astype(x.dtype))])
-    # Not every backend's maximum takes note of a NaN.
+    # Some backends' maximum ignores NaN.
     return jnp.sqrt(jnp.where(jnp.isfinite(squares), squares, jnp.inf).max(axis=1))
 
 
@@ -78,7 +78,7 @@ def search(
             _merge_chunk(found, tile, chunk, np.int32(first), np.int32(n), mesh, BLOCK)
             for found, tile in zip(best, queries, strict=True)
         ]
-        # Programs run behind this loop's back: a third chunk waits until the first is done with.
+        # Dispatch is asynchronous: a third chunk waits here until the first has been searched.
         jax.block_until_ready(best)
         best = merged
     everywhere = _everywhere(mesh)
