@@ -15,7 +15,7 @@ from gcl_jax.config import ModelConfig, PreprocessConfig
 from gcl_jax.data import transforms
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop, thumbnail
 from gcl_jax.errors import DataError
-from gcl_jax.prepare.records import load_image
+from gcl_jax.prepare.source import load_image
 from gcl_jax.search.searcher import image_type
 from gcl_jax.search.serve import check_image
 

@@ -1,4 +1,4 @@
-"""What a source of data is: it gives records and scored pairs, and reports rows that are bad.
+"""What a source of data is: it gives records and scored pairs, loads images, reports bad rows.
 
 A reader that meets a row that cannot be used reports a `RowError` to a `BadRows`, which either
 stops at once (`strict`) or notes the row and lets the reader go on (`skip`).
@@ -10,6 +10,9 @@ import dataclasses
 import enum
 import inspect
 import json
+import os
+import re
+import unicodedata
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from gcl_jax.data.store import Pairs
+from gcl_jax.data.transforms import ImageError, decode_image, open_image, read_file
 from gcl_jax.errors import DataError
 
 
@@ -238,3 +242,58 @@ def make_source(make: Callable[..., Source], given: Mapping[str, Any], bad_rows:
 def code_checksum(defined: Any) -> str:
     """That of the file in which a class or a function stands."""
     return f"{zlib.crc32(Path(inspect.getfile(defined)).read_bytes()):08x}"
+
+
+def load_image(cell: str | bytes, root: Path, confined: bool = False) -> bytes:
+    """The encoded bytes of a still image that decodes, as they are; `root` is where a relative path
+    begins, and where an absolute one must lead too if `confined`. Raises `RowError`."""
+    data = cell if isinstance(cell, bytes) else _read_file(cell, root, confined)
+    name = _shown(cell) if isinstance(cell, str) else f"{len(cell)} bytes"
+    try:
+        with open_image(data, deep=False) as image:
+            # A phone's MPO is a JPEG with extras behind the photo, no animation.
+            animated = getattr(image, "is_animated", False) and image.format != "MPO"
+        decode_image(data)
+    except ImageError as error:
+        reason = next(reason for reason in Reason if reason.label == error.label)
+        raise RowError(reason, f"{name}: {error.detail}") from None
+    if animated:
+        raise RowError(Reason.ANIMATED_IMAGE, name)
+    return data
+
+
+def _read_file(path: str, root: Path, confined: bool) -> bytes:
+    if re.match(r"[a-z][a-z0-9+.-]*://", path, re.IGNORECASE):
+        raise RowError(Reason.URL_IMAGE, _shown(path))
+    if _BASE64.match(path):
+        raise RowError(Reason.BASE64_IMAGE, _shown(path))
+    # Lexically, so that a root full of symbolic links serves.
+    within = os.path.relpath(path, root) if os.path.isabs(path) else os.path.normpath(path)
+    may_leave = os.path.isabs(path) and not confined
+    if within.split(os.sep)[0] == os.pardir and not may_leave:
+        raise RowError(Reason.OUTSIDE_ROOT, _shown(path))
+    file = Path(os.path.normpath(root / path))
+    try:
+        return read_file(file)
+    except (FileNotFoundError, NotADirectoryError):
+        for form in ("NFC", "NFD"):
+            if file.with_name(unicodedata.normalize(form, file.name)).exists():
+                raise RowError(Reason.OTHER_FORM, f"{file}, which is there in {form}") from None
+        if "\\" in path:
+            raise RowError(Reason.BACKSLASH, _shown(path)) from None
+        raise RowError(Reason.MISSING_IMAGE, _shown(str(file))) from None
+    except (OSError, ValueError) as error:
+        detail = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise RowError(Reason.UNREADABLE_IMAGE, f"{_shown(path)!r}: {detail}") from None
+
+
+def _shown(text: str, length: int = 200) -> str:
+    """Not more than a line can hold; of a long text its beginning."""
+    return text if len(text) <= length else f"{text[:60]}... ({len(text)} characters)"
+
+
+# A data URI, or what JPEG, PNG, WebP, GIF, BMP and TIFF files begin with, in a text longer than the
+# name of a file.
+_BASE64 = re.compile(
+    r"data:|(?:/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk|SUkqA|TU0AK)[A-Za-z0-9+/\s]{60,}={0,2}\s*\Z"
+)
