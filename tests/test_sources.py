@@ -323,6 +323,13 @@ def test_bad_samples(tmp_path, case):
     assert store.documents.ids == kept
 
 
+def test_huge_members_are_not_read(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "x.tar", [*GOOD, ("k.png", bytes(5000)), ("k.txt", b"t")])
+    monkeypatch.setattr("gcl_jax.data.transforms.MAX_BYTES", 4999)
+    with pytest.raises(DataError, match=r"sample 2: broken archive: k\.png has 5000 bytes"):
+        run(tmp_path / "store", "--source=webdataset", f"--data={path}")
+
+
 def test_hidden_files_are_left_out_and_counted(tmp_path):
     """What macOS adds, in archives and folders; gif and bmp files are images as others are."""
     files = {"a/1.gif": "GIF", "a/2.BMP": "BMP", "3.tiff": "TIFF"}

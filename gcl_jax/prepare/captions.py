@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from gcl_jax.data import transforms
 from gcl_jax.data.store import is_hidden, visible_files
 from gcl_jax.data.transforms import IMAGE_ENDINGS
 from gcl_jax.errors import DataError
@@ -167,6 +168,9 @@ def _sample(
             detail += f"; not read: {', '.join(unread[:5])}, since what follows the first dot is "
             detail += f"none of {', '.join(known)}"
         return RowError(Reason.EMPTY_QUERY if images else Reason.EMPTY_DOCUMENT, detail)
+    if large := [m for m in (*images, *texts.values()) if m.size > transforms.MAX_BYTES]:
+        # A sparse member asks for any size in a few bytes.
+        return RowError(Reason.BROKEN_ARCHIVE, f"{large[0].name} has {large[0].size} bytes")
     caption = _caption({kind: _read(tar, member) for kind, member in texts.items()}, key)
     if isinstance(caption, RowError):
         return caption
