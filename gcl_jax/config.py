@@ -185,6 +185,9 @@ class DataConfig:
     """Which store to train on, which of its fields to embed, and with which weights."""
 
     store: str = option("emoji", "folder of a store, or the name of a bundled or registered source")
+    digest: str = option(
+        "", "of the store's contents: a run notes it, and then takes no other store; empty: any"
+    )
     train_split: str = option("", "split to train on; empty: train, or else the first")
     query_fields: dict[str, float] = option(
         {},

@@ -8,14 +8,16 @@ Kubernetes. A process that was started alone joins nobody, and nothing here touc
 import argparse
 import contextlib
 import faulthandler
+import hashlib
 import importlib.util
+import json
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
@@ -145,6 +147,39 @@ def announce(message: str) -> None:
     """One line on stderr, of process 0 alone."""
     if is_first():
         print(message, file=sys.stderr)
+
+
+def require_alike(values: Mapping[str, object]) -> None:
+    """Raises `ConfigError` on all processes, naming what differs and where, unless they have the
+    same `values` by the same names."""
+    import jax
+    import numpy as np
+    from jax.experimental.multihost_utils import process_allgather
+
+    def gathered(texts: list[str], width: int) -> list[list[bytes]]:
+        """Of every process, for every text its first `width` bytes."""
+        own = b"".join(text.encode()[:width].ljust(width) for text in texts)
+        everywhere = process_allgather(np.frombuffer(own, np.uint8))
+        return [[bytes(x).rstrip() for x in rows.reshape(-1, width)] for rows in everywhere]
+
+    if jax.process_count() == 1:
+        return
+    texts = [json.dumps(value, default=repr) for value in values.values()]
+    hashes = gathered([hashlib.sha256(text.encode()).hexdigest() for text in texts], 16)
+    for i, (name, own) in enumerate(zip(values, zip(*hashes, strict=True), strict=True)):
+        if len(set(own)) > 1:
+            said = [words.decode(errors="replace") for [words] in gathered([texts[i]], 80)]
+            listed = ", ".join(f"{text} on process {rank}" for rank, text in enumerate(said))
+            raise ConfigError(f"{name} must be the same on all processes of a run, not {listed}")
+
+
+def code() -> str:
+    """The versions of this package's source files, and of jax."""
+    import jax
+
+    files = sorted(Path(__file__).parent.rglob("*.py"))
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+    return f"gcl_jax {digest[:12]}, jax {jax.__version__}"
 
 
 class StopSignals:

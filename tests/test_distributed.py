@@ -203,6 +203,41 @@ def test_watchdog_ends_a_process_that_hangs_and_those_that_wait_for_it():
         assert set(own).isdisjoint(said) or any(line in text for text in own)
 
 
+ALIKE = """
+import sys
+from gcl_jax import config, distributed
+from gcl_jax.train.setup import make_training
+with distributed.joined():
+    cfg = config.load(__import__("pathlib").Path(sys.argv[1]))
+    first = distributed.is_first()
+    if sys.argv[2] == "code":
+        distributed.code = lambda: f"gcl_jax {first}"
+    elif sys.argv[2] == "lr":
+        cfg.optim.lr *= 1 if first else 2
+    elif sys.argv[2] == "vision" and first:
+        cfg.model.vision = None
+    make_training(cfg)
+"""
+
+
+def test_processes_of_different_configurations_or_code_end(config_file):
+    """Both alike, in one line, before anything that one would wait in for the other."""
+    for case, message in (
+        ("code", "the code must be the same on all processes of a run, not "),
+        (
+            "lr",
+            "config.optim.lr must be the same on all processes of a run, not 0.001 on process 0,",
+        ),
+        ("vision", "config.model.vision"),
+    ):
+        command = sys.executable, "-c", ALIKE, str(config_file.with_suffix(".json")), case
+        pair = start_local(2, 1, *command, stderr=subprocess.PIPE)
+        errors = pair.communicate(timeout=PATIENCE_SECONDS)[1]
+        assert pair.returncode == 2, errors
+        assert f"error: {message}" in errors
+        assert "Traceback" not in errors
+
+
 def test_watchdog_leaves_alone_what_lives_and_what_has_ended():
     code = (
         "import time\n"

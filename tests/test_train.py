@@ -26,11 +26,12 @@ import gcl_jax
 from gcl_jax import config, logs, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.store import RankedStore
-from gcl_jax.errors import ConfigError, UserError
+from gcl_jax.errors import ConfigError, DataError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.models import clip, flops
 from gcl_jax.port import __main__ as port
 from gcl_jax.registry import SCHEDULES
+from gcl_jax.report import __main__ as report
 from gcl_jax.runs import load_run
 from gcl_jax.stores import write_store
 from gcl_jax.train import monitor
@@ -279,6 +280,37 @@ def test_another_config_does_not_continue_a_run(cfg, tmp_path):
     cfg.optim.lr *= 2
     with pytest.raises(ConfigError, match=r"config\.optim is not that of the run"):
         train(cfg, tmp_path)
+
+
+def test_another_store_at_the_same_path_is_refused(cfg, tmp_path, monkeypatch):
+    """By training and by all that opens the run; the same one, written once more, is not."""
+
+    class Changed(TinySource):
+        def splits(self):
+            changed = super().splits()
+            changed["in_domain"].pairs.score[0] -= 1
+            return changed
+
+    directory, run = tmp_path / "store", tmp_path / "run"
+    cfg.data.store, cfg.optim.steps, cfg.eval.splits = str(directory), 1, ("in_domain",)
+    write_store(TinySource(), directory)
+    train(cfg, run)
+    assert config.load(run / "config.json").data.digest == RankedStore(directory).digest
+    for source in (TinySource(), Changed()):
+        shutil.rmtree(directory)
+        write_store(source, directory, workers=2)
+        if isinstance(source, Changed):
+            with pytest.raises(ConfigError, match="has been prepared again: its contents"):
+                train(cfg, run)
+            with pytest.raises(DataError, match="is not the one that this run was trained on"):
+                load_run(run)
+            monkeypatch.setattr(sys, "argv", ["report", f"--workdir={run}"])
+            with pytest.raises(SystemExit, match="2"):
+                report.main()
+            assert gcl_jax.load(run).cfg.data.store == str(directory)
+        else:
+            train(cfg, run)
+            load_run(run)
 
 
 @pytest.fixture

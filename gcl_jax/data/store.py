@@ -184,6 +184,20 @@ class RankedStore:
     def name(self) -> str:
         return self.directory.name
 
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all records, pairs and splits, as the checksums say; not of when and by which version
+        they were written; empty if somebody removed these."""
+        if not (self.directory / CHECKSUMS).exists():
+            return ""
+        lines = [
+            f"{name} {x}"
+            for name, x in read_checksums(self.directory).items()
+            if not name.endswith((".json", ".jsonl"))
+        ]
+        parts = {name: self.info[name] for name in ("query_fields", "document_fields", "splits")}
+        return hashlib.sha256("\n".join([json.dumps(parts), *lines]).encode()).hexdigest()
+
     @property
     def records(self) -> dict[str, Records]:
         """By side, "query" and "document"."""
@@ -227,9 +241,17 @@ class RankedStore:
         their weights, the split to train on, the splits and query fields to evaluate.
 
         Raises:
-            DataError: `cfg` names a field, a split or a field pair that this store does not have.
+            DataError: `cfg` names a field, a split or a field pair that this store does not have,
+                or is that of a run on a store of other contents.
         """
         cfg = copy.deepcopy(cfg)
+        if "" not in (cfg.data.digest, self.digest) and cfg.data.digest != self.digest:
+            raise DataError(
+                f"store {self.directory} is not the one that this run was trained on "
+                f"(config.data.digest={cfg.data.digest:.12}..., not {self.digest:.12}...): it was "
+                "prepared again from other data, or otherwise; prepare it as it was, or train anew"
+            )
+        cfg.data.digest = self.digest or cfg.data.digest
         for side in ("query", "document"):
             has, key = self.info[f"{side}_fields"], f"{side}_fields"
             asked = getattr(cfg.data, key) or dict.fromkeys(has, 1 / len(has))

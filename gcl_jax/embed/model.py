@@ -276,10 +276,9 @@ def load(
     cfg, params, mesh, step = load_model(folder, str(checkpoint))
     try:
         store = open_store(cfg.data.store)
-    except DataError:  # texts and images can be embedded all the same
-        pass
-    else:
         cfg, kinds = store.resolve(cfg), kinds or store.kinds
+    except DataError:  # gone, or another: texts and images can be embedded all the same
+        pass
     if embed_dim is not None:
         set_embed_dim(cfg, embed_dim)
     return Model(cfg, params, mesh, step, kinds)

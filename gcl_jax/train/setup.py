@@ -1,6 +1,7 @@
 """What a training run is made of, before its first step."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -66,6 +67,8 @@ def make_training(cfg: TrainConfig) -> Training:
         )
     store, asked = open_store(cfg.data.store), cfg.data.train_split
     cfg = store.resolve(cfg)
+    distributed.require_alike({"the code": distributed.code()})
+    distributed.require_alike(_options(cfg))
     split = cfg.data.train_split
     if not asked and HELD_OUT.match(split):
         raise ConfigError(
@@ -104,6 +107,14 @@ def make_training(cfg: TrainConfig) -> Training:
         constants,
         flops.train_flops(cfg, store.kinds, lengths),
     )
+
+
+def _options(cfg: Any) -> dict[str, Any]:
+    """{key: value} of what may not differ from process to process."""
+    own = ("data.num_workers", "data.cached_records")
+    get = functools.partial(functools.reduce, lambda part, name: getattr(part, name, None))
+    keys = [one.key for one in config.described() if one.key not in own]
+    return {f"config.{key}": get(key.split("."), cfg) for key in keys}
 
 
 def text_lengths(cfg: TrainConfig, store: RankedStore) -> dict[str, dict[str, int]]:
@@ -207,6 +218,13 @@ def _placed(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
 def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> None:
     """Raises `ConfigError` when `cfg` would train something else than the run in `workdir`."""
     # How examples are read and gradients are computed may change; what they are may not.
+    digests = {started.data.digest, cfg.data.digest} - {""}
+    if len(digests) > 1:
+        raise ConfigError(
+            f"store {cfg.data.store} has been prepared again: its contents are not those that the "
+            f"run in {workdir} was trained on; prepare it as it was, or choose another --workdir"
+        )
+    started.data.digest = cfg.data.digest
     started.data.num_workers = cfg.data.num_workers
     started.data.cached_records = cfg.data.cached_records
     started.loss.form = cfg.loss.form
