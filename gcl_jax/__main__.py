@@ -2,7 +2,7 @@
 
 python -m gcl_jax                     lists the commands
 python -m gcl_jax COMMAND ...         runs one, as `python -m gcl_jax.COMMAND ...` does
-python -m gcl_jax config [PREFIX]     lists the options of a configuration: all of them, or those
+python -m gcl_jax config [PREFIX ...] lists the options of a configuration: all of them, or those
                                       whose key starts with PREFIX, such as optim or model.text
 """
 
@@ -18,7 +18,7 @@ from gcl_jax.validation import in_words
 COMMANDS = {
     "prepare": "make a store, which training reads, from your tables, folders or Marqo-GS",
     "data": "look at a store; verify that it is whole",
-    "plan": "what a training step needs on devices that are not here: does it fit?",
+    "plan": "what a training step needs on other devices: does it fit?",
     "train": "train a model",
     "evaluate": "evaluate a run, or the results of any system; compare two",
     "report": "a page about one run or several",
@@ -58,8 +58,10 @@ def main() -> None:
             import gcl_jax
 
             print(gcl_jax.__version__)
+        elif command == "config" and {"--help", "-h"} & set(rest):
+            print(__doc__)
         elif command == "config":
-            print("\n".join(lines(*rest[:1])))
+            print("\n".join(line for prefix in rest or [""] for line in lines(prefix)))
         elif command in COMMANDS:
             # As `python -m` has it: your own modules are found beside you.
             sys.path.insert(0, "")

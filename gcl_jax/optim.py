@@ -16,7 +16,7 @@ import optax.contrib
 from flax import traverse_util
 
 from gcl_jax.config import OptimConfig
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, first_line
 from gcl_jax.models.clip import LORA
 from gcl_jax.registry import OPTIMIZERS, SCHEDULES, TEXT_TOWERS, VISION_TOWERS
 from gcl_jax.sharding import Params
@@ -181,7 +181,15 @@ def make_optimizer(cfg: OptimConfig, steps: int, params: Params) -> optax.Gradie
         updates, state = inner.update(gradients, state, in_float32(params))
         return jax.tree.map(jnp.multiply, updates, multipliers), state
 
-    shapes = jax.eval_shape(init, trained_part(cfg, params))
+    trained = trained_part(cfg, params)
+    shapes = jax.eval_shape(init, trained)
+    if cfg.options:  # a value that it takes and cannot use shows in its update
+        try:
+            jax.eval_shape(update, trained, shapes, trained)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"config.optim.options={cfg.options}: {cfg.optimizer}: {first_line(error)}"
+            ) from None
     if not optax.tree.get_all_with_path(shapes, "count"):
         inner = optax.chain(inner, optax.scale_by_schedule(lambda _: 1.0))  # for `updates_done`
     return optax.GradientTransformation(init, update)
@@ -256,10 +264,11 @@ def from_optax(
         **dict.fromkeys(("mu_dtype", "accumulator_dtype", "dtype_momentum"), cfg.momentum_dtype),
     }
     given = {name: x for name, x in known.items() if name in takes} | fixed
-    if unknown := set(cfg.options) - set(takes):
+    may = [name for name in takes if name != "learning_rate"]  # `lr` and `schedule` say that
+    if unknown := set(cfg.options) - set(may):
         raise ConfigError(
             f"config.optim.options: {min(unknown)!r} is nothing that {cfg.optimizer} takes; it "
-            f"takes {', '.join(takes)}"
+            f"takes {', '.join(may)}"
         )
     try:
         made = make(**given | cfg.options)

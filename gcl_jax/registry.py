@@ -49,6 +49,8 @@ class Registry(Mapping[str, Any]):
 
     def add(self, name: str, thing: Any, defined: Any) -> None:
         """`register` for a thing made from what is `defined` (a function or a class) somewhere."""
+        if not hasattr(defined, "__module__"):
+            raise ConfigError(f"{self.kind} {name!r}: {defined!r} is no function and no class")
         own = _source(defined)
         home = self._homes.setdefault(name, own)
         if home != own:

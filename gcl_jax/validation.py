@@ -24,8 +24,11 @@ LARGEST = 2**31 - 1  # whole number: what a device counts with
 
 
 def validate(cfg: TrainConfig) -> None:
-    """Raises `ConfigError`, one line that names the key, when `cfg` cannot work."""
+    """Imports the extensions of `cfg`, and raises `ConfigError`, one line that names the key, when
+    it cannot work."""
     _check_parts(cfg, TrainConfig)
+    check("extensions", cfg.extensions, next(x for x in described() if x.key == "extensions"))
+    registry.load_extensions(cfg.extensions)
     for one in described():
         if cfg.model.vision is not None or not one.key.startswith("model.vision."):
             check(one.key, functools.reduce(getattr, one.key.split("."), cfg), one)
@@ -59,17 +62,26 @@ def check(key: str, value: Any, one: Described) -> None:
         require(value in option.choices, f"{key}={value!r} must be one of {tuple(option.choices)}")
     require(
         is_of(value, one.type),
-        f"{key}={value!r} must be {in_words(one.type)}, such as {one.default!r}",
+        f"{key}={value!r} must be {in_words(one.type)}, such as {example(one)!r}",
     )
     weights = isinstance(value, dict)
     for name, x in _numbers(key, value):
         must = f"{name}={x} must be " + ("a weight of " if weights else "")
-        require(math.isfinite(x), f"{must}{option.bounds or 'a finite number'}")
+        require(math.isfinite(x), f"{must}{option.bounds or 'a number'}, and finite")
         require(option.at_least is None or x >= option.at_least, must + option.bounds)
         require(option.above is None or x > option.above, must + option.bounds)
         require(option.at_most is None or x <= option.at_most, must + option.bounds)
         require(option.below is None or x < option.below, must + option.bounds)
         require(not isinstance(x, int) or x <= LARGEST, f"{must}at most {LARGEST}")
+
+
+def example(one: Described) -> Any:
+    """A value of an option, where its default shows none."""
+    if one.default or not (isinstance(one.default, tuple | dict)):
+        return one.default
+    if isinstance(one.default, dict):
+        return {"image": 0.9}
+    return {str: ("a", "b"), int: (64, 128), float: (0.5, 1.0)}[typing.get_args(one.type)[0]]
 
 
 def _numbers(key: str, value: Any) -> Iterator[tuple[str, float]]:

@@ -1,5 +1,6 @@
 """`import gcl_jax`: what its names do, on values, and what they say when they cannot."""
 
+import dataclasses
 import io
 import shutil
 import subprocess
@@ -326,6 +327,17 @@ def test_a_model_without_image_tower(tmp_path, png):
             refused()
 
 
+class Frame:
+    """What says of itself that it is of pandas."""
+
+    def to_dict(self):
+        raise AssertionError("nobody asked")
+
+
+def with_extension(cfg):
+    return dataclasses.replace(cfg, extensions=("nosuch",))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -339,6 +351,20 @@ def test_a_model_without_image_tower(tmp_path, png):
         (lambda m, png: gcl_jax.open_store("no/such"), "no/such holds no store"),
         (lambda m, png: gcl_jax.preset(None), "model 'None' is unknown"),
         (lambda m, png: gcl_jax.train(None, "x"), "config is a NoneType"),
+        (lambda m, png: gcl_jax.train(m.cfg, ""), "workdir='' must be the path of a directory"),
+        (lambda m, png: gcl_jax.train(m.cfg, None), "workdir=None must be the path of a direc"),
+        (lambda m, png: gcl_jax.train(with_extension(m.cfg), "x"), "extension nosuch .* imported"),
+        (lambda m, png: gcl_jax.load(""), "workdir is empty"),
+        (lambda m, png: gcl_jax.from_pretrained("ViT-B-32"), "architecture, not of weights"),
+        (lambda m, png: gcl_jax.METRICS.register("mine")(5), "5 is no function and no class"),
+        (lambda m, png: gcl_jax.evaluate_run({"q": {"d": 1}}, {"q": {"d": 1}}, 5), "ks=5 must be"),
+        (lambda m, png: gcl_jax.evaluate_run({"q": {"d": 1}}, {"q": {"d": 1}}, (0,)), "ks=.0,. m"),
+        (lambda m, png: m.encode_text({"a", "b"}), "texts must be a list, not set"),
+        (lambda m, png: m.encode_text(np.array("a")), "texts must be a list, not an array"),
+        (lambda m, png: m.encode(Frame()), r"documents are pandas: give .to_dict"),
+        (lambda m, png: gcl_jax.Index(np.ones((2, 3)), ids={1, 2}), "ids must be a list, not"),
+        (lambda m, png: gcl_jax.Index(np.ones((2, 3)), mesh="x"), "mesh='x' must be a jax"),
+        (lambda m, png: gcl_jax.Index(np.ones((2, 3))).search(np.ones(3), k=True), "k=True is no"),
         (lambda m, png: gcl_jax.evaluate_run(None, {}), "qrels is a NoneType"),
         (lambda m, png: m.encode_text(None), "texts must be a list, not None"),
         (lambda m, png: m.encode_text(7), "texts must be a list, not int 7"),

@@ -114,6 +114,8 @@ def test_inside_a_jitted_optax_step():
         ({"documents": np.ones((8, 4), np.float32)}, r"\(8, 4\) float32 is not \(16, 4\)"),
         ({"logit_scale": np.ones(2)}, r"logit_scale must be one number, not of shape \(2,\)"),
         ({"logit_bias": np.ones(2)}, r"logit_bias must be one number, not of shape \(2,\)"),
+        ({"mask_duplicates": True}, "mask_duplicates and known need to know which pairs share"),
+        ({"queries": np.ones((0, 4), np.float32)}, "there is no pair: queries are empty"),
         ({"mesh": ((3,), ("data",))}, "a batch of 16 pairs is no multiple of the 3 devices"),
     ],
 )

@@ -32,7 +32,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="directory of the store, or a source that needs no arguments: emoji, emoji_languages",
     )
     inspect.add_argument(
-        "--html", type=Path, metavar="FILE", help="the page to write (default: NAME.html here)"
+        "--html", type=Path, metavar="FILE", help="the page to write (default: beside the store)"
     )
     inspect.add_argument(
         "--samples", type=int, default=12, metavar="N", help="sample pairs a split (default 12)"
@@ -53,7 +53,7 @@ def inspect(name: str, html: Path | None, samples: int, seed: int) -> None:
     store = open_store(name)
     splits = figures(store)
     print(as_text(store, splits))
-    path = html or Path(f"{store.directory.name}.html")
+    path = html or store.directory.with_name(f"{store.directory.name}.html")
     write_html(store, splits, path, max(0, samples), seed)
     print(f"sample pairs: {path}")
 

@@ -2,7 +2,7 @@
 
 import collections
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any, SupportsIndex, get_args
 
@@ -21,6 +21,7 @@ from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.models.clip import abstract_params
 from gcl_jax.models.flops import Kinds
+from gcl_jax.models.presets import PRESETS
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
@@ -203,7 +204,10 @@ def _listed(name: str, values: Any, one: Any) -> tuple[bool, list]:
     """Whether it is but `one`, and all in a list."""
     if isinstance(values, one):
         return True, [values]
-    if isinstance(values, Iterable) and not isinstance(values, bytes | Mapping):
+    if hasattr(values, "to_dict"):
+        raise UserError(f"{name} are pandas: give .to_dict('records'), or of one column .tolist()")
+    many = isinstance(values, Iterable) and not isinstance(values, bytes | Mapping | Set)
+    if many and getattr(values, "shape", None) != ():
         return False, list(values)
     raise UserError(f"{name} must be a list, not {_described(values)}")
 
@@ -314,6 +318,11 @@ def from_pretrained(
     from gcl_jax.port.pretrained import load_pretrained, model_config
 
     name, kinds = _path("source", source), _texts_but(image_fields)
+    if name in PRESETS and not Path(name).exists():
+        raise UserError(
+            f"{name} is the name of an architecture, not of weights: give their file or folder, "
+            f"and model={name!r}"
+        )
     if (Path(name) / "config.json").is_file() and (Path(name) / "checkpoints").is_dir():
         raise UserError(f"{name} is a training run: open it with gcl_jax.load({name!r})")
     logs.quiet_libraries()
@@ -345,4 +354,6 @@ def _weights(name: str, fields: Any) -> dict[str, float]:
 def _path(name: str, value: Any) -> str:
     if not isinstance(value, str | os.PathLike):
         raise UserError(f"{name} must be a path, not {_described(value)}")
+    if not os.fspath(value):
+        raise UserError(f"{name} is empty")
     return os.fspath(value)

@@ -253,6 +253,8 @@ def evaluate_run(
     import pyarrow as pa
     import pyarrow.compute as pc
 
+    if not isinstance(ks, Sequence) or not all(type(k) is int and k > 0 for k in ks):
+        raise DataError(f"ks={ks!r} must be whole numbers of 1 or more, such as (10, 100)")
     trec.check_table("qrels", qrels, "qrels")
     trec.check_table("run", run, "run")
     queries = [query for query in qrels if qrels[query] and query in run]

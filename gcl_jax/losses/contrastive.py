@@ -69,7 +69,8 @@ def gcl_loss(
     Args:
         queries, documents: the whole global batch, rows of length 1; float32 or bfloat16.
         logit_scale: the factor itself (exp of the learned parameter).
-        weights: w_i, 1 by default; or `PairRows`, which say more of the pairs.
+        weights: w_i, 1 by default, constants to gradients; or `PairRows`, which say more of the
+            pairs.
         mesh: the rows are split over all of its axes, whatever their names and types; by default
             that of `jax.set_mesh`, else the one that the queries are on, else there is none.
         logit_bias: added to all logits, where it cancels.
@@ -85,6 +86,13 @@ def gcl_loss(
     """
     queries, documents = _array("queries", queries), _array("documents", documents)
     scalars = _array("logit_scale", logit_scale), _array("logit_bias", logit_bias)
+    if (mask_duplicates or known is not None) and not isinstance(weights, PairRows):
+        raise ConfigError(
+            "mask_duplicates and known need to know which pairs share a query or a document: give "
+            "weights=gcl_jax.losses.pairs.PairRows(weights, query_id=..., document_id=...)"
+        )
+    if queries.shape[:1] == (0,):
+        raise ConfigError("there is no pair: queries are empty")
     mesh, rows = _chosen_mesh(mesh, queries), _pair_rows(weights, queries)
     options = mesh, mask_duplicates, form, block_size
     return _jitted_loss(queries, documents, *scalars, rows, known, weight_norm, options)

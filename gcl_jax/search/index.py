@@ -6,7 +6,7 @@ best so far costs one comparison, 0.7 ns, and few are above it.
 """
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Set
 from typing import Any, NamedTuple
 
 import jax
@@ -72,10 +72,12 @@ class Index:
         """
         if dtype not in ("float32", "bfloat16"):
             raise UserError(f"dtype={dtype!r} must be float32 or bfloat16")
+        if not isinstance(mesh, Mesh | None):
+            raise UserError(f"mesh={mesh!r} must be a jax.sharding.Mesh")
         _check_floats("documents", documents, (2,))
         if ids is not None:
-            if not isinstance(ids, Iterable):
-                raise UserError(f"ids must be a list, not {ids!r}")
+            if not isinstance(ids, Iterable) or isinstance(ids, Set | Mapping):
+                raise UserError(f"ids must be a list, not {ids!r:.80}")
             ids = ids if isinstance(ids, np.ndarray) else np.fromiter(ids, object)
             if ids.shape != (len(documents),):
                 raise UserError(f"{len(ids)} ids for {len(documents)} documents: give one each")
@@ -234,7 +236,7 @@ def _checked(queries, documents, k: int) -> tuple[Float[np.ndarray, "q d"], int]
     if queries.ndim != 2 or documents.ndim != 2 or queries.shape[1] != documents.shape[1]:
         shapes = f"{queries.shape} and {documents.shape}"
         raise UserError(f"queries and documents of one dimension are needed, not {shapes}")
-    if not isinstance(k, int | np.integer) or k < 0:
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 0:
         raise UserError(f"k={k!r} is no whole number, 0 or more")
     if len(documents) >= 2**31:
         raise UserError(f"{len(documents)} documents are more than the 2^31 - 1 one index can hold")

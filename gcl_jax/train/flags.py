@@ -27,7 +27,7 @@ from gcl_jax.config import (
 )
 from gcl_jax.errors import ConfigError
 from gcl_jax.models.presets import preset
-from gcl_jax.validation import in_words, is_of, validate
+from gcl_jax.validation import example, in_words, is_of, validate
 
 # How a model computes is not a matter of which model it is: a preset leaves these alone.
 NUMERICS = ("dtype", "param_dtype", "attention", "remat", "lora_rank", "lora_alpha")
@@ -90,14 +90,17 @@ def override(cfg: TrainConfig, key: str, text: str) -> None:
 def _refuse_key(cfg: TrainConfig, key: str) -> typing.NoReturn:
     keys = [one.key for one in described()]
     parts = {key.rpartition(".")[0] for key in keys} - {""}
-    near = difflib.get_close_matches(key, keys, 1, 0.5)
+    # The last word alone, as in --config.lr; then what is spelled alike.
+    near = [one for one in keys if one.rpartition(".")[2] == key.rpartition(".")[2]]
+    near += difflib.get_close_matches(key, [*parts, *keys], 1, 0.6)
     if key in parts:
-        hint = f"set its options one by one: `python -m gcl_jax config {key}` lists them"
+        inside = next(one for one in keys if one.startswith(f"{key}."))
+        hint = f"it has options of its own: set one, such as --config.{inside}=..."
     elif near:
-        hint = f"did you mean config.{near[0]}? `python -m gcl_jax config` lists all keys"
+        hint = f"there is no such key; did you mean config.{near[0]}?"
     else:
-        hint = "`python -m gcl_jax config` lists all keys"
-    raise ConfigError(f"config.{key}: there is no such key; {hint}")
+        hint = "there is no such key"
+    raise ConfigError(f"config.{key}: {hint} `python -m gcl_jax config` lists all")
 
 
 def _of_preset(cfg: TrainConfig, key: str, text: str) -> Any:
@@ -122,11 +125,13 @@ def _set_option(part: Any, name: str, hint: Any, key: str, rest: list[str], text
     hint = (args[1] if args else float) if rest else hint
     value = _parsed(text, hint)
     if not is_of(value, hint):
-        default = next(one.default for one in described() if f"{key}.".startswith(f"{one.key}."))
-        example = "1.0" if rest else _as_text(default) or "a,b"
+        one = next(one for one in described() if f"{key}.".startswith(f"{one.key}."))
+        found = 1.0 if rest else example(one)
+        example_key = f"{key}.image" if isinstance(found, dict) else key
+        shown = 0.9 if isinstance(found, dict) else _as_text(found)
         raise ConfigError(
             f"config.{key}={text!r} must be {in_words(hint)}; write for example "
-            f"--config.{key}={example}"
+            f"--config.{example_key}={shown}"
         )
     if rest:
         getattr(part, name)[".".join(rest)] = value
@@ -209,9 +214,12 @@ def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainCo
     package = Path(__file__).parents[1]
     path = next((x for x in (Path(name), package / name) if x.is_file()), None)
     if path is None:
-        raise ConfigError(f"--config={file}: no such file")
+        why = "a folder, no file" if Path(name).is_dir() else "no such file"
+        raise ConfigError(f"--config={file}: {why}")
     try:
         made = registry.load_file(path).get_config(*[argument] if colon else [])
+    except ConfigError as error:
+        raise ConfigError(f"--config={file}: {error}") from None
     except (Exception, SystemExit) as error:
         reason = str(error).strip().splitlines()[:1] or [""]
         raise ConfigError(f"--config={file}: {type(error).__name__}: {reason[0]}") from None
@@ -221,7 +229,6 @@ def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainCo
     whole = {key for key, _ in overrides if key in ("model", *_parts_of_model())}
     for key, text in sorted(overrides, key=lambda one: one[0] not in whole):
         override(made, key, text)
-    registry.load_extensions(made.extensions)
     return made
 
 

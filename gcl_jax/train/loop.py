@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -51,7 +52,12 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
         Interrupted: SIGINT or SIGTERM came; everything is saved. (In the main thread alone.)
     """
     if not isinstance(cfg, TrainConfig):
-        raise ConfigError(f"config is a {type(cfg).__name__}; give a gcl_jax.config.TrainConfig")
+        raise ConfigError(
+            f"config is a {type(cfg).__name__}; give a gcl_jax.TrainConfig, as "
+            "gcl_jax.train.flags.read_config makes it of a file"
+        )
+    if not isinstance(workdir, str | os.PathLike) or not os.fspath(workdir):
+        raise ConfigError(f"workdir={workdir!r} must be the path of a directory")
     validate(cfg)
     logs.quiet_libraries()
     workdir = Path(workdir)
