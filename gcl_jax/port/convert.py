@@ -306,7 +306,8 @@ def _plain_names(state_dict: Mapping[str, Any], source: str) -> tuple[dict[str, 
                 print(f"{source}: left out {', '.join(matched)} ({reason})", file=sys.stderr)
                 kept = {key: x for key, x in kept.items() if key not in matched}
         first, *others = {"".join(key.partition(".")[:2]) for key in kept} or {""}
-        if others or not first.endswith("."):
+        # A text-only model of our own has "text." before every key, and wants it.
+        if others or not first.endswith(".") or _recognised(kept) == "gcl_jax":
             break
         kept, cut = {key.removeprefix(first): x for key, x in kept.items()}, cut + first
     if cut and not _recognised(kept):
