@@ -204,7 +204,7 @@ class Source:
         raise NotImplementedError
 
     def splits(self) -> dict[str, Split]:
-        """The first one is trained on, unless the configuration names another."""
+        """Trained on is "train", or the first not held out, unless the configuration says."""
         raise NotImplementedError
 
     def corpora(self) -> dict[str, np.ndarray]:
