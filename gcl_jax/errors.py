@@ -24,6 +24,11 @@ def first_line(error: BaseException) -> str:
     return (str(error) or type(error).__name__).strip().partition("\n")[0]
 
 
+def to_install(extra: str) -> str:
+    """What to type for an optional part of this package, which no registry has."""
+    return f'pip install -e ".[{extra}]" in a clone of gcl_jax'
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError` with `message`, which starts with the key, unless `condition` holds."""
     if not condition:

@@ -35,6 +35,9 @@ def store(tiny_store, tmp_path):
 def test_verify(store, monkeypatch, capsys):
     assert call(monkeypatch, "verify", store.directory) == 0
     assert "are as written" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "open_store", lambda name: store)
+        assert call(patch, "verify", "emoji") == 0  # prepared under a name, as `inspect` opens it
     listed = (store.directory / "checksums.sha256").read_text().splitlines()
     files = [path for path in store.directory.rglob("*") if path.is_file()]
     assert len(listed) == len(files) - 1 > 20

@@ -6,6 +6,7 @@ Every command in a block must have the flags that it is given, whether it is run
 run in `workplace`, where the files lie that the pages name, and are shortened by `SHORT` alone.
 """
 
+import configparser
 import functools
 import glob
 import io
@@ -222,6 +223,20 @@ def test_links_lead_somewhere():
         if not link.startswith("http") and not (page.parent / link).exists()
     ]
     assert gone == []
+
+
+def test_extras_are_installed_from_a_clone():
+    """No registry has the package; `errors.to_install` says how an extra of setup.cfg is had."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    extras = set(setup["options.extras_require"])
+    paths = [*PAGES, *(ROOT / "docs/notebooks").glob("*")]
+    for folder in ("gcl_jax", "configs", "benchmarks", "launch"):
+        paths += [path for path in (ROOT / folder).rglob("*.[pmys]*") if path.is_file()]
+    for path in paths:
+        text = path.read_text("utf-8", "replace")
+        assert not re.search(r"gcl[_-]jax\[(?!" + "'|\")", text), path
+        assert set(re.findall(r"to_install\([\"'](\w+)", text)) <= extras, path
 
 
 def test_the_readme_is_short():

@@ -364,7 +364,7 @@ def test_unknown_cleaning_is_refused():
 def test_missing_transformers_is_one_line(word_level, monkeypatch):
     folder = word_level(pad_token="[PAD]")
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ConfigError, match=r'pip install "gcl_jax\[text\]"') as error:
+    with pytest.raises(ConfigError, match=r'pip install -e "\.\[text\]"') as error:
         load_tokenizer(folder, 7)
     assert "\n" not in str(error.value)
 

@@ -3,6 +3,7 @@
 import concurrent.futures
 import copy
 import dataclasses
+import io
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+import tqdm
 from conftest import TinySource
 from flax import traverse_util
 from tokenizers.implementations import BertWordPieceTokenizer
@@ -158,6 +160,35 @@ def test_the_rate_logged_is_that_of_the_clock(cfg, tmp_path, monkeypatch, log_ev
     for line in lines:
         rate = line["pairs_per_second"] / 8 * 3 / jax.device_count()
         assert line["teraflops_per_device"] == pytest.approx(rate)
+
+
+def test_the_time_left_is_that_of_steady_steps(cfg, tmp_path, monkeypatch):
+    """Without the first step's compilation, a restart's steps that were done before, or evaluation:
+    a step takes 2 s."""
+    now = [0.0]
+    monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
+    cfg.log_every, cfg.nonfinite.spike = 1000, 0
+    parts = {"cfg": cfg, "steps": 1000, "flops": 3e12}
+    writer = SimpleNamespace(restart=lambda step: None)
+    metrics = {"loss": np.float32(1), "gradient_norm": np.float32(1)}
+    for start in (0, 500):
+        bar = tqdm.tqdm(total=1000, mininterval=10, file=io.StringIO())
+        bar._time = lambda: now[0]
+        bar.start_t = bar.last_print_t = now[0]
+        watched = monitor.Monitor(SimpleNamespace(**parts), tmp_path, writer, bar)
+        watched.start_at(start)
+        now[0] += 100
+        for step in range(start + 1, start + 20):
+            now[0] += 2
+            watched.dispatched(step, metrics, {})
+            if step % 9 == 0:
+                watched.settle()
+                with watched.pause():
+                    now[0] += 300
+            if rate := bar.format_dict["rate"]:
+                assert rate == pytest.approx(0.5, rel=0.2)
+        assert rate
+        bar.close()
 
 
 def test_the_split_to_train_on_is_not_one_held_out(cfg, tiny_store, tmp_path, monkeypatch, capsys):

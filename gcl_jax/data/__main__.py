@@ -12,6 +12,7 @@ import numpy as np
 from gcl_jax.data.store import Pairs, RankedStore, Records, damaged_files, files_of
 from gcl_jax.data.transforms import thumbnail
 from gcl_jax.errors import DataError, reported_in_one_line
+from gcl_jax.registry import SOURCES
 from gcl_jax.stores import open_store
 
 BINS = np.linspace(1, 100, 12)  # of width 9
@@ -44,7 +45,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Exit code 0: all files are as written; 1: some are not, one line each; "
         "2: nothing to compare with.",
     )
-    verify.add_argument("store", type=Path, help="directory of the store")
+    verify.add_argument("store", help="directory of the store, or emoji, emoji_languages")
     return parser
 
 
@@ -58,8 +59,10 @@ def inspect(name: str, html: Path | None, samples: int, seed: int) -> None:
     print(f"sample pairs: {path}")
 
 
-def verify(directory: Path) -> bool:
+def verify(name: str) -> bool:
     """Whether all files are as written; names each that is not."""
+    is_source = name in SOURCES and not Path(name).is_dir()
+    directory = open_store(name).directory if is_source else Path(name)
     damaged = damaged_files(directory)
     for line in damaged:
         print(line)

@@ -23,7 +23,7 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
-from gcl_jax.errors import ConfigError, first_line
+from gcl_jax.errors import ConfigError, first_line, to_install
 
 CLIP_START, CLIP_END = "<start_of_text>", "<end_of_text>"
 # CLIP's pattern is case-insensitive. That matters for its few words, where the long s is an s, and
@@ -207,9 +207,7 @@ def load_hugging_face(name: str) -> Any:
     try:
         from transformers import AutoTokenizer  # slow to import, and needed here only
     except ImportError:
-        raise ConfigError(
-            f'tokenizer {name!r} needs transformers: pip install "gcl_jax[text]"'
-        ) from None
+        raise ConfigError(f"tokenizer {name!r} needs transformers: {to_install('text')}") from None
     folder = Path(name).expanduser()
     if not folder.is_dir():
         folder = _download(name)
@@ -225,7 +223,7 @@ def load_hugging_face(name: str) -> Any:
     except Exception as error:
         reason = first_line(error)
         if importlib.util.find_spec("sentencepiece") is None and any(folder.glob("*.model")):
-            reason = 'a SentencePiece model needs sentencepiece: pip install "gcl_jax[text]"'
+            reason = f"a SentencePiece model needs sentencepiece: {to_install('text')}"
         raise ConfigError(f"tokenizer folder {name} cannot be loaded: {reason}") from error
 
 

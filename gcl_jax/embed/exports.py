@@ -11,7 +11,7 @@ import numpy as np
 
 from gcl_jax import logs
 from gcl_jax.config import replacing
-from gcl_jax.errors import UserError
+from gcl_jax.errors import UserError, to_install
 
 EMBEDDINGS, IDS = "embeddings.npy", "ids.parquet"  # of `vectors.py`
 ROWS_AT_A_TIME = 65_536
@@ -23,8 +23,8 @@ def check(kinds: list[str]) -> None:
         *_, module, package = EXPORTS[kind]
         if importlib.util.find_spec(module) is None:
             raise UserError(
-                f"--export={kind} needs the package {package}: pip install {package} "
-                "(or gcl_jax[search])"
+                f"--export={kind} needs the package {package}: pip install {package}, or "
+                + to_install("search")
             )
 
 

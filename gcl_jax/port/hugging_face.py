@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gcl_jax.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
-from gcl_jax.errors import ConfigError, DataError, first_line
+from gcl_jax.errors import ConfigError, DataError, first_line, to_install
 from gcl_jax.port.convert import (
     ONE,
     ONE_ONE,
@@ -322,7 +322,7 @@ def locate(source: str) -> Path:
     except ImportError:
         raise DataError(
             f"{source}: no such file or folder; to load it from the Hugging Face hub, "
-            "`pip install gcl_jax[text]`"
+            + to_install("text")
         ) from None
     return _download(source, huggingface_hub.HfApi, huggingface_hub.snapshot_download)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from gcl_jax import logs
 from gcl_jax.config import write_json
 from gcl_jax.data import store
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, to_install
 from gcl_jax.prepare.source import BadRows, Item, Loaded
 
 RECORDS_PER_PART = 50_000
@@ -74,7 +74,7 @@ class PartsWriter:
             import apache_beam as beam
             from apache_beam.options.pipeline_options import PipelineOptions
         except ImportError:
-            raise ConfigError('--beam needs Apache Beam: pip install "gcl_jax[beam]"') from None
+            raise ConfigError(f"--beam needs Apache Beam: {to_install('beam')}") from None
 
         self._folder = self._folder.absolute()
         numbers = list(self._note_items(iter(items)))

@@ -62,7 +62,7 @@ class Monitor:
         self.rollbacks += rolled_back
         self._pending, self.nonfinite = None, []
         self._writer.restart(step)
-        self._bar.n = self._bar.initial = step
+        self._bar.n = self._bar.initial = self._started = step
         self._bar.refresh()
         self._measure_from(step, time.perf_counter())
 
@@ -78,7 +78,11 @@ class Monitor:
         """While the loop does something else than train, after `settle`."""
         begun = time.perf_counter()
         yield
-        self._since += time.perf_counter() - begun
+        passed = time.perf_counter() - begun
+        self._since += passed
+        if not self._bar.disable:  # nor does this say how long the steps that are left will take
+            self._bar.start_t += passed
+            self._bar.last_print_t += passed
 
     def dispatched(self, step: int, metrics: Mapping[str, jax.Array], rows: Batch) -> None:
         """Step `step` has been sent to the devices, with these rows of this host; now there is time
@@ -101,7 +105,11 @@ class Monitor:
         vital = jax.device_get({name: metrics[name] for name in ("loss", "gradient_norm")})
         ended = time.perf_counter()  # what follows may wait for the next step
         loss, norm = (float(vital[name]) for name in ("loss", "gradient_norm"))
-        self._bar.update(step - self._bar.n)
+        if self._bar.n == self._started:  # the step that was compiled says nothing of the others
+            self._bar.n = self._bar.initial = self._bar.last_print_n = step
+            self._bar.unpause()
+        else:
+            self._bar.update(step - self._bar.n)
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self.nonfinite.append(step)
             self._note(step, loss, norm, rows)
