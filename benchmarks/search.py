@@ -11,7 +11,7 @@ in float32) if it can be imported:
 
     python benchmarks/search.py --documents=10000000 --dtype=bfloat16 --bandwidth=3350
 
-which needs `jax[cuda12]`, 32 GB of memory on the host and as much on the card as the corpus in its
+which needs `jax[cuda13]`, 32 GB of memory on the host and as much on the card as the corpus in its
 dtype (10.2 GB; float32 20.5 GB) twice, for torch has its own, and 4 GB more. `--bandwidth`, GB/s of
 the card's memory, adds a floor: the corpus read once for every tile of queries.
 """

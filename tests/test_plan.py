@@ -233,7 +233,7 @@ def test_topologies_that_are_none(name, message, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "command"), [("v5e:4x4", "pip install 'jax[tpu]'"), ("h100:8", "jax[cuda12]")]
+    ("name", "command"), [("v5e:4x4", "pip install 'jax[tpu]'"), ("h100:8", "jax[cuda13]")]
 )
 def test_compilers_that_are_not_installed(name, command, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -17,6 +17,7 @@ TPUS = {
 }
 GPUS = {"h100": "H100"}
 GPUS_PER_HOST = 8
+CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 FORMS = "v5e:16x16, v6e:16x16, v5p:8x8x8 (chips along each axis), h100:8, cpu:8 (devices)"
 
 # For the TPU compiler, a quarter of its time: what it sends and computes is the same, what it holds
@@ -124,9 +125,9 @@ def _tpu(name: str, kind: str, sizes: list[int]) -> Topology:
 
 
 def _gpu(name: str, kind: str, count: int) -> Topology:
-    if importlib.util.find_spec("jax_cuda12_plugin") is None:
+    if not any(importlib.util.find_spec(plugin) for plugin in CUDA_PLUGINS):
         raise ConfigError(
-            f"--topology={name} needs the CUDA compiler: pip install 'jax[cuda12]' (no GPU needed)"
+            f"--topology={name} needs the CUDA compiler: pip install 'jax[cuda13]' (no GPU needed)"
         )
     hosts, rest = divmod(count, GPUS_PER_HOST)
     if hosts and rest:
