@@ -1,10 +1,11 @@
 """Errors that a user can mend, and how every command reports them: one line, no traceback."""
 
 import contextlib
+import difflib
 import io
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 
 class UserError(ValueError):
@@ -22,6 +23,13 @@ class DataError(UserError):
 def first_line(error: BaseException) -> str:
     """What another library says, in one line."""
     return (str(error) or type(error).__name__).strip().partition("\n")[0]
+
+
+def did_you_mean(name: object, names: Iterable[str]) -> str:
+    """What ends a message about `name`, which is none of `names`: the one that is spelled most like
+    it, if there is any."""
+    near = difflib.get_close_matches(str(name), list(names), 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def to_install(extra: str) -> str:

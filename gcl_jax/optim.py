@@ -16,9 +16,9 @@ import optax.contrib
 from flax import traverse_util
 
 from gcl_jax.config import OptimConfig
-from gcl_jax.errors import ConfigError, first_line
+from gcl_jax.errors import ConfigError, did_you_mean, first_line
 from gcl_jax.models.clip import LORA
-from gcl_jax.registry import OPTIMIZERS, SCHEDULES, TEXT_TOWERS, VISION_TOWERS
+from gcl_jax.registry import OPTIMIZERS, SCHEDULES, TEXT_TOWERS, VISION_TOWERS, hint
 from gcl_jax.sharding import Params
 
 
@@ -207,8 +207,11 @@ def _chosen(cfg: OptimConfig) -> Callable[[OptimConfig, optax.Schedule], Any]:
         return OPTIMIZERS[name]
     found = _of_optax()
     if name not in found:
-        names = ", ".join(sorted({*OPTIMIZERS, *found}))
-        raise ConfigError(f"config.optim.optimizer={name!r} is none of {names}")
+        names = sorted({*OPTIMIZERS, *found})
+        raise ConfigError(
+            f"config.optim.optimizer={name!r} is none of {', '.join(names)}"
+            + (did_you_mean(name, names) or hint(name, OPTIMIZERS))
+        )
     return functools.partial(from_optax, found[name])
 
 

@@ -12,12 +12,12 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from gcl_jax.errors import ConfigError, first_line
+from gcl_jax.errors import ConfigError, did_you_mean, first_line
 
 T = TypeVar("T")
 
@@ -61,7 +61,8 @@ class Registry(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self._homes:
-            raise ConfigError(f"{self.kind} {name!r} is none of {', '.join(self)}")
+            names = ", ".join(self)
+            raise ConfigError(f"{self.kind} {name!r} is none of {names}{hint(name, self)}")
         if name not in self._things:
             importlib.import_module(self._homes[name])
         return self._things[name]
@@ -77,6 +78,13 @@ class Registry(Mapping[str, Any]):
 
     def __repr__(self) -> str:
         return f"<{self.kind}s: {', '.join(self)}>"
+
+
+def hint(name: object, names: Collection[str]) -> str:
+    """What ends a message about `name`, which is none of `names`, choices or a `Registry`."""
+    if (near := did_you_mean(name, names)) or not isinstance(names, Registry):
+        return near
+    return "; is it of a module of your own? config.extensions (--extensions) has to name that"
 
 
 def _source(defined: Any) -> str:

@@ -59,7 +59,11 @@ def check(key: str, value: Any, one: Described) -> None:
     """Raises `ConfigError` unless `value` has the type, the choices and the bounds of an option."""
     option = one.option
     if option.choices and isinstance(value, str):
-        require(value in option.choices, f"{key}={value!r} must be one of {tuple(option.choices)}")
+        require(
+            value in option.choices,
+            f"{key}={value!r} must be one of {tuple(option.choices)}"
+            + registry.hint(value, option.choices),
+        )
     require(
         is_of(value, one.type),
         f"{key}={value!r} must be {in_words(one.type)}, such as {example(one)!r}",
@@ -199,7 +203,7 @@ def _validate_objectives(cfg: TrainConfig) -> None:
         require(
             name in registry.OBJECTIVES,
             f"loss.objectives.{name}: there is no such objective; choose from "
-            f"{', '.join(registry.OBJECTIVES)}",
+            f"{', '.join(registry.OBJECTIVES)}{registry.hint(name, registry.OBJECTIVES)}",
         )
     require(any(weights.values()), "loss.objectives: all weights are 0")
     require(

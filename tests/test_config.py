@@ -61,7 +61,7 @@ def test_unknown_preset_and_key_and_missing_file(tmp_path):
         ("model.preprocess.resize_mode", "crop", "must be one of"),
         ("model.preprocess.fill_color", 256, "from 0 to 255"),
         ("data.augmentation", "mixup", "must be one of"),
-        ("data.sampler", "scores", "must be one of"),
+        ("data.sampler", "scores", "must be one of .*; did you mean 'score'"),
         ("loss.score_to_weight", "cubic", "must be one of \\('constant'"),
         ("loss.objectives", ObjectivesConfig(gcl=0.0), "all weights are 0"),
         ("loss.objectives.fused", -1.0, "weight of 0 or more"),

@@ -88,7 +88,9 @@ def test_what_they_declare_is_asked(own):
 
 def test_a_family_that_is_not_registered_is_named(tiny_config):
     tiny_config.model.text.family = "gru"
-    with pytest.raises(ConfigError, match=r"model\.text\.family='gru' must be one of .*'bert'"):
+    with pytest.raises(
+        ConfigError, match=r"model\.text\.family='gru' must be .*'bert'.*config.extensions"
+    ):
         validate(tiny_config)
 
 

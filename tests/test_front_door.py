@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 from test_search import HostileSource, untrained_run
 
@@ -251,6 +253,7 @@ def test_index_answers_with_ids(model, documents):
     alone = index.search(queries[1], k=5)
     assert alone.ids.tolist() == found.ids[1].tolist()
     assert (len(index), index.search(queries).ids.shape) == (24, (2, 10))
+    assert repr(index) == "<gcl_jax.Index of 24 documents, 16 dimensions, float32>"
     pairs = gcl_jax.Index(embeddings[:2], ids=[("a", 1), ("b", 2)]).search(embeddings[:1], 1)
     assert pairs.ids.tolist() == [[("a", 1)]], "whatever an id is, it comes back"
     on_jax = gcl_jax.Index(jax.numpy.asarray(embeddings)).search(jax.numpy.asarray(queries), 5)
@@ -334,6 +337,9 @@ class Frame:
         raise AssertionError("nobody asked")
 
 
+EYE = jnp.eye(2)
+
+
 def with_extension(cfg):
     return dataclasses.replace(cfg, extensions=("nosuch",))
 
@@ -413,6 +419,32 @@ def with_extension(cfg):
         (lambda m, png: gcl_jax.Index(np.full((2, 3), np.nan)), "embedding 0 is not finite"),
         (lambda m, png: gcl_jax.Index(np.ones((2, 3))).search(np.ones((1, 4))), "one dimension"),
         (lambda m, png: gcl_jax.Index(np.ones((2, 3))).search("cat"), "queries must be an array"),
+        (
+            lambda m, png: jax.jit(gcl_jax.Index(np.ones((2, 3))).search)(np.ones((1, 3))),
+            "queries are not known yet: .* outside of jax.jit",
+        ),
+        (lambda m, png: jax.jit(gcl_jax.Index)(np.ones((2, 3))), "documents are not known yet"),
+        (
+            lambda m, png: jax.jvp(gcl_jax.gcl_loss, (EYE, EYE, 1.0), (EYE, EYE, 1.0)),
+            "gradients in reverse only: take jax.grad",
+        ),
+        (
+            lambda m, png: jax.shard_map(
+                gcl_jax.gcl_loss,
+                mesh=jax.make_mesh((1,), ("x",), devices=jax.devices()[:1]),
+                in_specs=P(),
+                out_specs=P(),
+            )(EYE, EYE, 1.0),
+            "call it outside of shard_map",
+        ),
+        (
+            lambda m, png: gcl_jax.evaluate_run({"q": {"d": 1}}, {"q": {"d": np.float16(np.inf)}}),
+            r"score of document 'd' is np.float16\(inf\), not a finite number$",
+        ),
+        (
+            lambda m, png: gcl_jax.evaluate_run({"q": {"d": 1}}, {"q": {"d": EYE[0, 0]}}),
+            r"Array\(1.*, not a finite number \(int, float, or one of numpy's\)",
+        ),
         (lambda m, png: gcl_jax.Index(np.ones((2, 3))).search(np.ones(3), k=-1), "k=-1 is no"),
         (lambda m, png: gcl_jax.Index(np.ones((2, 3))).search(np.ones(3), k=1.5), "k=1.5 is no"),
     ],

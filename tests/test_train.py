@@ -191,6 +191,14 @@ def test_the_time_left_is_that_of_steady_steps(cfg, tmp_path, monkeypatch):
         bar.close()
 
 
+@pytest.mark.parametrize("key", ["optimizer", "freeze"])
+def test_names_of_the_optimizer_are_looked_at_before_the_data(cfg, key):
+    cfg.data.store = "nowhere"
+    setattr(cfg.optim, key, "adamm" if key == "optimizer" else ("vision",))
+    with pytest.raises(ConfigError, match=rf"^config.optim.{key}"):
+        make_training(cfg)
+
+
 def test_the_split_to_train_on_is_not_one_held_out(cfg, tiny_store, tmp_path, monkeypatch, capsys):
     cfg.data.train_split, cfg.optim.steps = "", 1
     info = tiny_store.info["splits"]

@@ -78,6 +78,10 @@ class Records:
         as_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
         return builder.as_data_source("corpus", deserialize_method=as_bytes)
 
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name} ({kind})" for name, kind in self.fields.items())
+        return f"<{len(self)} records with id, {fields}>"
+
     def __len__(self) -> int:
         return len(self._serialized)
 
@@ -179,6 +183,10 @@ class RankedStore:
             self.directory / "documents" / VERSION, self.info["document_fields"]
         )
         self.queries = Records(self.directory / "queries" / VERSION, self.info["query_fields"])
+
+    def __repr__(self) -> str:
+        sizes = [f"{name} ({split['pairs']} pairs)" for name, split in self.info["splits"].items()]
+        return f"<gcl_jax store {self.directory}: {', '.join(sizes)}>"
 
     @property
     def name(self) -> str:

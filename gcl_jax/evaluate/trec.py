@@ -16,7 +16,6 @@ import json
 import math
 import numbers
 import re
-import sys
 import urllib.parse
 import zlib
 from collections import Counter
@@ -145,19 +144,28 @@ def check_table(name: str | Path, table: object, kind: Kind) -> None:
             raise DataError(f"{where}: ids of queries and documents must be texts (str)") from None
         except UnicodeEncodeError:
             raise DataError(f"{where}: an id has half a character (a lone surrogate)") from None
-        # Looks at the few types and at the sum first, which is faster than at every value.
-        with contextlib.suppress(TypeError, OverflowError):
+        # Looks at the few types and at the sum first, which is faster than at every value; as
+        # Python's floats, since numpy's would compare in their own precision.
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
             real = all(map(_is_number, set(map(type, row.values()))))
-            if real and abs(sum(row.values())) <= sys.float_info.max:
+            if real and math.isfinite(math.fsum(row.values())):
                 continue
         for document, x in row.items():
-            if not _is_number(type(x)) or not abs(x) <= sys.float_info.max:
+            if not _is_finite(x):
                 what = f"the {VALUE[kind]} of document {document!r} is {repr(x)[:40]}"
-                raise DataError(f"{where}: {what}, not a finite number")
+                of = "" if _is_number(type(x)) else " (int, float, or one of numpy's)"
+                raise DataError(f"{where}: {what}, not a finite number{of}")
 
 
 def _is_number(kind: type) -> bool:
     return issubclass(kind, numbers.Real) and kind is not bool
+
+
+def _is_finite(x: object) -> bool:
+    try:
+        return _is_number(type(x)) and math.isfinite(x)  # type: ignore[arg-type]
+    except OverflowError:
+        return False
 
 
 def write_qrels(path: Path, qrels: Table) -> None:

@@ -64,7 +64,8 @@ def gcl_loss(
     block_size: int = BLOCK_SIZE,
 ) -> Float[Array, ""]:
     """The score-weighted contrastive loss of N pairs, query i with document i, in memory linear in
-    N. Differentiable by the embeddings, the scale and the bias; within `jax.jit` or not.
+    N. Differentiable by the embeddings, the scale and the bias, in reverse mode (`jax.grad`);
+    within `jax.jit` or not.
 
     Args:
         queries, documents: the whole global batch, rows of length 1; float32 or bfloat16.
@@ -82,7 +83,8 @@ def gcl_loss(
         form, block_size: see `Logits`.
 
     Raises:
-        ConfigError: an unknown choice; arrays that do not fit each other or the mesh.
+        ConfigError: an unknown choice; arrays that do not fit each other or the mesh; a call within
+            `jax.shard_map` or under `jax.jvp`.
     """
     queries, documents = _array("queries", queries), _array("documents", documents)
     scalars = _array("logit_scale", logit_scale), _array("logit_bias", logit_bias)
@@ -95,7 +97,15 @@ def gcl_loss(
         raise ConfigError("there is no pair: queries are empty")
     mesh, rows = _chosen_mesh(mesh, queries), _pair_rows(weights, queries)
     options = mesh, mask_duplicates, form, block_size
-    return _jitted_loss(queries, documents, *scalars, rows, known, weight_norm, options)
+    try:
+        return _jitted_loss(queries, documents, *scalars, rows, known, weight_norm, options)
+    except TypeError as error:
+        if "forward-mode" not in str(error):
+            raise
+        raise ConfigError(
+            "gcl_loss has gradients in reverse only: take jax.grad, jax.vjp or jax.jacrev in place "
+            "of jax.jvp, jax.jacfwd or jax.linearize"
+        ) from None
 
 
 @functools.partial(jax.jit, static_argnums=(6, 7))

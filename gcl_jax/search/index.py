@@ -82,7 +82,8 @@ class Index:
             if ids.shape != (len(documents),):
                 raise UserError(f"{len(ids)} ids for {len(documents)} documents: give one each")
         self._ids = ids
-        documents = np.asarray(documents) if isinstance(documents, jax.Array) else documents
+        if isinstance(documents, jax.Array):
+            documents = _as_numpy("documents", documents)
         self._documents, self._mesh, self._dtype = documents, mesh or _own_mesh(), dtype
         self._chunks: list[tuple[int, Array]] = []
         greatest = [np.zeros(2)]
@@ -98,6 +99,10 @@ class Index:
 
     def __len__(self) -> int:
         return len(self._documents)
+
+    def __repr__(self) -> str:
+        n, dim = self._documents.shape
+        return f"<gcl_jax.Index of {n} documents, {dim} dimensions, {self._dtype}>"
 
     def search(self, queries: Any, k: int = 10) -> Hits:
         """The `min(k, n)` best documents by inner product, best first, equal scores in document
@@ -115,7 +120,7 @@ class Index:
             DataError: a query with a value that is not finite.
         """
         _check_floats("queries", queries, (1, 2))
-        queries = np.asarray(queries)
+        queries = _as_numpy("queries", queries)
         flat, k = _checked(queries.reshape(-1, queries.shape[-1]), self._documents, k)
         scores, rows = self._nearest(flat, k)
         found = rows if self._ids is None else self._ids[rows]
@@ -240,7 +245,8 @@ def _checked(queries, documents, k: int) -> tuple[Float[np.ndarray, "q d"], int]
         raise UserError(f"k={k!r} is no whole number, 0 or more")
     if len(documents) >= 2**31:
         raise UserError(f"{len(documents)} documents are more than the 2^31 - 1 one index can hold")
-    queries = np.asarray(queries, np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold is told next
+        queries = np.asarray(queries, np.float32)
     check_finite("query", queries)
     return queries, min(k, len(documents))
 
@@ -251,6 +257,17 @@ def _check_floats(name: str, x: Any, ndims: tuple[int, ...]) -> None:
     if shape is None or len(shape) not in ndims or not jnp.issubdtype(dtype, jnp.floating):
         what = type(x).__name__ if shape is None else f"{dtype} of shape {shape}"
         raise UserError(f"{name} must be an array (n, e) of floating-point numbers, not {what}")
+
+
+def _as_numpy(name: str, x: Any) -> np.ndarray:
+    """The array `x`; `UserError` within a function that jax traces."""
+    try:
+        return np.asarray(x)
+    except jax.errors.TracerArrayConversionError:
+        raise UserError(
+            f"{name} are not known yet: an Index searches arrays, outside of jax.jit, jax.grad and "
+            "jax.vmap; call it with what a jitted function returns"
+        ) from None
 
 
 def _search_on_cpu(
@@ -357,7 +374,8 @@ def check_finite(what: str, rows: Float[np.ndarray, "n d"], first: int = 0) -> N
     """Raises `DataError` for a row whose inner products might not be finite; `first` is the number
     of the first of them."""
     for start in range(0, len(rows), BLOCK):
-        block = np.asarray(rows[start : start + BLOCK], np.float32)
+        with np.errstate(over="ignore"):
+            block = np.asarray(rows[start : start + BLOCK], np.float32)
         bad = np.flatnonzero(~np.isfinite(np.einsum("nd,nd->n", block, block)))
         if bad.size:
             raise DataError(f"{what} embedding {first + start + bad[0]} is not finite, or too long")

@@ -39,7 +39,8 @@ def chunks(documents, mesh: Mesh, dtype: str) -> Iterator[tuple[int, Array, Arra
             start, stop, _ = index[0].indices(shape[0])
             rows = np.zeros((stop - start, dim), np.float32)
             found = documents[min(first + start, n) : min(first + stop, n)]
-            rows[: len(found)] = found
+            with np.errstate(over="ignore"):  # `_extremes` finds what float32 cannot hold
+                rows[: len(found)] = found
             return rows
 
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))

@@ -22,7 +22,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import longest_texts, padded_length, train_batches
 from gcl_jax.data.sampling import pair_weights, pairs_per_epoch
 from gcl_jax.data.store import HELD_OUT, RankedStore
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, did_you_mean
 from gcl_jax.evaluate import metrics
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.pairs import KnownWeights
@@ -65,6 +65,9 @@ def make_training(cfg: TrainConfig) -> Training:
         raise ConfigError(
             "config.model.attention='cudnn' needs an NVIDIA GPU, and jax finds none here; use 'xla'"
         )
+    parameters = abstract_model(cfg.model)[1]
+    # An unknown name or pattern is told before data are opened, which may take minutes.
+    optim.make_optimizer(cfg.optim, 1, parameters)
     store, asked = open_store(cfg.data.store), cfg.data.train_split
     cfg = store.resolve(cfg)
     distributed.require_alike({"the code": distributed.code()})
@@ -87,7 +90,7 @@ def make_training(cfg: TrainConfig) -> Training:
             "each epoch, others every time"
         )
     steps = optim.total_steps(cfg.optim, epoch)
-    tx = optim.make_optimizer(cfg.optim, steps, abstract_model(cfg.model)[1])
+    tx = optim.make_optimizer(cfg.optim, steps, parameters)
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     train_step = make_train_step(cfg, tx, mesh)
     check_data(cfg, pair_weights(cfg, pairs))
@@ -140,7 +143,10 @@ def require_metric(cfg: TrainConfig) -> None:
     best = cfg.checkpoint.best
     names = [f"{split}/{name}" for split in cfg.eval.splits for name in metrics.names()]
     if best and best not in names:
-        raise ConfigError(f"config.checkpoint.best={best!r} must be one of {', '.join(names)}")
+        raise ConfigError(
+            f"config.checkpoint.best={best!r} must be one of {', '.join(names)}"
+            + did_you_mean(best, names)
+        )
 
 
 def start_or_continue(
