@@ -1,6 +1,7 @@
 """The blockwise loss on every mesh, in both forms, against the reference on one device."""
 
 import functools
+import types
 
 import hypothesis
 import hypothesis.strategies as st
@@ -14,13 +15,29 @@ from test_targets import scored_batch
 
 from gcl_jax.config import LossConfig
 from gcl_jax.errors import ConfigError
-from gcl_jax.losses import logits
+from gcl_jax.losses import blockwise, logits
 from gcl_jax.losses.contrastive import gcl_loss, gcl_loss_reference, gcl_losses
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.pairs import KnownWeights, PairRows
 
 FORMS = ("gather", "ring")
 KNOWN = KnownWeights.of_pairs(np.zeros(1, int), np.zeros(1, int), np.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("platform", "kind", "size"),
+    [
+        ("cpu", "cpu", 1024),
+        ("tpu", "TPU v5 lite", 2048),
+        ("gpu", "NVIDIA H100 80GB HBM3", 8192),
+        ("gpu", "NVIDIA A100-SXM4-40GB", 8192),
+        ("gpu", "NVIDIA L4", 4096),
+        ("gpu", "a GPU of tomorrow", 4096),
+    ],
+)
+def test_the_size_of_tiles_is_the_devices(platform, kind, size):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind)
+    assert blockwise.fitting_block_size(device) == size
 
 
 @functools.cache

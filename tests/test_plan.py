@@ -254,6 +254,7 @@ def test_the_command(config_file, tmp_path):
     assert done.stdout.startswith(
         "cpu:4: 4 devices, mesh data 2 x fsdp 2\nbatch 8: 2 pairs on each"
     )
+    assert "loss form 'auto', tiles of 1,024\n" in done.stdout
     assert "query query (text); document image (image), title (text)" in done.stdout
     assert re.search(r"^fits: needs [\d.]+ of", done.stdout, re.MULTILINE)
     assert re.search(r"^as compiled it computes [\d.e-]+ TFLOP", done.stdout, re.MULTILINE)

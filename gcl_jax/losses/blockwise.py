@@ -14,6 +14,7 @@ own share and that of one visitor.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -22,9 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from gcl_jax.losses.pairs import PairRows
-
-# Rows and columns of a tile: 4 MiB of logits. From 512 to 2048 a CPU is as fast within its noise.
-BLOCK_SIZE = 1024
+from gcl_jax.models.flops import find_chip
 
 
 @jax.tree_util.register_dataclass
@@ -36,6 +35,21 @@ class Embedded:
 
     embedding: Float[Array, "n d"]
     pairs: PairRows
+
+
+def fitting_block_size(device: Any) -> int:
+    """The most rows and columns of a tile where no other number is asked for.
+
+    From 512 to 2048 a CPU is as fast within its noise. A TPU keeps a tile of 2048 in its vector
+    memory, one of 4096 no more. A GPU writes every tile to its memory, and starts as many kernels
+    for a small one: there it is the power of two up to 8192 whose logits, in float32, take at most
+    1/128 of that memory (docs/performance.md has the figures).
+    """
+    if device.platform != "gpu":
+        return 2048 if device.platform == "tpu" else 1024
+    chip = find_chip(device.device_kind)
+    logits = (chip.memory if chip else 16 * 2**30) / 128 / 4
+    return min(8192, 2 ** int(math.log2(logits) / 2))
 
 
 def tile_statistics(

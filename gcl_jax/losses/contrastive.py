@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 
 from gcl_jax.config import LossConfig, choices
 from gcl_jax.errors import ConfigError, first_line
-from gcl_jax.losses.blockwise import BLOCK_SIZE, product
+from gcl_jax.losses.blockwise import product
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.objectives import objective
 from gcl_jax.losses.pairs import MASKED, KnownWeights, PairRows, Softmax, Tile
@@ -61,7 +61,7 @@ def gcl_loss(
     weight_norm: str = "none",
     mask_duplicates: bool = False,
     form: str = "auto",
-    block_size: int = BLOCK_SIZE,
+    block_size: int | None = None,
 ) -> Float[Array, ""]:
     """The score-weighted contrastive loss of N pairs, query i with document i, in memory linear in
     N. Differentiable by the embeddings, the scale and the bias, in reverse mode (`jax.grad`);

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float
 
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import (
-    BLOCK_SIZE,
     Embedded,
     Gather,
     Ring,
+    fitting_block_size,
     product,
     tile_gradients,
     tile_statistics,
@@ -69,7 +69,7 @@ class Logits:
         mask_duplicates: other pairs of the same query or document are no negatives.
         form: "gather" copies all documents to every device, "ring" hands them from device to
             device, "auto" gathers while the copies stay below `GATHER_LIMIT` bytes.
-        block_size: the most rows and columns of a tile.
+        block_size: the most rows and columns of a tile; None is what fits the mesh's devices.
 
     Raises:
         ConfigError: an unknown form; shapes that do not fit each other or the mesh.
@@ -86,7 +86,7 @@ class Logits:
     known: KnownWeights | None = None
     mask_duplicates: bool = False
     form: str = "auto"
-    block_size: int = BLOCK_SIZE
+    block_size: int | None = None
 
     def __post_init__(self):
         _check(self)
@@ -111,7 +111,8 @@ class Logits:
         everywhere = jnp.float32(self.scale), jnp.float32(self.bias), self.known
         axes = () if self.mesh is None else self.mesh.axis_names
         transport = TRANSPORTS[form](axes)
-        options = _Options(reductions, names, self.mask_duplicates, transport, self.block_size)
+        size = self.block_size or fitting_block_size(_device(self.mesh))
+        options = _Options(reductions, names, self.mask_duplicates, transport, size)
         of_device = functools.partial(_sums, options)
         if self.mesh is None:
             return of_device(*arrays, *everywhere)
@@ -128,6 +129,11 @@ class Logits:
 
 def _size(mesh: Mesh | AbstractMesh | None) -> int:
     return 1 if mesh is None else mesh.size
+
+
+def _device(mesh: Mesh | AbstractMesh | None) -> Any:
+    """One of those that the program will run on, as far as the mesh knows."""
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else jax.devices()[0]
 
 
 class _Options(NamedTuple):
@@ -271,7 +277,8 @@ def _check(logits: Logits) -> None:
     for name in ("scale", "bias"):
         shape = jnp.shape(getattr(logits, name))
         require(shape == (), f"logit_{name} must be one number, not of shape {shape}")
-    require(logits.block_size >= 1, f"block_size {logits.block_size} must be 1 or more")
+    size = logits.block_size
+    require(size is None or size >= 1, f"block_size {size} must be 1 or more")
     for term in logits.terms:
         queries, documents = logits.queries[term.query], logits.documents[term.document]
         shape, dtype = queries.shape, queries.dtype

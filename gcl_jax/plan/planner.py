@@ -20,6 +20,7 @@ from gcl_jax.checkpoints.state import TrainState, abstract_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.negatives import negative_files
 from gcl_jax.errors import ConfigError
+from gcl_jax.losses.blockwise import fitting_block_size
 from gcl_jax.losses.multi_field import loss_flops
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
@@ -344,7 +345,7 @@ def report(cfg: TrainConfig, data: Data, plan: Plan, topology: Topology, utilisa
         f"{plan.topology}: {chips} devices, mesh data {along_data} x fsdp {along_fsdp}",
         f"batch {plan.batch:,}: {plan.batch // chips:,} pairs on each, in "
         f"{cfg.optim.grad_cache_chunks} chunks; remat {cfg.model.remat!r}, "
-        f"loss form {cfg.loss.form!r}",
+        f"loss form {cfg.loss.form!r}, tiles of {fitting_block_size(topology.devices[0]):,}",
         f"{'; '.join(sides)} ({data.note})",
         "",
         "one device holds        GiB",
