@@ -210,7 +210,9 @@ class DataConfig:
         "to its score",
         ("uniform", "score"),
     )
-    unique_queries: bool = option(False, "no two rows of a batch have the same query")
+    unique_queries: bool = option(
+        False, "no two rows of a batch have the same query, nor the same text"
+    )
     pairs_per_query: int = option(
         1, "pairs of a query that come together in a batch; each still once an epoch", at_least=1
     )

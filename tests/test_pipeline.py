@@ -5,11 +5,13 @@ import pickle
 import jax
 import numpy as np
 import pytest
+from conftest import TinySource
 
 from gcl_jax.data.pipeline import _PairExamples, corpus_batches, train_batches
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image
 from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.stores import write_store
 from gcl_jax.validation import validate
 
 
@@ -139,6 +141,24 @@ def test_no_query_comes_twice_in_a_batch(tiny_config, tiny_store):
     tiny_config.optim.batch_size = 6
     with pytest.raises(ConfigError, match=r"unique_queries: a batch of 6 .* 'in_domain' has 4"):
         train_batches(tiny_config, tiny_store)
+
+
+def test_nor_does_a_text_of_several_ids(tiny_config, tmp_path):
+    """Spellings that the tokenizer does not tell apart are one query for the sampler."""
+
+    class Spelled(TinySource):
+        def queries(self):
+            texts = ["red hat", "Red  Hat ", "RED HAT", "blue hat", *"wxyz"]
+            return ({"id": f"q{i}", "query": text} for i, text in enumerate(texts))
+
+    store = write_store(Spelled(), tmp_path / "store")
+    tiny_config.data.unique_queries, tiny_config.optim.batch_size = True, 2
+    ids = [b["query_id"] for b in taken(train_batches(tiny_config, store), 12)]
+    assert all(sum(batch == 3) == 1 for batch in ids)
+    assert {0, 1, 2, 3} == {*np.concatenate(ids).tolist()}, "each with its own id"
+    tiny_config.optim.batch_size = 3
+    with pytest.raises(ConfigError, match="'in_domain' has 2 of different texts"):
+        train_batches(tiny_config, store)
 
 
 def test_corpus_batches_keep_order_and_pad_the_last(tiny_config, tiny_store):

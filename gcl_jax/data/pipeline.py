@@ -17,7 +17,9 @@ and, of the sides for which `data.negatives` or `data.text_negatives` give any, 
         is none, and for a text that a rule made
 """
 
+import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,7 +35,7 @@ from gcl_jax import logs
 from gcl_jax.config import TextConfig, TrainConfig
 from gcl_jax.data.negatives import PairNegatives
 from gcl_jax.data.sampling import pair_weights, sampled
-from gcl_jax.data.store import RankedStore, Records
+from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
 from gcl_jax.errors import ConfigError, DataError
@@ -234,23 +236,45 @@ class _PairExamples:
         return made | self._negatives.example(index, int(made["query_id"]), rng)
 
 
+def sampled_pairs(cfg: TrainConfig, store: RankedStore) -> Pairs:
+    """The pairs of the training split as the samplers are to see them: with `data.unique_queries`,
+    queries whose texts have the same tokens are one, the first of them, whatever their ids. (Not
+    where queries have images.)"""
+    pairs, text = store.pairs(cfg.data.train_split), cfg.model.text
+    fields = [field for field, weight in cfg.data.query_fields.items() if weight > 0]
+    if not cfg.data.unique_queries or any(store.queries.fields[f] == "image" for f in fields):
+        return pairs
+    tokenizer = load_tokenizer(text.tokenizer, text.context_length, text.clean)
+    rows, first = np.unique(pairs.query), dict[bytes, int]()
+    alike = np.arange(len(store.queries), dtype=np.int32)
+    for start in range(0, len(rows), BLOCK):
+        block = rows[start : start + BLOCK].tolist()
+        texts = store.queries.texts(fields, block)
+        tokens = np.stack([tokenizer(texts[field]) for field in fields], axis=1)
+        for row, own in zip(block, tokens, strict=True):
+            alike[row] = first.setdefault(hashlib.blake2b(own, digest_size=16).digest(), row)
+    return dataclasses.replace(pairs, query=alike[pairs.query])
+
+
 def train_batches(
     cfg: TrainConfig,
     store: RankedStore,
     shard: int = 0,
     num_shards: int = 1,
     text_lengths: TextLengths | None = None,
+    pairs: Pairs | None = None,
 ):
     """An endless iterator over this host's share of the global batches, sampled anew each epoch as
     `cfg.data` says. `text_lengths` are the token columns of each side's text fields, by default as
-    many as the context length (`longest_texts` finds how many there need be).
+    many as the context length (`longest_texts` finds how many there need be); `pairs` are those of
+    `sampled_pairs`, if somebody has them already.
 
     Batches depend only on (config, store, step, num_shards). `get_state()` and `set_state()` save
     and restore the position, exactly and on any number of shards.
     """
     source = _PairExamples(cfg, store, text_lengths)
-    pairs = grain.MapDataset.source(source).seed(cfg.seed)
-    examples = sampled(pairs, cfg, store.pairs(cfg.data.train_split))
+    numbers = grain.MapDataset.source(source).seed(cfg.seed)
+    examples = sampled(numbers, cfg, sampled_pairs(cfg, store) if pairs is None else pairs)
     examples = examples.repeat().random_map(source.example)
     if cfg.data.num_workers and not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # grain asks absl's flags, which a notebook never parses.

@@ -76,7 +76,8 @@ def pairs_per_epoch(cfg: TrainConfig, pairs: Pairs) -> int:
     if (queries := np.count_nonzero(counts)) < size:
         raise ConfigError(
             f"config.data.unique_queries: a batch of {size} pairs needs as many queries, and split "
-            f"{cfg.data.train_split!r} has {queries}; lower config.optim.batch_size"
+            f"{cfg.data.train_split!r} has {queries} of different texts; lower "
+            "config.optim.batch_size"
         )
     if cfg.data.sampler == "score":
         return len(pairs)

@@ -19,7 +19,7 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.pipeline import longest_texts, padded_length, train_batches
+from gcl_jax.data.pipeline import longest_texts, padded_length, sampled_pairs, train_batches
 from gcl_jax.data.sampling import pair_weights, pairs_per_epoch
 from gcl_jax.data.store import HELD_OUT, RankedStore
 from gcl_jax.errors import ConfigError, did_you_mean
@@ -80,9 +80,14 @@ def make_training(cfg: TrainConfig) -> Training:
         )
     require_metric(cfg)
     lengths = text_lengths(cfg, store)
-    batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), lengths)
-    pairs = store.pairs(split)
+    pairs = sampled_pairs(cfg, store)
+    batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), lengths, pairs)
     distributed.announce(f"training on split {split!r} of {store.directory}: {len(pairs)} pairs")
+    queries = [len(np.unique(x.query)) for x in (store.pairs(split), pairs)]
+    if queries[0] > queries[1]:
+        distributed.announce(
+            f"config.data.unique_queries: {queries[0]} queries have {queries[1]} different texts"
+        )
     epoch = pairs_per_epoch(cfg, pairs)
     if epoch < len(pairs):
         distributed.announce(
