@@ -22,18 +22,27 @@ from gcl_jax.registry import SOURCES
 
 
 def open_store(name: str) -> RankedStore:
-    """Opens the store in the directory `name`, or that of the registered source `name` if it needs
-    no arguments, such as the bundled "emoji" and "emoji_languages": it is prepared on first use
-    under $GCL_JAX_CACHE (default ~/.cache/gcl_jax).
+    """Opens the store in `directory_of(name)`.
+
+    Raises:
+        ConfigError, DataError: as there; the store is damaged.
+    """
+    return RankedStore(directory_of(name))
+
+
+def directory_of(name: str) -> Path:
+    """The directory `name`, or that of the store of the registered source `name` if it needs no
+    arguments, such as the bundled "emoji" and "emoji_languages": it is prepared on first use under
+    $GCL_JAX_CACHE (default ~/.cache/gcl_jax).
 
     Raises:
         ConfigError: the source needs arguments.
-        DataError: there is no such store.
+        DataError: `name` is no text.
     """
     if not isinstance(name, str | os.PathLike):
         raise DataError(f"a store is named by its path or its source, not {name!r}")
     if name not in SOURCES or Path(name).is_dir():
-        return RankedStore(name)
+        return Path(name)
     make, bad_rows = SOURCES[name], BadRows()
     if needed := [k for k, p in arguments_of(make).items() if p.default is p.empty]:
         raise ConfigError(
@@ -46,8 +55,8 @@ def open_store(name: str) -> RankedStore:
     fingerprint = f"{name}-{VERSION}-{of_source}"
     directory = cache / fingerprint / name
     if not directory.exists():
-        return write_store(source, directory, bad_rows, fingerprint=fingerprint)
-    return RankedStore(directory)
+        write_store(source, directory, bad_rows, fingerprint=fingerprint)
+    return directory
 
 
 def one_store(workdirs: Sequence[Path]) -> RankedStore:

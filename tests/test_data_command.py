@@ -1,11 +1,14 @@
 """`python -m gcl_jax.data`: what it says about a store, and every damaged file found."""
 
+import dataclasses
 import html
 import json
+import random
 import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from gcl_jax.data import __main__ as command
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.errors import DataError
+from gcl_jax.prepare import parts
 from gcl_jax.stores import write_store
 from tests.conftest import TinySource
 
@@ -32,11 +36,14 @@ def store(tiny_store, tmp_path):
     return RankedStore(shutil.copytree(tiny_store.directory, tmp_path / "tiny"))
 
 
+SIDES = ("documents", "queries")
+
+
 def test_verify(store, monkeypatch, capsys):
     assert call(monkeypatch, "verify", store.directory) == 0
     assert "are as written" in capsys.readouterr().out
     with monkeypatch.context() as patch:
-        patch.setattr(command, "open_store", lambda name: store)
+        patch.setattr(command, "directory_of", lambda name: store.directory)
         assert call(patch, "verify", "emoji") == 0  # prepared under a name, as `inspect` opens it
     listed = (store.directory / "checksums.sha256").read_text().splitlines()
     files = [path for path in store.directory.rglob("*") if path.is_file()]
@@ -132,6 +139,72 @@ def test_damaged_stores_are_told_in_one_line(store, monkeypatch, capsys, tmp_pat
     manifest.write_text(json.dumps(store.info | {"version": "1.0.0"}))
     with pytest.raises(DataError, match=r"has version 1\.0\.0, this program reads"):
         RankedStore(store.directory)
+
+
+def read_all(store):
+    """All that any command reads of a store."""
+    return [
+        *(list(getattr(store, side)) for side in SIDES),
+        *(getattr(store, side).ids for side in SIDES),
+        store.queries.texts(["query"], range(8)),
+        *(np.stack(dataclasses.astuple(store.pairs(s))).tolist() for s in store.splits),
+        *(store.corpus(s).tolist() for s in store.splits),
+    ]
+
+
+def damage(path, other, rng):
+    """One of what happens to files; `other` is in the same store."""
+    data, kind = bytearray(path.read_bytes()), rng.choice(["bits", "cut", "zeros", "swap", "gone"])
+    place = rng.choice([i for i, byte in enumerate(data) if byte])  # not padding
+    if kind == "gone":
+        path.unlink()
+        return
+    if kind == "bits":
+        data[place] ^= 1 << rng.randrange(8)
+    elif kind == "cut":
+        del data[place:]
+    elif kind == "zeros":
+        data[place:] = bytes(len(data) - place)
+    else:
+        data, swapped = bytearray(other.read_bytes()), data
+        other.write_bytes(swapped)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_damage_is_named_by_verify_and_by_whoever_reads(monkeypatch, tmp_path, capsys, seed):
+    """Or changes nothing: in the checksums, or in a part of a file of records that holds none."""
+    monkeypatch.setattr(parts, "RECORDS_PER_PART", 10)  # several files of documents
+    good = write_store(TinySource(), tmp_path / "good").directory
+    undamaged, rng, told = read_all(RankedStore(good)), random.Random(seed), []
+    for _ in range(20):
+        directory = Path(shutil.copytree(good, tmp_path / "damaged"))
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        records = [path for path in files if ".array_record" in path.name]
+        damage(*rng.sample(records if rng.random() < 0.5 else files, 2), rng)
+        assert call(monkeypatch, "verify", directory) in (1, 2)
+        assert re.search(r"missing|changed|not in the manifest|be read", str(capsys.readouterr()))
+        try:
+            assert read_all(RankedStore(directory)) == undamaged
+        except DataError as error:
+            told.append(str(error))
+        shutil.rmtree(directory)
+    line = rf".*{re.escape(str(directory))}.*prepare.*"
+    assert [error for error in told if not re.fullmatch(line, error)] == []
+    assert len(told) >= 10
+
+
+def test_damage_while_a_store_is_open_is_told_in_one_line(store):
+    for path in [p for p in store.directory.rglob("*") if p.suffix == ".npy" or "0-of" in p.name]:
+        good = path.read_bytes()
+        for data in (good[: len(good) // 2], bytes(len(good)), None):
+            opened = RankedStore(store.directory)
+            path.unlink()
+            if data is not None:
+                path.write_bytes(data)
+            with pytest.raises(DataError, match=r"cannot be read .* prepare it again"):
+                read_all(opened)
+            path.write_bytes(good)
 
 
 def test_ids_are_read_without_the_records(tiny_store, monkeypatch):

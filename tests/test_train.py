@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 import gcl_jax
 from gcl_jax import config, logs, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import RankedStore, write_checksums
 from gcl_jax.errors import ConfigError, DataError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.models import clip, flops
@@ -214,6 +214,7 @@ def test_the_split_to_train_on_is_not_one_held_out(cfg, tiny_store, tmp_path, mo
         (store.directory / "store.json").write_text(json.dumps(store.info | {"splits": splits}))
         for name in set(names) - set(info):
             shutil.copytree(store.directory / "pairs/in_domain", store.directory / "pairs" / name)
+        write_checksums(store.directory)
         cfg.data.store = str(store.directory)
         if found:
             assert make_training(cfg).cfg.data.train_split == found

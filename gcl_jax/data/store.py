@@ -23,7 +23,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import SupportsIndex
 
@@ -32,7 +32,7 @@ import numpy as np
 
 from gcl_jax import logs
 from gcl_jax.config import TrainConfig
-from gcl_jax.errors import DataError
+from gcl_jax.errors import DataError, first_line
 
 VERSION = "1.1.0"
 SEPARATOR = "_{!@#~}_"  # Marqo-GS: its authors end every text of a query's key with it
@@ -57,8 +57,23 @@ class Pairs:
 COLUMNS = {"query": np.int32, "document": np.int32, "score": np.float32}  # of the files of pairs
 
 
-def _load(folder: Path) -> Pairs:
-    return Pairs(*(np.load(folder / f"{column}.npy", mmap_mode="r") for column in COLUMNS))
+@contextlib.contextmanager
+def reading(part: Path, store: Path) -> Iterator[None]:
+    """A block that reads `part` of `store`. Raises `DataError` if that is missing or damaged."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # on damage the libraries' parsers raise anything
+        raise DataError(
+            f"{part} cannot be read ({first_line(error)}): `python -m gcl_jax.data verify {store}` "
+            "names all damaged files; remove the store and prepare it again"
+        ) from None
+
+
+def _load(folder: Path, store: Path) -> Pairs:
+    with reading(folder, store):
+        return Pairs(*(np.load(folder / f"{column}.npy", mmap_mode="r") for column in COLUMNS))
 
 
 class Records:
@@ -69,14 +84,18 @@ class Records:
         self.fields = fields
         self._directory = directory
 
+    def _reading(self) -> contextlib.AbstractContextManager:
+        return reading(self._directory, self._directory.parents[1])
+
     @functools.cached_property
     def _serialized(self):
         """The records as they lie on disk, each a serialized `tf.train.Example`."""
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self._directory)
-        as_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
-        return builder.as_data_source("corpus", deserialize_method=as_bytes)
+        with self._reading():
+            builder = tfds.builder_from_directory(self._directory)
+            as_bytes = tfds.decode.DeserializeMethod.RAW_BYTES
+            return builder.as_data_source("corpus", deserialize_method=as_bytes)
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{name} ({kind})" for name, kind in self.fields.items())
@@ -86,27 +105,40 @@ class Records:
         return len(self._serialized)
 
     def __getitem__(self, index: SupportsIndex) -> dict[str, str | bytes]:
-        record = _bytes_of(self._serialized[int(index)], ("id", *self.fields))
-        return {
-            name: value if self.fields.get(name) == "image" else value.decode()
-            for name, value in record.items()
-        }
+        row = int(index)
+        with self._reading():
+            record = self._bytes_of(self._serialized[row], row, ("id", *self.fields))
+            return {
+                name: value if self.fields.get(name) == "image" else value.decode()
+                for name, value in record.items()
+            }
 
     def texts(self, fields: Sequence[str], rows: Iterable[int]) -> dict[str, list[str]]:
         """Text fields of many records at once, faster than one by one."""
-        serialized = self._serialized.__getitems__(list(rows))
-        records = [_bytes_of(one, fields) for one in serialized]
-        return {field: [record[field].decode() for record in records] for field in fields}
+        rows = list(rows)
+        with self._reading():
+            serialized = zip(self._serialized.__getitems__(rows), rows, strict=True)
+            records = [self._bytes_of(one, row, fields) for one, row in serialized]
+            return {field: [record[field].decode() for record in records] for field in fields}
+
+    def _bytes_of(self, serialized: bytes, row: int, names: Iterable[str]) -> dict[str, bytes]:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        features = tf_example_pb2.Example.FromString(serialized).features.feature
+        # The checksum of a record does not tell another file's, or another place.
+        if features["id"].bytes_list.value[0].decode() != self.id_column[row].as_py():
+            raise ValueError(f"record {row} is that of another row")
+        return {name: features[name].bytes_list.value[0] for name in names}
 
     def __iter__(self) -> Iterator[dict[str, str | bytes]]:
         return (self[i] for i in range(len(self)))
 
-    @property
+    @functools.cached_property
     def id_column(self):
         """The id of every record, in order: a `pyarrow.ChunkedArray`, memory-mapped."""
         import pyarrow as pa
 
-        with pa.memory_map(str(self._directory.parent / "ids.arrow")) as file:
+        with self._reading(), pa.memory_map(str(self._directory.parent / "ids.arrow")) as file:
             return pa.ipc.open_file(file).read_all()["id"]
 
     @functools.cached_property
@@ -116,42 +148,6 @@ class Records:
 
     def __getstate__(self) -> dict:
         return {"fields": self.fields, "_directory": self._directory}
-
-
-def _bytes_of(serialized: bytes, names: Iterable[str]) -> dict[str, bytes]:
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    features = tf_example_pb2.Example.FromString(serialized).features.feature
-    return {name: features[name].bytes_list.value[0] for name in names}
-
-
-def serialized(record: Mapping[str, str | bytes], fields: Mapping[str, str]) -> bytes:
-    """`record` as it lies on disk; equal records are equal bytes, which is not protobuf's habit.
-
-    Raises:
-        DataError: it is no dict of `id` and all `fields`, each a str or bytes.
-    """
-    from tensorflow_datasets.proto import tf_example_pb2
-
-    example = tf_example_pb2.Example()
-    for name in ("id", *fields):
-        value, kind = record.get(name), bytes if fields.get(name) == "image" else str
-        if not isinstance(value, kind):
-            raise DataError(
-                f"record {record.get('id')!r}: {name!r} must be {kind.__name__}, not {value!r:.40}"
-            )
-        data = value if isinstance(value, bytes) else value.encode()
-        example.features.feature[name].bytes_list.value.append(data)
-    return example.SerializeToString(deterministic=True)
-
-
-def write_ids(ids: Sequence[str], folder: Path) -> None:
-    """The column of ids beside the records in `folder`, in their order."""
-    import pyarrow as pa
-
-    table = pa.table({"id": pa.array(ids, pa.large_string())})
-    with pa.ipc.new_file(folder / "ids.arrow", table.schema) as writer:
-        writer.write_table(table)
 
 
 class RankedStore:
@@ -179,6 +175,7 @@ class RankedStore:
                 f"{manifest} has version {version}, this program reads {VERSION}; "
                 "prepare the store again"
             )
+        self._check_files()
         self.documents = Records(
             self.directory / "documents" / VERSION, self.info["document_fields"]
         )
@@ -187,6 +184,18 @@ class RankedStore:
     def __repr__(self) -> str:
         sizes = [f"{name} ({split['pairs']} pairs)" for name, split in self.info["splits"].items()]
         return f"<gcl_jax store {self.directory}: {', '.join(sizes)}>"
+
+    def _check_files(self) -> None:
+        """Compares all files with their checksums, unless there are none; of the records, which
+        have checksums of their own for when they are read, only whether they are there."""
+        if not (self.directory / CHECKSUMS).is_file():
+            return
+        for name, digest in read_checksums(self.directory).items():
+            path = self.directory / name
+            with reading(path, self.directory):
+                path.stat()
+                if ".array_record" not in name and sha256(path) != digest:
+                    raise ValueError("its content has changed")
 
     @property
     def name(self) -> str:
@@ -223,20 +232,22 @@ class RankedStore:
     def pairs(self, split: str) -> Pairs:
         """The pairs of `split`, memory-mapped."""
         self._check_split(split)
-        return _load(self.directory / "pairs" / split)
+        return _load(self.directory / "pairs" / split, self.directory)
 
     def ground_truth(self, split: str, name: str) -> Pairs | None:
         """The judgements `name` ("test" or "dev") that came with the data of `split`: `score` is
         the grade, a whole number from 0 (judged irrelevant) to 100. None if there are none."""
         self._check_split(split)
         folder = self.directory / "ground_truth" / split / name
-        return _load(folder) if folder.is_dir() else None
+        return _load(folder, self.directory) if folder.is_dir() else None
 
     def corpus(self, split: str) -> np.ndarray:
         """int32 (documents,), ascending: the rows of the documents that the queries of `split`
         search."""
         self._check_split(split)
-        return np.load(self.directory / "corpora" / f"{self.info['splits'][split]['corpus']}.npy")
+        path = self.directory / "corpora" / f"{self.info['splits'][split]['corpus']}.npy"
+        with reading(path, self.directory):
+            return np.load(path)
 
     def _check_split(self, split: str) -> None:
         if split not in self.info["splits"]:
@@ -333,8 +344,10 @@ def read_checksums(directory: Path) -> dict[str, str]:
     """
     path = directory / CHECKSUMS
     try:
-        lines = [line.split("  ", 1) for line in path.read_text("utf-8").splitlines()]
-        return {name: digest for digest, name in lines}
+        *lines, rest = path.read_text("utf-8").split("\n")
+        if rest:
+            raise ValueError("it is cut short")
+        return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({error}); prepare the store again") from None
 

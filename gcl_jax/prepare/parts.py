@@ -12,14 +12,14 @@ import itertools
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from gcl_jax import logs
 from gcl_jax.config import write_json
 from gcl_jax.data import store
-from gcl_jax.errors import ConfigError, to_install
+from gcl_jax.errors import ConfigError, DataError, to_install
 from gcl_jax.prepare.source import BadRows, Item, Loaded
 
 RECORDS_PER_PART = 50_000
@@ -64,7 +64,7 @@ class PartsWriter:
         total.missing = {name: sum(part.missing[name] for part in parts) for name in self._fields}
         total.ids = [id for part in parts for id in part.ids]
         self._join(parts, out / self._kind / store.VERSION)
-        store.write_ids(total.ids, out / self._kind)
+        _write_ids(total.ids, out / self._kind)
         return total
 
     def make_with_beam(self, items: Iterable[Item], options: Sequence[str]) -> None:
@@ -147,7 +147,7 @@ class PartsWriter:
                 if loaded.record is None:
                     part.left_out.append(start + part.read)
                 else:
-                    file.write(store.serialized(loaded.record, self._fields))
+                    file.write(_serialized(loaded.record, self._fields))
                     part.ids.append(str(loaded.record["id"]))
                     for field in self._fields:
                         part.missing[field] += not loaded.record[field]
@@ -207,3 +207,32 @@ def _in_order(items: Iterator[Item], pool: Executor) -> Iterator[Loaded]:
 
 def _result(item: Loaded | Future) -> Loaded:
     return item.result() if isinstance(item, Future) else item
+
+
+def _serialized(record: Mapping[str, str | bytes], fields: Mapping[str, str]) -> bytes:
+    """`record` as it lies on disk; equal records are equal bytes, which is not protobuf's habit.
+
+    Raises:
+        DataError: it is no dict of `id` and all `fields`, each a str or bytes.
+    """
+    from tensorflow_datasets.proto import tf_example_pb2
+
+    example = tf_example_pb2.Example()
+    for name in ("id", *fields):
+        value, kind = record.get(name), bytes if fields.get(name) == "image" else str
+        if not isinstance(value, kind):
+            raise DataError(
+                f"record {record.get('id')!r}: {name!r} must be {kind.__name__}, not {value!r:.40}"
+            )
+        data = value if isinstance(value, bytes) else value.encode()
+        example.features.feature[name].bytes_list.value.append(data)
+    return example.SerializeToString(deterministic=True)
+
+
+def _write_ids(ids: Sequence[str], folder: Path) -> None:
+    """The column of ids beside the records in `folder`, in their order."""
+    import pyarrow as pa
+
+    table = pa.table({"id": pa.array(ids, pa.large_string())})
+    with pa.ipc.new_file(folder / "ids.arrow", table.schema) as writer:
+        writer.write_table(table)
