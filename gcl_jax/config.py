@@ -411,7 +411,10 @@ class LossConfig:
         ("auto", "gather", "ring"),
     )
     dtype: str = option(
-        "float32", "of embeddings in products; logits and sums are float32 always", DTYPES
+        "auto",
+        "of embeddings in products, by default what the towers compute; logits and sums are float32"
+        " always",
+        ("auto", *DTYPES),
     )
     matryoshka_dims: tuple[int, ...] = option(
         (), "the loss is the mean over these leading dimensions of the embeddings", at_least=1

@@ -16,6 +16,7 @@ from benchmarks import marqo_gs as plan
 from gcl_jax import sharding
 from gcl_jax.config import TrainConfig
 from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.losses.multi_field import product_dtype
 from gcl_jax.plan import planner
 from gcl_jax.plan.planner import bytes_per_device
 from gcl_jax.port.convert import to_state_dict
@@ -51,6 +52,7 @@ def test_the_authors_settings(name):
     assert (optim.eps, optim.epochs, optim.batch_size) == (1e-6, 20, 8 * 256)
     assert cfg.model.text.context_length == 77
     assert (cfg.model.dtype, cfg.model.param_dtype) == ("bfloat16", "float32")
+    assert product_dtype(cfg) == "bfloat16"
     assert cfg.data.query_fields == {"query": 1.0}
     text_only = name in TEXT_ONLY
     fields = {"title": 1.0} if text_only else {"image": 0.9, "title": 0.1}

@@ -11,7 +11,7 @@ from test_contrastive import by_hand
 from test_objectives_of_merged import hard_negatives_by_hand, margins_by_hand
 
 from gcl_jax.config import DataConfig, HardNegativesConfig, LossConfig, ObjectivesConfig
-from gcl_jax.losses.multi_field import multi_field_loss, pair_term_weights
+from gcl_jax.losses.multi_field import multi_field_loss, pair_term_weights, product_dtype
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import merge_fields
 
@@ -185,6 +185,20 @@ def test_two_objectives_are_added_and_hard_negatives_merged_as_documents_are(mes
         np.testing.assert_allclose(both_terms[name], value, rtol=1e-6)
     np.testing.assert_allclose(both_terms["hard_negatives/merged"], by_negatives, rtol=1e-5)
     np.testing.assert_allclose(total, 0.5 * alone + 2 * by_negatives, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "towers", "dtype"),
+    [
+        ("auto", "float32", "float32"),
+        ("auto", "bfloat16", "bfloat16"),
+        ("float32", "bfloat16", "float32"),
+        ("bfloat16", "float32", "bfloat16"),
+    ],
+)
+def test_products_are_of_the_type_that_the_towers_compute(tiny_config, asked, towers, dtype):
+    tiny_config.loss.dtype, tiny_config.model.dtype = asked, towers
+    assert product_dtype(tiny_config) == dtype
 
 
 def test_bfloat16_products_come_close_and_are_not_the_same():

@@ -286,7 +286,8 @@ def test_vit_b32_on_a_tpu_slice():
     assert plan.parameters == pytest.approx(4 * 151.28e6 / 4, rel=0.01)
     assert 0.5 < plan.temporaries / 2**30 < 4.0
     sent = {part: sum(c.sent for c in plan.collectives if c.part == part) for part in PARTS}
-    assert sent["loss"] == pytest.approx(8 * 4096 * 512 * 15 / 16, rel=0.05)
+    # Documents in bfloat16, as the towers compute, and their gradients in float32.
+    assert sent["loss"] == pytest.approx(6 * 4096 * 512 * 15 / 16, rel=0.05)
     # In bfloat16, each tower's layers once forward and once backward; and what is looked up in the
     # table of tokens.
     layers = 2 * 2 * (85.0e6 + 37.8e6)

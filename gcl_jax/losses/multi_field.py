@@ -37,6 +37,11 @@ def pair_term_weights(loss: LossConfig, data: DataConfig) -> dict[tuple[str, str
     return {(q, d): loss.pair_weights.get(f"{q}:{d}", default) for q, d in pairs}
 
 
+def product_dtype(cfg: TrainConfig) -> str:
+    """Of the embeddings in products of the loss."""
+    return cfg.model.dtype if cfg.loss.dtype == "auto" else cfg.loss.dtype
+
+
 def loss_flops(cfg: TrainConfig) -> float:
     """Floating-point operations of the loss in one training step of the whole global batch B:
     8 B^2 D for each matrix of logits, which is made twice and multiplied three times

@@ -98,7 +98,8 @@ class Merged:
 
     rows: `valid` where both sides have a field. query_fields, query_present: each query field's own
     embeddings (n, d), and where there is one. negatives: by side, "query" or "document". key: for
-    objectives that draw random numbers. The others: as in `Logits`.
+    objectives that draw random numbers. dtype: of embeddings in products; "auto" is
+    their own. The others: as in `Logits`.
     """
 
     queries: Float[Any, "n d"]
@@ -113,7 +114,7 @@ class Merged:
     known: KnownWeights | None = None
     mask_duplicates: bool = False
     form: str = "auto"
-    dtype: str = "float32"
+    dtype: str = "auto"
 
     def logits(
         self,
@@ -125,8 +126,8 @@ class Merged:
         """Of these embeddings, with this batch's way of adding up; `options` of `Logits`: its scale
         is this batch's by default, its known weights none."""
         return Logits(
-            {name: x.astype(self.dtype) for name, x in queries.items()},
-            {name: x.astype(self.dtype) for name, x in documents.items()},
+            {name: self._cast(x) for name, x in queries.items()},
+            {name: self._cast(x) for name, x in documents.items()},
             jnp.float32(options.pop("scale", self.scale)),
             terms,
             mesh=self.mesh,
@@ -134,6 +135,9 @@ class Merged:
             form=self.form,
             **options,
         )
+
+    def _cast(self, x: Float[Any, "n d"]) -> Float[Any, "n d"]:
+        return x if self.dtype == "auto" else x.astype(self.dtype)
 
     def weighted_mean(self, losses: Float[Array, " n"]) -> Float[Array, ""]:
         """sum_i w_i losses_i / N over the valid pairs."""

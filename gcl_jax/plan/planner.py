@@ -21,7 +21,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.negatives import negative_files
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import fitting_block_size
-from gcl_jax.losses.multi_field import loss_flops
+from gcl_jax.losses.multi_field import loss_flops, product_dtype
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
 from gcl_jax.models.clip import abstract_model, with_shardings
@@ -268,7 +268,7 @@ def project(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float
     chip = topology.chip
     assert chip is not None, "nothing is known of CPUs"
     passes = 3 + (cfg.model.remat == "full") + (cfg.optim.grad_cache_chunks > 1)
-    of_loss = FLOAT32_PASSES[topology.platform] if cfg.loss.dtype == "float32" else 1
+    of_loss = FLOAT32_PASSES[topology.platform] if product_dtype(cfg) == "float32" else 1
     speed = chip.flops * utilisation
     return Projection(
         plan.tower_flops * passes / 3 / speed,

@@ -22,7 +22,12 @@ from gcl_jax.data.negatives import SIDES
 from gcl_jax.data.sampling import pair_weights
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError
-from gcl_jax.losses.multi_field import in_batch_accuracy, multi_field_loss, over_dims
+from gcl_jax.losses.multi_field import (
+    in_batch_accuracy,
+    multi_field_loss,
+    over_dims,
+    product_dtype,
+)
 from gcl_jax.losses.objectives import check_config
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models.clip import CLIP, Fields, abstract_model, merge
@@ -84,7 +89,8 @@ def make_train_step(
     vision = cfg.model.vision
     drops_patches = vision is not None and vision.patch_dropout > 0
     objective = over_dims(multi_field_loss, cfg.loss.matryoshka_dims)
-    settings = {"loss": cfg.loss, "data": cfg.data, "mesh": mesh}
+    loss = dataclasses.replace(cfg.loss, dtype=product_dtype(cfg))
+    settings = {"loss": loss, "data": cfg.data, "mesh": mesh}
 
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
         def encode(trained, inputs, key):
