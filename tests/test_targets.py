@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from test_contrastive import assert_close, make_rows, mixed_rows, numeric_gradient, unit_rows
 
+from gcl_jax.losses import pairs
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import KnownWeights
 
@@ -36,9 +37,11 @@ def test_lookup_finds_every_pair_and_no_other(share):
     np.testing.assert_array_equal(found, dense[queries])
 
 
+@pytest.mark.parametrize("form", [KnownWeights.in_tile, KnownWeights._scattered])
 @pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
-def test_a_tile_finds_what_the_search_finds(share):
-    """Also of repeated and unsorted documents, and of queries and documents outside the table."""
+def test_a_tile_finds_what_the_search_finds(share, form, monkeypatch):
+    """On a CPU, and as on a GPU, where it takes several turns. Also of repeated and unsorted
+    documents, and of queries and documents outside the table."""
     rng = np.random.default_rng(1)
     query, document, weight = scored_pairs(rng, share) if share else ([0], [0], [0.5])
     known = KnownWeights.of_pairs(*map(np.array, (query, document, weight)))
@@ -46,7 +49,8 @@ def test_a_tile_finds_what_the_search_finds(share):
     documents = rng.integers(DOCUMENTS + 3, size=30).astype(np.int32)
     valid = rng.random(30) < 0.8
     expected = np.where(valid, known(queries, documents), 0)
-    tile = jax.jit(KnownWeights.in_tile)
+    monkeypatch.setattr(pairs, "SCATTERED", 2)
+    tile = jax.jit(form)
     np.testing.assert_array_equal(tile(known, queries, documents, valid), expected)
     assert not np.any(tile(known, queries, documents, np.zeros(30, bool)))
 

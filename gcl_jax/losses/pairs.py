@@ -12,6 +12,8 @@ from jaxtyping import Array, Bool, Float, Int, Integer
 
 # Finite, so that a masked logit never turns into inf - inf, in the value or in the gradient.
 MASKED = -1e9
+# Known documents of each query that a GPU looks up in a tile at once.
+SCATTERED = 128
 
 
 @jax.tree_util.register_dataclass
@@ -96,10 +98,14 @@ class KnownWeights:
     def in_tile(
         self, query: Int[Any, " n"], document: Int[Any, " m"], valid: Bool[Any, " m"]
     ) -> Float[Array, "n m"]:
-        """The same weights, 0 where a document is not valid, without a search for each: one by one,
-        the known documents of each query that lie between the tile's first and last are compared
-        with all of the tile's. The fewer, the narrower the tile: sort the batch by document.
-        """
+        """The same weights, 0 where a document is not valid, without a search for each."""
+        gpu = dict.fromkeys(("cuda", "rocm"), self._scattered)
+        return jax.lax.platform_dependent(query, document, valid, **gpu, default=self._compared)
+
+    def _compared(self, query, document, valid):
+        """One by one, the known documents of each query that lie between the tile's first and last
+        are compared with all of the tile's. The fewer, the narrower the tile: sort the batch by
+        document. A GPU's host would wait for their number in every turn of the loop."""
         lowest = jnp.min(jnp.where(valid, document, jnp.iinfo(jnp.int32).max))
         highest = jnp.max(jnp.where(valid, document, -1))
         first, end = self._first_from(query, lowest), self.start[query + 1]
@@ -114,6 +120,29 @@ class KnownWeights:
         nothing = 0.0 * (first[:, None] + document)
         weights = jax.lax.fori_loop(0, jnp.max(last - first) + 1, compare, nothing)
         return jnp.where(valid, weights, 0.0)
+
+    def _scattered(self, query, document, valid):
+        """The known documents of each query, all at once or `SCATTERED` at a time, are looked up in
+        the tile, and their weights put where the first of its equal documents stands."""
+        longest = 2**self.search_steps - 1
+        width = min(longest, SCATTERED)
+        ordered, row = jnp.sort(document), jnp.arange(len(query))[:, None]
+
+        def find(documents):
+            return jnp.searchsorted(ordered, documents, method="scan_unrolled").astype(jnp.int32)
+
+        def put(turn, weights):
+            place = self.start[query][:, None] + turn * width + jnp.arange(width)
+            documents = self.document[place]
+            at = find(documents)
+            there = (place < self.start[query + 1][:, None]) & (ordered[at] == documents)
+            at = jnp.where(there, at, len(document) + jnp.arange(width))  # beyond: dropped
+            options = {"mode": "drop", "unique_indices": True}
+            return weights.at[row, at].set(self.weight[place], **options)
+
+        nothing = 0.0 * (query[:, None] + document)  # sharded like its arguments
+        weights = jax.lax.fori_loop(0, -(-longest // max(width, 1)), put, nothing)
+        return jnp.where(valid, weights[:, find(document)], 0.0)
 
     def _first_from(self, query: Int[Any, "*#s"], document: Int[Any, "*#s"]) -> Int[Array, "*s"]:
         """Where the first document of `query` lies that is not below `document`."""
