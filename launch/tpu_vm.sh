@@ -1,98 +1,278 @@
 #!/usr/bin/env bash
 # A Cloud TPU slice (VMs of its own, through queued resources), from request to removal:
-#   export NAME=b32 ZONE=us-west4-a ACCELERATOR=v5litepod-256 RUNTIME=v2-alpha-tpuv5-lite SPOT=1
-#   export SETUP='sudo mkdir -p /mnt/runs && sudo mount 10.0.0.2:/runs /mnt/runs'
-#   launch/tpu_vm.sh train --config=configs/marqo_gs/vit_b32.py --workdir=/mnt/runs/b32
+#   export NAME=b32 ZONE=us-west4-a ACCELERATOR=v5litepod-256 RUNTIME=v2-alpha-tpuv5-lite
+#   export CAPACITY=spot BUCKET=my-bucket
+#   launch/tpu_vm.sh train --config=configs/marqo_gs/vit_b32.py --workdir=/bucket/runs/b32 \
+#       --config.data.store=/bucket/stores/marqo_gs_full_10m
 #   launch/tpu_vm.sh delete
 # Commands:
 #   create        requests the slice and waits for it
-#   install       copies this checkout to all hosts, installs it, runs $SETUP there
-#   run ARGS...   gcl_jax.train on all hosts
+#   install       copies the commit that is checked out to all hosts, installs it, mounts the bucket
+#   run ARGS...   gcl_jax.train on all hosts; ends what an earlier call left running there
 #   train ARGS... all of these; after a preemption again, until the training has ended
-#   status        the state of the request
+#   status        the state of the slice
 #   delete        gives the slice back, whatever its state
-# $SETUP mounts the storage of --workdir, which all hosts share. PROJECT is gcloud's own by default.
+# Variables:
+#   BUCKET        a Cloud Storage bucket, which becomes /bucket on all hosts
+#   SETUP         instead or besides: a command that mounts other storage on a host
+#   CAPACITY      on-demand (default), spot, reserved, or flex-start, which lasts MAX_RUN (24h)
+#   CREATE_FLAGS  more flags for gcloud's create, such as --network=...
+#   PROJECT       gcloud's own by default
+#   DELETE=1      train gives the slice back at its end
+# Ctrl-C lets the training save and end. Whatever leaves a slice that is billed says so at its end.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+say() { echo "$*" >&2; }
 usage() { sed -n '2,/^set/{/^# \{0,1\}/s///p}' "$0" >&2; exit 2; }
 [[ $# -ge 1 ]] || usage
 : "${NAME:?names the slice}" "${ZONE:?such as us-west4-a}"
+[[ -z ${SPOT:-} ]] || { say "error: write CAPACITY=spot in place of SPOT=$SPOT"; exit 2; }
 place=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
 pause=${PAUSE:-60}
+scratch=$(mktemp -d)
+now="" # what is known of the slice
+heard="" # whether gcloud has ever told
+training="" # process id of the gcloud that trains, while it does
 
-status() {
-  gcloud compute tpus queued-resources describe "$NAME" "${place[@]}" \
-    --format='value(state.state)' 2>/dev/null || echo NONE
-}
-
-create() {
-  gcloud compute tpus queued-resources create "$NAME" --node-id="$NAME" "${place[@]}" \
-    --accelerator-type="${ACCELERATOR:?such as v5litepod-256}" \
-    --runtime-version="${RUNTIME:?such as v2-alpha-tpuv5-lite}" ${SPOT:+--spot}
-  local state
-  until state=$(status) && [[ $state == ACTIVE ]]; do
-    if [[ $state == FAILED || $state == NONE ]]; then
-      echo "the request for $NAME is $state" >&2
+# What gcloud knows of "queued-resources" or of "tpu-vm" ($1): the fields $2, or NONE. A call that
+# fails says nothing about the slice, and is made again.
+ask() {
+  local tries=0 never="PERMISSION_DENIED|INVALID_ARGUMENT|gcloud auth login"
+  while true; do
+    answer=$(gcloud compute tpus "$1" describe "$NAME" "${place[@]}" --format="value($2)" \
+      2>"$scratch/errors") || ! grep -q NOT_FOUND "$scratch/errors" || answer=NONE
+    if [[ -n ${answer//[[:space:]]/} ]]; then
+      heard=1
+      return 0
+    fi
+    if ((++tries == 60)) || { [[ -z $heard ]] && grep -qE "$never" "$scratch/errors"; }; then
+      now="in a state that gcloud does not tell"
+      say "error: $(cat "$scratch/errors")"
       return 1
     fi
+    say "gcloud does not tell the state of $NAME; asking again: $(tail -n 1 "$scratch/errors")"
     sleep "$pause"
   done
 }
 
+# Sets `now`: the state of the request, or of its VMs where these are not what it says.
+look() {
+  ask queued-resources state.state,state.stateInitiator || return
+  case $answer in
+    SUSPEND*USER) now="deleted by a user" ;;
+    *) now=${answer%%[[:space:]]*} ;;
+  esac
+  [[ $now == ACTIVE ]] || return 0
+  ask tpu-vm state || return
+  case $answer in
+    READY) ;;
+    NONE) now=TERMINATED ;;
+    *) now=$answer ;;
+  esac
+}
+
+request() {
+  local track=() flags=()
+  case ${CAPACITY:-on-demand} in
+    on-demand) ;;
+    spot | reserved) flags=("--$CAPACITY") ;;
+    flex-start)
+      track=(alpha)
+      flags=(--provisioning-model=flex-start "--max-run-duration=${MAX_RUN:-24h}")
+      ;;
+    *) say "error: CAPACITY=$CAPACITY is not on-demand, spot, reserved or flex-start"; return 2 ;;
+  esac
+  : "${ACCELERATOR:?such as v5litepod-256}" "${RUNTIME:?such as v2-alpha-tpuv5-lite}"
+  now=requested # whatever becomes of this call
+  # shellcheck disable=SC2086  # CREATE_FLAGS are several words
+  gcloud "${track[@]}" compute tpus queued-resources create "$NAME" --node-id="$NAME" \
+    "${place[@]}" --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" "${flags[@]}" \
+    ${CREATE_FLAGS:-}
+}
+
+create() {
+  local before="" requests=0 code
+  while true; do
+    look || return 1
+    [[ $now == "$before" ]] || say "$NAME: $now"
+    before=$now
+    case $now in
+      ACTIVE) return 0 ;;
+      NONE)
+        if ((++requests > 3)); then
+          say "error: $NAME has been requested three times, in vain"
+          return 1
+        fi
+        code=0
+        request || code=$?
+        if [[ $code == 2 ]]; then # gcloud has not understood the call
+          now=NONE
+          return 2
+        fi
+        [[ $code == 0 ]] || sleep "$pause" # it may have been made all the same: look again
+        ;;
+      FAILED | SUSPENDED | PREEMPTED | TERMINATED | "deleted by a user")
+        # There are no VMs any more, but the name is taken.
+        [[ $now != FAILED ]] || gcloud compute tpus queued-resources describe "$NAME" \
+          "${place[@]}" --format='yaml(state)' >&2 || true
+        delete || return 1
+        ;;
+      STOPPED | UNKNOWN | HIDDEN)
+        say "error: $NAME is $now: start it with gcloud, or delete it"
+        return 1
+        ;;
+      *) sleep "$pause" ;; # on its way, to or fro
+    esac
+  done
+}
+
 delete() {
-  gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet
+  local tries
+  for tries in 1 2 3 4 5; do
+    gcloud compute tpus queued-resources delete "$NAME" "${place[@]}" --force --quiet ||
+      say "gcloud could not delete $NAME (call $tries)"
+    look || return 1
+    [[ $now != NONE ]] || return 0
+    sleep "$pause"
+  done
+  return 1
 }
 
 on_all() {
   gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=all --command="$1"
 }
 
+# What a training needs of this machine. A training goes on with the commit that it began with.
+pack() {
+  local changed
+  if [[ -z ${BUCKET:-}${SETUP:-} ]]; then
+    say "error: set BUCKET (or SETUP): all hosts need the store, and one place for --workdir"
+    return 2
+  fi
+  [[ ! -e $scratch/gcl_jax.tar.gz ]] || return 0
+  say "installing commit $(git log -1 --format='%h %s')"
+  changed=$(git status --porcelain)
+  [[ -z $changed ]] || say "NOT in it, because not committed:"$'\n'"$changed"
+  git archive --output="$scratch/gcl_jax.tar.gz" HEAD
+}
+
 install() {
-  local archive
-  archive=$(mktemp --suffix=.tar.gz)
-  git archive --output="$archive" HEAD
-  gcloud compute tpus tpu-vm scp "$archive" "$NAME:gcl_jax.tar.gz" "${place[@]}" --worker=all
-  rm "$archive"
-  on_all "set -e; mkdir -p gcl_jax; tar -xzf gcl_jax.tar.gz -C gcl_jax; cd gcl_jax
+  local mount=""
+  if [[ -n ${BUCKET:-} ]]; then
+    # Checkpoints are finished by renaming a folder, which gcsfuse otherwise refuses on buckets
+    # without a hierarchical namespace.
+    mount="command -v gcsfuse >/dev/null || {
+      key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
+      curl -fsS \$apt/doc/apt-key.gpg | sudo tee \$key >/dev/null
+      echo \"deb [signed-by=\$key] \$apt gcsfuse-\$(lsb_release -cs) main\" |
+        sudo tee /etc/apt/sources.list.d/gcsfuse.list >/dev/null
+      sudo apt-get -qq -o DPkg::Lock::Timeout=300 update
+      sudo apt-get -qq -o DPkg::Lock::Timeout=300 install gcsfuse >/dev/null
+    }
+    mountpoint -q /bucket || {
+      sudo mkdir -p /bucket && sudo chown \"\$USER\" /bucket
+      gcsfuse --implicit-dirs --rename-dir-limit=200000 $(printf '%q' "$BUCKET") /bucket
+    }"
+  fi
+  pack &&
+    gcloud compute tpus tpu-vm scp "$scratch/gcl_jax.tar.gz" "$NAME:gcl_jax.tar.gz" \
+      "${place[@]}" --worker=all &&
+    on_all "set -e; mkdir -p gcl_jax; tar -xzf gcl_jax.tar.gz -C gcl_jax; cd gcl_jax
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --allow-existing --python=3.12
-    python3 -m uv pip install --quiet --editable '.[tpu]'
+    python3 -m uv pip install --quiet --editable '.[tpu,text]'
+    $mount
     ${SETUP:-true}"
 }
 
+# shellcheck disable=SC2016  # expanded on a host: the training gets SIGTERM, and time to save
+end_training='if pid=$(cat gcl_jax.pid 2>/dev/null) &&
+    grep -qs gcl_jax.train "/proc/$pid/cmdline" && kill "$pid"; then
+    timeout 300 tail --pid="$pid" -f /dev/null || kill -KILL "$pid"
+  fi'
+
 run() {
-  on_all "cd gcl_jax && .venv/bin/python -m gcl_jax.train $(printf '%q ' "$@")"
+  local code=0
+  # In the background, where Ctrl-C does not cut the connection. gcloud makes a call whose
+  # connection has broken again: then the first one's process is still there.
+  on_all "$end_training
+    echo \$\$ > gcl_jax.pid; cd gcl_jax
+    exec .venv/bin/python -m gcl_jax.train $(printf '%q ' "$@")" &
+  training=$!
+  wait "$training" || code=$?
+  training=""
+  return "$code"
 }
 
 train() {
-  local code failures=0
-  [[ $(status) == ACTIVE ]] || create
-  install
+  local code failures=0 started
+  pack || return # before anything is billed
   while true; do
-    code=0
-    run "$@" || code=$?
+    create || return
+    started=$SECONDS code=0
+    { install && run "$@"; } || code=$?
     # 2: the configuration or the data are wrong, and will be the next time.
-    if [[ $code == 0 || $code == 2 ]]; then
-      return "$code"
-    fi
-    echo "the training ended with $code; going on in $pause s" >&2
+    [[ $code != 0 && $code != 2 ]] || break
+    say "ended with $code"
+    look || return 1
+    case $now in
+      NONE | "deleted by a user")
+        say "error: somebody else has deleted $NAME: the training ends"
+        return "$code"
+        ;;
+      ACTIVE)
+        ((SECONDS - started < 3600)) || failures=0
+        # 143: it was told to stop, by maintenance say, and has saved.
+        if [[ $code != 143 ]] && ((++failures == 10)); then
+          say "error: ten failures in a row on a slice that is there"
+          break
+        fi
+        ;;
+      *) failures=0 ;;
+    esac
+    say "going on in $pause s"
     sleep "$pause"
-    if [[ $(status) != ACTIVE ]]; then
-      failures=0
-      delete || true
-      create
-      install
-    elif ((++failures == 10)); then
-      echo "$failures failures on a slice that is there: giving up" >&2
-      return "$code"
-    fi
   done
+  [[ -z ${DELETE:-} ]] || delete
+  return "$code"
 }
 
+interrupted() {
+  trap 'exit 130' INT TERM HUP
+  if [[ -n $training ]]; then
+    say "the training saves and ends (once more: it goes on alone)"
+    on_all "$end_training" || say "error: not all hosts could be told"
+    wait "$training" || true
+  fi
+  exit 130
+}
+
+at_end() {
+  rm -rf "$scratch"
+  [[ -z $now || $now == NONE || $now == "deleted by a user" ]] ||
+    say "$NAME in $ZONE is left as it is ($now), and billed while it is there:" \
+      "\`NAME=$NAME ZONE=$ZONE launch/tpu_vm.sh delete\` gives it back"
+}
+
+trap at_end EXIT
+trap interrupted INT TERM HUP
 command=$1
 shift
 case $command in
-  create | install | run | train | status | delete) "$command" "$@" ;;
+  create | train) "$command" "$@" ;;
+  install | run)
+    now=there
+    "$command" "$@"
+    ;;
+  delete)
+    now=there
+    delete
+    ;;
+  status)
+    look
+    echo "$now"
+    now=""
+    ;;
   *) usage ;;
 esac
