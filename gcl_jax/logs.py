@@ -3,6 +3,7 @@ are kept from printing between them."""
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -67,7 +68,9 @@ class MetricWriter:
         if self._quiet:
             return
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **scalars}) + "\n")
+            # JSON has no NaN and no infinity.
+            finite = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
+            file.write(json.dumps({"step": step, **finite}) + "\n")
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
         self._events.add_event(event)

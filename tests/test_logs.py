@@ -1,6 +1,7 @@
 """Where the numbers of a run go, and what a restart makes of those it writes again."""
 
 import json
+import math
 import sys
 import types
 
@@ -9,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from gcl_jax.errors import ConfigError
 from gcl_jax.logs import MetricWriter
+from gcl_jax.report.charts import read_metrics, training_charts
 
 
 def test_steps_that_are_written_again_count_once(tmp_path):
@@ -28,6 +30,21 @@ def test_steps_that_are_written_again_count_once(tmp_path):
     assert [(row["step"], row["loss"]) for row in rows] == expected
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+
+
+def test_what_is_not_finite_is_null_in_json(tmp_path):
+    """NaN is no JSON: strict readers, browsers and DuckDB among them, would refuse the file."""
+    with MetricWriter(tmp_path) as writer:
+        writer.write(1, {"loss": float("nan"), "gradient_norm": float("inf"), "rate": 2.0})
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    line = json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=refuse)
+    assert line == {"step": 1, "loss": None, "gradient_norm": None, "rate": 2.0}
+    (row,) = read_metrics(tmp_path / "metrics.jsonl")
+    assert math.isnan(row["loss"])
+    assert [chart.title for chart in training_charts([row], [])] == ["rate"]
 
 
 def test_a_quiet_writer_leaves_nothing(tmp_path):

@@ -40,7 +40,7 @@ def read_metrics(path: Path) -> list[dict[str, float]]:
     rows = []
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
+            rows.append({k: math.nan if x is None else x for k, x in json.loads(line).items()})
     return rows
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import os
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate.ranked import evaluate_in_training
+from gcl_jax.report.charts import read_metrics
 from gcl_jax.train.monitor import Monitor, Trace, diagnosis
 from gcl_jax.train.setup import make_training, start_or_continue
 from gcl_jax.validation import validate
@@ -44,7 +44,8 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
         profile: steps to write a trace of, for TensorBoard's profiler or Perfetto.
 
     Returns:
-        What was logged last: "step", "loss", "learning_rate" and so on, a line of metrics.jsonl.
+        What was logged last: "step", "loss", "learning_rate" and so on, a line of metrics.jsonl;
+            NaN for what was not finite.
 
     Raises:
         ConfigError, DataError: bad configuration or data.
@@ -127,6 +128,5 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
                     checkpointer.save(step, state, batches.get_state(), summaries)
                 if signum and step < steps:
                     raise Interrupted(signum, step)
-    logged = workdir / "metrics.jsonl"
-    lines = logged.read_text().splitlines() if logged.exists() else []
-    return json.loads(lines[-1]) if lines else {}
+    rows = read_metrics(workdir / "metrics.jsonl")
+    return rows[-1] if rows else {}
