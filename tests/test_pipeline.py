@@ -1,5 +1,6 @@
 """Batches: what they hold, that they depend on seed and step alone, how they resume and shard."""
 
+import copy
 import pickle
 
 import jax
@@ -8,9 +9,10 @@ import pytest
 from conftest import TinySource
 
 from gcl_jax.data.pipeline import _PairExamples, corpus_batches, train_batches
+from gcl_jax.data.sampling import records_without_fields
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import ConfigError
 from gcl_jax.stores import write_store
 from gcl_jax.validation import validate
 
@@ -172,13 +174,23 @@ def test_corpus_batches_keep_order_and_pad_the_last(tiny_config, tiny_store):
     assert batches[1][0]["present"]["title"].tolist() == [False, True]
 
 
-def test_a_record_without_any_used_field_is_refused_by_name(tiny_config, tiny_store):
-    with pytest.raises(DataError, match="'d05' has none of the fields"):
-        list(
-            corpus_batches(
-                tiny_config, "document", tiny_store.documents, ["title"], np.arange(8), 4
-            )
-        )
+def test_records_without_the_fields_are_blank_and_counted(tiny_config, tiny_store):
+    cfg = tiny_config
+    (batch, _), *_ = corpus_batches(
+        cfg, "document", tiny_store.documents, ["title"], np.arange(8), 8
+    )
+    assert batch["present"]["title"].tolist() == [row != 5 for row in range(8)]
+    assert records_without_fields(cfg, tiny_store) == [  # no two lack the same: nobody knows
+        "at most 1 of 24 documents have no image or title: their pairs are left out of the loss, "
+        "and their embeddings are zeros"
+    ]
+    cfg.data.document_fields = {"title": 1.0, "image": 0.0}
+    assert "1 of 24 documents have no title" in records_without_fields(cfg, tiny_store)[0]
+    missing = tiny_store.info["provenance"]["missing"]
+    store = copy.copy(tiny_store)
+    store.info = {"provenance": {"missing": missing | {"document": {"image": 0, "title": 24}}}}
+    with pytest.raises(ConfigError, match=r"document_fields: no document of .* has title; name"):
+        records_without_fields(cfg, store)
 
 
 def test_prefixes_go_by_side_and_missing_fields_stay_missing(tiny_config, tiny_store):

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tqdm
 from conftest import TinySource
@@ -30,6 +31,7 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.store import RankedStore, write_checksums
 from gcl_jax.errors import ConfigError, DataError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
+from gcl_jax.evaluate.ranked import evaluate_workdir
 from gcl_jax.models import clip, flops
 from gcl_jax.port import __main__ as port
 from gcl_jax.registry import SCHEDULES
@@ -474,3 +476,40 @@ def test_help_is_quick_and_names_the_flags():
     assert time.perf_counter() - start < 10
     assert "--config" in result.stdout + result.stderr
     assert "--workdir" in result.stdout + result.stderr
+
+
+class BrandSource(TinySource):
+    """Every second query has a brand."""
+
+    def __init__(self):
+        super().__init__()
+        self.query_fields = {"query": "text", "brand": "text"}
+
+    def queries(self):
+        for i, record in enumerate(super().queries()):
+            yield record | {"brand": f"brand {i}" if i % 2 else ""}
+
+
+def test_records_without_the_fields_are_left_out_of_loss_and_evaluation(
+    tiny_config, tmp_path, capsys
+):
+    """As documents without an image in an ablation on images alone."""
+    cfg = tiny_config
+    cfg.data.store = str(write_store(BrandSource(), tmp_path / "store").directory)
+    cfg.data.query_fields, cfg.data.document_fields = {"brand": 1.0}, {"title": 1.0}
+    cfg.data.text_negatives, cfg.loss.objectives.hard_negatives = "replace", 1.0
+    cfg.optim.batch_size, cfg.eval.every, cfg.eval.splits = 16, 2, ("in_domain",)
+    last = gcl_jax.train(cfg, tmp_path / "run")
+    assert np.isfinite(last["loss"])
+    assert last["skipped_steps"] == 0
+    lines = (
+        "4 of 8 queries have no brand: their pairs are left out of the loss, and",
+        "1 of 24 documents have no title: their pairs are left out of the loss, and",
+    )
+    told = capsys.readouterr().err
+    assert all(line in told for line in lines)
+    evaluate_workdir(tmp_path / "run")
+    told = capsys.readouterr().err
+    assert all(line in told for line in lines)
+    assert "split 'in_domain': 2 queries have no brand; they are left out" in told
+    assert pq.read_metadata(tmp_path / "run/eval/in_domain.parquet").num_rows == 2

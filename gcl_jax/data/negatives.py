@@ -227,9 +227,9 @@ class TextNegatives:
     ) -> list[tuple[dict, dict]]:
         """(inputs, present) of up to `count` negatives, each different from the others and from the
         query `query` (a row number) in what the model sees of it."""
-        if count == 0:
-            return []
         record = self._queries[query]
+        if count == 0 or not any(record[field] for field in self._fields):
+            return []
         made: list[tuple[dict, dict]] = []
         seen = {self._tokens(encoder.of_record(record)[0])}
         for texts in itertools.islice(self._texts(record, rng), TRIES * count):

@@ -128,16 +128,11 @@ class FieldEncoder:
                     loaded[field] = decode_image(value, deep=False, **self._scaling)
                 except DataError as error:
                     raise DataError(f"record {record['id']!r}, field {field!r}: {error}") from None
-        if all(value is None for value in loaded.values()):
-            raise DataError(f"record {record['id']!r} has none of the fields {list(self._kinds)}")
         return loaded
 
     def __call__(self, index: int, rng: np.random.Generator | None = None) -> tuple[dict, dict]:
-        """(inputs, present) of record `index`; augments images when `rng` is given.
-
-        Raises:
-            DataError: an unreadable image, or a record without any field.
-        """
+        """(inputs, present) of record `index`, which may lack all fields; augments images when
+        `rng` is given. Raises `DataError` for an unreadable image."""
         return self._filled(self._load(index), rng)
 
     def of_record(self, record: Mapping[str, Any]) -> tuple[dict, dict]:

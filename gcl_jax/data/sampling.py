@@ -24,7 +24,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.store import Pairs
+from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.errors import ConfigError, DataError
 
 # Makes the rows of one block of the stream.
@@ -230,6 +230,34 @@ def draw_queries(pairs: QueryProportional, size: int, rng: np.random.Generator) 
     drawn = pairs.at(low + rng.random(size) * (high - low))
     # The sum may round up to where the next query starts.
     return pairs.by_query[np.minimum(drawn, pairs.starts[queries + 1] - 1)]
+
+
+def records_without_fields(cfg: TrainConfig, store: RankedStore) -> list[str]:
+    """A line for either side whose records may lack all fields that `cfg`, resolved for `store`,
+    gives a weight, as the store has counted when it was written. Such records are left out of the
+    loss; their embeddings are zeros.
+
+    Raises:
+        ConfigError: none of a side's records has any.
+    """
+    lines = []
+    for side, weights in cfg.data.weights.items():
+        fields = [field for field, weight in weights.items() if weight > 0]
+        missing = store.info["provenance"]["missing"][side]
+        count, total = min(missing[field] for field in fields), len(store.records[side])
+        names = " or ".join(fields)
+        if count == total:
+            raise ConfigError(
+                f"config.data.{side}_fields: no {side} of {store.directory} has {names}; name "
+                "fields that it has"
+            )
+        if count:
+            most = "at most " if len(fields) > 1 else ""
+            lines.append(
+                f"{most}{count} of {total} {'queries' if side == 'query' else 'documents'} have no "
+                f"{names}: their pairs are left out of the loss, and their embeddings are zeros"
+            )
+    return lines
 
 
 def pair_weights(cfg: TrainConfig, pairs: Pairs) -> np.ndarray:

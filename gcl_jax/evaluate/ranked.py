@@ -17,9 +17,11 @@ from jaxtyping import Float, Int
 
 from gcl_jax import distributed
 from gcl_jax.config import TrainConfig, write_json
+from gcl_jax.data.sampling import records_without_fields
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.embed.vectors import EmbeddingCache
+from gcl_jax.errors import DataError
 from gcl_jax.evaluate import metrics, results, trec
 from gcl_jax.evaluate.judgements import (
     Judgements,
@@ -50,6 +52,8 @@ def evaluate_splits(
     fields among them. The documents' embeddings are those of `cache`, if it is given.
     """
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
+    for line in () if quiet else records_without_fields(cfg, store):
+        distributed.announce(line)
     judged = {split: load_judgements(cfg, store, split, max_queries) for split in corpora}
     groups = {}
     if group_by is not None:
@@ -64,6 +68,21 @@ def evaluate_splits(
     queries = embedder.embed(
         "query", store.queries, asked, query_rows, description="queries", quiet=quiet
     )
+    fields = [field for field, weight in cfg.data.query_fields.items() if weight > 0]
+    embedded = np.any([queries.present[field] for field in fields], axis=0)
+    for split, judgements in judged.items():
+        kept = np.flatnonzero(embedded[np.searchsorted(query_rows, judgements.queries)])
+        if left_out := len(judgements.queries) - len(kept):
+            lacking = f"split {split!r}: {left_out} queries have no {' or '.join(fields)}"
+            if not kept.size:
+                raise DataError(f"{lacking}, so none is left; leave it out of config.eval.splits")
+            if not quiet:
+                distributed.announce(f"{lacking}; they are left out")
+            judged[split] = judgements.take(kept)
+            groups[split] = {
+                name: [labels[row] for row in kept]
+                for name, labels in groups.get(split, {}).items()
+            }
     document_rank = id_ranks(store.documents)
     return {
         split: evaluate_split(

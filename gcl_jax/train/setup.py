@@ -20,7 +20,7 @@ from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import longest_texts, padded_length, sampled_pairs, train_batches
-from gcl_jax.data.sampling import pair_weights, pairs_per_epoch
+from gcl_jax.data.sampling import pair_weights, pairs_per_epoch, records_without_fields
 from gcl_jax.data.store import HELD_OUT, RankedStore
 from gcl_jax.errors import ConfigError, did_you_mean
 from gcl_jax.evaluate import metrics
@@ -79,6 +79,8 @@ def make_training(cfg: TrainConfig) -> Training:
             f"train on one of these all the same, name it: --config.data.train_split={split}"
         )
     require_metric(cfg)
+    for line in records_without_fields(cfg, store):
+        distributed.announce(line)
     lengths = text_lengths(cfg, store)
     pairs = sampled_pairs(cfg, store)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), lengths, pairs)
