@@ -46,13 +46,21 @@ def unit(rng, *shape):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Many blocks and chunks for few documents, in groups that are not all merged."""
-    monkeypatch.setattr(mesh_search, "GROUP", 4)
-    monkeypatch.setattr(mesh_search, "FEW_GROUPS", (0, 2))
+    """Many blocks and chunks for few documents, lanes that keep few of them."""
+    programs = mesh_search._stored, mesh_search._merge_chunk, mesh_search._sorted
+    monkeypatch.setattr(mesh_search, "LANES", (2, 16))
+    monkeypatch.setattr(mesh_search, "KEPT", 8)
+    monkeypatch.setattr(mesh_search, "EXPECTED", 4)
+    monkeypatch.setattr(mesh_search, "FEW", 8)
     monkeypatch.setattr(mesh_search, "BLOCK", 16)
     monkeypatch.setattr(mesh_search, "CHUNK", 48)
     monkeypatch.setattr(retrieval, "BLOCK", 32)
     monkeypatch.setattr(retrieval, "TILE", 16)
+    for program in programs:
+        program.clear_cache()
+    yield
+    for program in programs:
+        program.clear_cache()
 
 
 @pytest.mark.parametrize("mesh", ALL_MESHES, indirect=True, ids="{0[0]}x{0[1]}".format)
@@ -141,14 +149,38 @@ def test_mesh_of_one_device_that_is_no_cpu(small_blocks, monkeypatch):
     monkeypatch.setattr(retrieval, "_is_one_cpu", lambda mesh: False)
     rng = np.random.default_rng(0)
     queries, corpus = integers(rng, 21, 5), integers(rng, 331, 5)
-    found = exact_top_k(queries, corpus, 40, make_cpu_mesh(1, 1))
-    assert_equals_brute_force(found, queries, corpus, 40)
+    for dtype in ("float32", "bfloat16"):
+        found = Index(corpus, mesh=make_cpu_mesh(1, 1), dtype=dtype).search(queries, 40)
+        assert_equals_brute_force(found, queries, corpus, 40)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_only_queries_in_doubt_are_searched_again(small_blocks, monkeypatch, dtype):
+    """Lanes that have room for the best of ordinary queries, and not for a hundred copies."""
+    rng, again = np.random.default_rng(0), []
+    queries, corpus = unit(rng, 20, 64), unit(rng, 1200, 64)
+    corpus[300:400] = queries[7]
+    search = retrieval._search_on_host
+
+    def searched(queries, *args, **kwargs):
+        again.append(queries)
+        return search(queries, *args, **kwargs)
+
+    monkeypatch.setattr(retrieval, "_search_on_host", searched)
+    index = Index(corpus, mesh=make_cpu_mesh(2, 1), dtype=dtype)
+    scores, rows = index.search(queries, 5)
+    expected = brute_force(queries, corpus, 5)
+    np.testing.assert_allclose(scores, expected[0], atol=1e-6)
+    np.testing.assert_array_equal(rows, expected[1])
+    assert [len(x) < 4 for x in again] == [True]
+    np.testing.assert_array_equal(rows[7], np.arange(300, 305))
 
 
 @pytest.mark.parametrize("devices", [1, 8])
 def test_memory_mapped_corpus_is_read_in_parts(tmp_path, small_blocks, devices):
     rng = np.random.default_rng(0)
-    queries, corpus = integers(rng, 5, 4), integers(rng, 1000, 4).astype(np.float16)
+    corpus = rng.integers(-40, 41, (1000, 4)).astype(np.float16)  # else ties are looked up in it
+    queries = integers(rng, 5, 4)
     np.save(tmp_path / "corpus.npy", corpus)
     read = []
 
@@ -271,26 +303,27 @@ def test_nothing_to_find(devices, queries, documents, k):
         assert scores.shape == rows.shape == (queries, min(k, documents))
 
 
-def test_query_counts_share_programs():
+def test_query_counts_and_depths_share_programs():
     index = Index(np.ones((64, 4), np.float32), mesh=make_cpu_mesh(8, 1))
     before = mesh_search._merge_chunk._cache_size()
     for queries in (9, 12, 16):
-        index.search(np.ones((queries, 4), np.float32), 3)
+        for k in (1, 3, 64):
+            index.search(np.ones((queries, 4), np.float32), k)
     assert mesh_search._merge_chunk._cache_size() == before + 1
 
 
-def program(rows, queries, k, dtype):
+def program(rows, queries, dtype):
     """`_merge_chunk`, compiled for one device and one chunk."""
     of = jax.ShapeDtypeStruct
-    best = of((queries, k), jnp.float32), of((queries, k), jnp.int32)
+    shape = queries, mesh_search.LANES[0], mesh_search.KEPT
+    best = of(shape, jnp.float32), of(shape, jnp.int32)
     numbers = of((), jnp.int32), of((), jnp.int32)
-    arguments = best, of((queries, 512), jnp.float32), of((rows, 512), dtype), *numbers
-    mesh = make_cpu_mesh(1, 1)
-    return mesh_search._merge_chunk.lower(*arguments, mesh, mesh_search.BLOCK)
+    arguments = best, of((queries, 512), dtype), of((rows, 512), dtype), *numbers
+    return mesh_search._merge_chunk.lower(*arguments, make_cpu_mesh(1, 1))
 
 
 def test_memory_is_that_of_a_block_whatever_the_corpus():
-    blocks = [program(n * mesh_search.BLOCK, 1024, 1000, jnp.float32) for n in (2, 8)]
+    blocks = [program(n * mesh_search.BLOCK, 1024, jnp.float32) for n in (2, 8)]
     temporary = [x.compile().memory_analysis().temp_size_in_bytes for x in blocks]
     assert temporary[1] < 1.01 * temporary[0]
     assert temporary[1] < 2**30
@@ -298,6 +331,6 @@ def test_memory_is_that_of_a_block_whatever_the_corpus():
 
 def test_scores_are_full_float32_on_any_accelerator():
     """Left to its default, a TPU multiplies in bfloat16 and a GPU in TF32."""
-    assert "precision = [HIGHEST, HIGHEST]" in program(64, 8, 1, jnp.float32).as_text()
+    assert "precision = [HIGHEST, HIGHEST]" in program(256, 8, jnp.float32).as_text()
     products = jax.make_jaxpr(retrieval._products)(np.zeros((2, 4)), np.zeros((2, 4)))
     assert "Precision.HIGHEST" in str(products)

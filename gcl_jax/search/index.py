@@ -38,12 +38,14 @@ class Hits(NamedTuple):
 class Index:
     """Embeddings of documents on the devices, to be searched exactly and as often as you like.
 
-    `dtype="bfloat16"` stores and multiplies in bfloat16 with float32 sums, in half the memory. The
-    best 2 k + 64 are then scored again in float32, from `documents` itself. What comes back is what
-    float32 gives, always: no inner product is off by more than
-    `|q^ - q| max|d^| + |q| max|d^ - d|` (^: rounded; and what float32 sums lose), so a document
-    that is not among the candidates is known to be worse than the k-th best. For a query where this
-    cannot be told (more near-ties than candidates) the whole corpus is searched in float32.
+    `dtype="bfloat16"` stores and multiplies in bfloat16 with float32 sums, in half the memory
+    (except on a single CPU device, which is faster in float32 and stores nothing). Of
+    four times k and more candidates those that count are then scored again in float32, from
+    `documents` itself. What comes back is what float32 gives, always: no inner product is off by
+    more than `|q^ - q| max|d^| + |q| max|d^ - d|` (^: rounded; and what float32 sums lose), so a
+    document that is not among the candidates is known to be worse than the k-th best. For a query
+    where this cannot be told (more near-ties than candidates) the whole corpus is searched in
+    float32, and by this process alone if that leaves a doubt too.
 
     With a mesh over several processes all of them make the index and search it together, with the
     same arguments; each reads its devices' rows alone.
@@ -60,8 +62,8 @@ class Index:
         """
         Args:
             documents: (n, e) floating-point numbers, as `Model.encode` returns them: an array,
-                `np.memmap` or whatever slices by rows; read in chunks. On one CPU device, and for
-                bfloat16, it is used in place and must not change.
+                `np.memmap` or whatever slices by rows; read in chunks. It must not change, as
+                near-ties are looked up in it, and one CPU device searches it in place.
             ids: what `search` calls each of the n documents; default its row.
             mesh: default all devices of this process (of CPU devices the first).
             dtype: "float32" or "bfloat16".
@@ -87,7 +89,7 @@ class Index:
         self._documents, self._mesh, self._dtype = documents, mesh or _own_mesh(), dtype
         self._chunks: list[tuple[int, Array]] = []
         greatest = [np.zeros(2)]
-        if dtype == "float32" and _is_one_cpu(self._mesh):
+        if _is_one_cpu(self._mesh):
             check_finite("document", documents)
             return
         for first, chunk, extremes in mesh_search.chunks(documents, self._mesh, dtype):
@@ -107,7 +109,8 @@ class Index:
     def search(self, queries: Any, k: int = 10) -> Hits:
         """The `min(k, n)` best documents by inner product, best first, equal scores in document
         order. Any number of queries: beside the result, memory holds what `TILE` of them need.
-        Programs are compiled once for each of few query counts.
+        Programs are compiled once for all `k` up to 512, up to twice as many and so on, and for few
+        and for many queries.
 
         Args:
             queries: (q, e) or (e,) floating-point numbers, as `Model.encode_text` returns them.
@@ -130,16 +133,14 @@ class Index:
     def _nearest(
         self, queries: Float[np.ndarray, "q d"], k: int
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-        n = len(self._documents)
-        depth = k if self._dtype == "float32" else min(2 * k + 64, n)
-        found = _top_k(queries, self._documents, depth, self._mesh, self._chunks)
-        if self._dtype == "float32" or not len(queries) or not k:
-            return found[0][:, :k], found[1][:, :k]
-        scores, rows = _rescored(queries, self._documents, found[1])
-        scores, rows = scores[:, :k], rows[:, :k]
+        alike = self._dtype == "float32" or not self._chunks
+        if alike or not len(queries) or not 0 < k <= mesh_search.most():
+            return _top_k(queries, self._documents, k, self._mesh, self._chunks)
+        n, error = len(self._documents), self._error(queries)
+        rounded, candidates, bound = _on_mesh(queries, self._chunks, n, k, self._mesh)
+        scores, rows = mesh_search.rescored(queries, self._documents, rounded, candidates, error, k)
         # The best score that a document outside of the candidates can have, in float32.
-        highest = found[0][:, -1] + self._error(queries)
-        unsure = np.flatnonzero(highest >= scores[:, -1]) if depth < n else np.array([], int)
+        unsure = np.flatnonzero(bound + error >= scores[:, -1])
         if unsure.size:
             scores[unsure], rows[unsure] = exact_top_k(
                 queries[unsure], self._documents, k, self._mesh
@@ -181,13 +182,29 @@ def _top_k(
     in none of them for one processor; without `chunks` they go by, and are looked at first."""
     if not len(queries) or not k:
         return np.zeros((len(queries), k), np.float32), np.zeros((len(queries), k), np.int32)
-    tiles = _tiles(queries, mesh.size)
-    if not chunks and _is_one_cpu(mesh):
-        scores, rows = _search_on_cpu(tiles, documents, k, check=chunks is None)
-    else:
-        parts = chunks or _checked_chunks(documents, mesh)
-        scores, rows = mesh_search.search(tiles, parts, len(documents), k, mesh)
-    return scores[: len(queries)], rows[: len(queries)]
+    if k > mesh_search.most() or (not chunks and _is_one_cpu(mesh)):
+        return _search_on_host(queries, documents, k, check=chunks is None)
+    parts = chunks or _checked_chunks(documents, mesh)
+    scores, rows, bound = _on_mesh(queries, parts, len(documents), k, mesh)
+    scores, rows = scores[:, :k].copy(), rows[:, :k].copy()
+    # More near-ties than candidates, or most of the best close together in the corpus.
+    unsure = np.flatnonzero(bound >= scores[:, -1])
+    if unsure.size:
+        scores[unsure], rows[unsure] = _search_on_host(queries[unsure], documents, k)
+    return scores, rows
+
+
+def _on_mesh(
+    queries: Float[np.ndarray, "q d"], chunks: Iterable, n: int, k: int, mesh: Mesh
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """`mesh_search.search` for any number of queries. On an accelerator all up to `FEW` share a
+    program, and all above; CPUs had better not multiply what only fills up."""
+    size = mesh_search.FEW if len(queries) <= mesh_search.FEW else TILE
+    if mesh.devices.flat[0].platform == "cpu":
+        size = min(power_of_two(len(queries)), TILE)
+    tiles = _tiles(queries, mesh_search.round_up(size, mesh.size))
+    scores, rows, bound = mesh_search.search(tiles, chunks, n, k, mesh)
+    return scores[: len(queries)], rows[: len(queries)], bound[: len(queries)]
 
 
 def _checked_chunks(documents, mesh: Mesh):
@@ -197,28 +214,9 @@ def _checked_chunks(documents, mesh: Mesh):
         yield first, chunk
 
 
-def _rescored(
-    queries: Float[np.ndarray, "q d"], documents, rows: Int[np.ndarray, "q c"]
-) -> tuple[Float[np.ndarray, "q c"], Int[np.ndarray, "q c"]]:
-    """The candidates `rows` with their float32 scores, best first."""
-    scores = np.stack(
-        [
-            np.einsum("d,cd->c", query, np.asarray(documents[candidates], np.float32))
-            for query, candidates in zip(queries, rows, strict=True)
-        ]
-    )
-    order = np.lexsort((rows, -scores))
-    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
-
-
-def _tiles(queries: Float[np.ndarray, "q d"], devices: int) -> list[np.ndarray]:
-    """`queries` in parts of one size, up to about `TILE`; zeros fill the last. The size is one of
-    few and a multiple of `devices`."""
-    count = -(-len(queries) // TILE)
-    rows = -(-len(queries) // count)
-    size = mesh_search.round_up(
-        power_of_two(rows) if count == 1 else rows, devices * -(-8 // devices)
-    )
+def _tiles(queries: Float[np.ndarray, "q d"], size: int) -> list[np.ndarray]:
+    """`queries` in parts of one size; zeros fill the last."""
+    count = -(-len(queries) // size)
     padded = np.zeros((count * size, queries.shape[1]), np.float32)
     padded[: len(queries)] = queries
     return np.split(padded, count)
@@ -270,17 +268,21 @@ def _as_numpy(name: str, x: Any) -> np.ndarray:
         ) from None
 
 
-def _search_on_cpu(
-    tiles: list[Float[np.ndarray, "t d"]],
+def _search_on_host(
+    queries: Float[np.ndarray, "q d"],
     documents: Any,
     k: int,
     check: bool = False,
 ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
-    """(scores, rows) of the k <= n best documents for the queries of all `tiles`, in their order.
+    """(scores, rows) of the k <= n best documents, by this process alone.
 
     XLA multiplies, and meanwhile numpy goes through the scores of the block before. With `check`
     the documents have not yet been through `check_finite`.
     """
+    # In parts of one of few sizes, up to about `TILE`.
+    count = -(-len(queries) // TILE)
+    rows = -(-len(queries) // count)
+    tiles = _tiles(queries, power_of_two(rows) if count == 1 else mesh_search.round_up(rows, 8))
     found = []
     n, dim = documents.shape
     size = min(BLOCK, power_of_two(n))
@@ -299,7 +301,8 @@ def _search_on_cpu(
                 start, scores = ahead.popleft()
                 best.add(np.asarray(scores)[:, : n - start], start)
         found.append(best.sorted())
-    return np.concatenate([x for x, _ in found]), np.concatenate([x for _, x in found])
+    every, columns = (np.concatenate(part)[: len(queries)] for part in zip(*found, strict=True))
+    return every, columns
 
 
 @jax.jit

@@ -1,60 +1,88 @@
 """Exact search on the devices of a mesh: their part of `gcl_jax.search.index`.
 
-The rows of a corpus are split over the devices, in chunks. Every device multiplies the queries by
-one block of its rows after another and keeps its best; then the devices exchange them, each merging
-those of its share of the queries. A device needs O(queries x (block + k)) beside the documents,
-never a row of all scores.
+The rows of a corpus are split over the devices, in chunks, and dealt out to *lanes*. Every device
+multiplies the queries by one block of its rows after another and keeps the `KEPT` best of each
+lane, in any order; at the end the devices merge their lanes, and sort what is left. What was
+dropped is no better than the worst that its lane kept: so it shows for which queries the answer is
+right, whatever the order of equal scores was on the way, and however the best crowd in a lane. A
+device needs O(queries x (block + lanes)) beside the documents, never a row of all scores.
 """
 
+import concurrent.futures
 import functools
+import inspect
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
-Found = tuple[Float[Array, "q k"], Int[Array, "q k"]]
+Found = tuple[Float[Array, "q l k"], Int[Array, "q l k"]]
 
 # Rows a device multiplies by at a time, and rows it gets at a time: 0.5 GB at 512 dimensions.
 BLOCK = 32_768
 CHUNK = 262_144
-# Columns in a group, of which only the greatest score is looked at first; and how many groups of a
-# block are merged at the least cost that suffices.
-GROUP = 32
-FEW_GROUPS = (0, 16, 64)
+# The best that a lane keeps. Up to 128 XLA selects on GPUs (`__gpu$TopK`) and TPUs; it sorts else.
+KEPT = 128
+# Of these the best k should take a quarter: near-ties in bfloat16 need the others.
+EXPECTED = KEPT // 4
+# The lanes are a power of two in this range; rows that follow each other go to different ones.
+LANES = 16, 256
+# Fewer queries than this are filled up to it, more to `gcl_jax.search.index.TILE`.
+FEW = 32
+
+_UNSORTED = (
+    {"is_stable": False} if "is_stable" in inspect.signature(jax.lax.top_k).parameters else {}
+)
+
+
+def most() -> int:
+    """Results of a query that the lanes suffice for."""
+    return LANES[1] * KEPT * 3 // 4
+
+
+def _is_small(n: int) -> bool:
+    """Whether the fewest lanes have room for the whole corpus."""
+    return n <= LANES[0] * KEPT
 
 
 def chunks(documents, mesh: Mesh, dtype: str) -> Iterator[tuple[int, Array, Array]]:
-    """(number of the first row, rows split over the devices, their `_extremes`), chunk by chunk,
-    all of one shape; behind the last document there are zeros."""
+    """(number of the first row, rows split over the devices, the greatest norms of rows and of what
+    rounding changed: infinite for what is not finite), chunk by chunk, all of one shape; behind the
+    last document there are zeros."""
     n, dim = documents.shape
     local = -(-n // (mesh.size * max(1, -(-n // (CHUNK * mesh.size)))))
-    blocks = -(-local // BLOCK)
-    shape = (mesh.size * blocks * round_up(-(-local // max(blocks, 1)), GROUP), dim)
+    shape = (mesh.size * round_up(local, LANES[not _is_small(n)]), dim)
+    sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     for first in range(0, n, shape[0] or 1):
 
         def read(index, first=first):
             start, stop, _ = index[0].indices(shape[0])
-            rows = np.zeros((stop - start, dim), np.float32)
             found = documents[min(first + start, n) : min(first + stop, n)]
-            with np.errstate(over="ignore"):  # `_extremes` finds what float32 cannot hold
-                rows[: len(found)] = found
-            return rows
+            with np.errstate(over="ignore"):  # `_stored` finds what float32 cannot hold
+                found = np.asarray(found, np.float32)
+            missing = stop - start - len(found)
+            return np.pad(found, ((0, missing), (0, 0))) if missing else found
 
-        sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
-        chunk = jax.make_array_from_callback(shape, sharding, read)
-        rounded = chunk.astype(dtype)
-        yield first, rounded, _extremes(chunk, rounded)
+        yield first, *_stored(jax.make_array_from_callback(shape, sharding, read), mesh, dtype)
 
 
-@jax.jit
-def _extremes(x: Float[Array, "c d"], rounded: Float[Array, "c d"]) -> Float[Array, "2"]:
-    """The greatest norms of rows and of what rounding changed; infinite for what is not finite."""
-    squares = jnp.stack([(y**2).sum(1) for y in (x, x - rounded.astype(x.dtype))])
-    # Some backends' maximum ignores NaN.
-    return jnp.sqrt(jnp.where(jnp.isfinite(squares), squares, jnp.inf).max(axis=1))
+@functools.partial(jax.jit, static_argnames=("mesh", "dtype"))
+def _stored(x: Float[Array, "c d"], mesh: Mesh, dtype: str) -> tuple[Array, Float[Array, "2"]]:
+    def on_device(x):
+        rounded = x.astype(dtype)
+        squares = jnp.stack([(y**2).sum(1) for y in (x, x - rounded.astype(x.dtype))])
+        # Some backends' maximum ignores NaN.
+        greatest = jnp.where(jnp.isfinite(squares), squares, jnp.inf).max(axis=1)
+        return _dealt(rounded), jnp.sqrt(jax.lax.pmax(greatest, mesh.axis_names))
+
+    by_row = PartitionSpec(mesh.axis_names)
+    return jax.shard_map(
+        on_device, mesh=mesh, in_specs=by_row, out_specs=(by_row, PartitionSpec())
+    )(x)
 
 
 def search(
@@ -63,34 +91,42 @@ def search(
     n: int,
     k: int,
     mesh: Mesh,
-) -> tuple[np.ndarray, np.ndarray]:
-    """(scores, rows) of the k best of `n` documents for the queries of all `tiles`, in their order.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(scores, rows, bound) of k or more of `n` documents for the queries of all `tiles`, in their
+    order: of each the best first, equal scores in the order of the rows. No other document of the
+    corpus has a score above `bound`. Programs are compiled for each power of two of lanes, the
+    fewest that suffice for k, and for each size of tiles.
 
     Args:
         tiles: queries, each with one number of them that the devices divide; the same everywhere.
         chunks: (number of the first row, rows), as `chunks` makes them.
-        k: at most `n`.
+        k: at most `n` and `most()`.
     """
-    queries = [_put(tile, mesh, PartitionSpec()) for tile in tiles]
-    none = _no_documents(np, len(tiles[0]), k)
-    best = [tuple(_put(x, mesh, PartitionSpec(mesh.axis_names)) for x in none)] * len(tiles)
+    lanes = LANES[0]
+    while lanes * EXPECTED < k and lanes < LANES[1] and not _is_small(n):
+        lanes *= 2
+    by_lane = PartitionSpec(None, mesh.axis_names)
+    shape = len(tiles[0]), mesh.size * lanes, KEPT
+    none = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int32)
+    best = [tuple(_put(x, mesh, by_lane) for x in none) for _ in tiles]
+    queries: list[Array] = []
+    seen = 0
     for first, chunk in chunks:
+        seen += len(chunk)
+        queries = queries or [_put(x.astype(chunk.dtype), mesh, PartitionSpec()) for x in tiles]
         merged = [
-            _merge_chunk(found, tile, chunk, np.int32(first), np.int32(n), mesh, BLOCK)
+            _merge_chunk(found, tile, chunk, np.int32(first), np.int32(n), mesh)
             for found, tile in zip(best, queries, strict=True)
         ]
         # Dispatch is asynchronous: a third chunk waits here until the first has been searched.
         jax.block_until_ready(best)
         best = merged
-    everywhere = _everywhere(mesh)
-    scores, rows = (
-        np.concatenate([np.asarray(everywhere(x)) for x in part])
-        for part in zip(*best, strict=True)
-    )
-    return scores, rows
+    found = [map(np.asarray, _sorted(x, mesh)) for x in best]
+    scores, rows, bound = (np.concatenate(part) for part in zip(*found, strict=True))
+    return scores, rows, np.full_like(bound, -np.inf) if seen <= lanes * KEPT else bound
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "block"))
+@functools.partial(jax.jit, static_argnames=("mesh",))
 def _merge_chunk(
     best: Found,
     queries: Float[Array, "q d"],
@@ -98,99 +134,117 @@ def _merge_chunk(
     first: Int[Array, ""],
     n: Int[Array, ""],
     mesh: Mesh,
-    block: int,
 ) -> Found:
-    """`best`, split by queries, after the rows `first`, ... of the corpus, of which only those
-    below `n` count. `chunk` is split by rows, `queries` are everywhere."""
+    """`best`, split by lanes, after the rows `first`, ... of the corpus, of which only those below
+    `n` count. `chunk` is split by rows, `queries` are everywhere."""
     axes = mesh.axis_names
 
     def on_device(best, queries, chunk, first, n):
-        scores, rows = best
-        k, local = scores.shape[1], len(chunk)
-        first = first + jax.lax.axis_index(axes) * local
-        # Whatever only equals the k-th best of earlier rows has lost to it.
-        lowest = jax.lax.all_gather(scores[:, -1:], axes, tiled=True)
-        blocks = chunk.reshape(-(-local // block), -1, chunk.shape[1])
-        starts = first + jnp.arange(len(blocks)) * blocks.shape[1]
-        own = _no_documents(jnp, len(queries), min(k, local))
-        own = jax.tree.map(lambda x: jax.lax.pcast(x, axes, to="varying"), own)
-        merge = functools.partial(_merge_block, queries=queries, lowest=lowest, n=n)
-        own, _ = jax.lax.scan(lambda own, x: (merge(own, *x), None), own, (blocks, starts))
-        # (q, own) to (q / devices, devices x own): the earlier rows stay on the left.
-        exchange = functools.partial(
-            jax.lax.all_to_all, axis_name=axes, split_axis=0, concat_axis=1, tiled=True
-        )
-        return _best_of((scores, exchange(own[0])), (rows, exchange(own[1])), k)
+        lanes, local = best[0].shape[1], len(chunk)
+        blocks = min(1 << (-(-local // BLOCK) - 1).bit_length(), lanes)
+        numbers = first + jax.lax.axis_index(axes) * local + _dealt(jnp.arange(local))
 
-    by_row, everywhere = PartitionSpec(axes), PartitionSpec()
-    specs = ((by_row, by_row), everywhere, by_row, everywhere, everywhere)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=by_row)(
+        def merge(_, x):
+            (scores, rows), block, numbers = x
+            # The default precision of a float32 product is bfloat16 on TPUs, TF32 on GPUs.
+            exact = jax.lax.Precision.HIGHEST if block.dtype == jnp.float32 else None
+            products = jnp.matmul(
+                queries, block.T, precision=exact, preferred_element_type=jnp.float32
+            )
+            products = jnp.where(numbers < n, products, -jnp.inf)
+            products = products.reshape(*scores.shape[:2], -1)
+            numbers = numbers.reshape(scores.shape[1], -1)
+            new, picked = _select(products, min(KEPT, products.shape[2]))
+            picked = jnp.take_along_axis(numbers[None], picked, axis=2)
+            return None, _best_of((scores, new), (rows, picked))
+
+        # (q, lanes, kept) to (blocks, q, lanes of a block, kept) and back.
+        apart = [x.reshape(len(x), blocks, -1, x.shape[2]).swapaxes(0, 1) for x in best]
+        blocked = chunk.reshape(blocks, -1, chunk.shape[1])
+        numbered = numbers.reshape(blocks, -1)
+        _, merged = jax.lax.scan(merge, None, (tuple(apart), blocked, numbered))
+        return tuple(x.swapaxes(0, 1).reshape(best[0].shape) for x in merged)
+
+    by_lane, everywhere = PartitionSpec(None, axes), PartitionSpec()
+    specs = by_lane, everywhere, PartitionSpec(axes), everywhere, everywhere
+    return jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=by_lane)(
         best, queries, chunk, first, n
     )
 
 
-def _merge_block(
-    best: Found,
-    block: Float[Array, "b d"],
-    first: Int[Array, ""],
-    queries: Float[Array, "q d"],
-    lowest: Float[Array, "q 1"],
-    n: Int[Array, ""],
-) -> Found:
-    """`best` after the rows `first`, ... of the corpus; scores up to `lowest` do not matter.
+@functools.partial(jax.jit, static_argnames=("mesh",))
+def _sorted(best: Found, mesh: Mesh) -> tuple[Array, Array, Array]:
+    """(scores, rows, bound) of `search` for one tile, on every device."""
+    axes = mesh.axis_names
 
-    Most blocks have few scores that do, so only the groups of columns are merged that have one: a
-    merge of 64 groups sorts a tenth of what one of the block would.
-    """
-    scores, rows = best
-    # The default precision of a float32 product is bfloat16 on TPUs, TF32 on GPUs.
-    products = jnp.matmul(
-        queries,
-        block.T,
-        precision=jax.lax.Precision.HIGHEST if block.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    numbers = first + jnp.arange(len(block), dtype=jnp.int32)
-    products = jnp.where(numbers < n, products, -jnp.inf)
-    grouped = products.reshape(len(queries), -1, GROUP)
-    highest = grouped.max(axis=2)
-    needed = (highest > jnp.maximum(lowest, scores[:, -1:])).sum(axis=1).max()
+    def on_device(best):
+        # Each device merges the lanes of all for its share of the queries.
+        scores, rows = (jax.lax.all_to_all(x, axes, 0, 2, tiled=True) for x in best)
+        scores, rows = _best_of((scores,), (rows,))
+        bound = scores.min(axis=2).max(axis=1)
+        flat = -scores.reshape(len(scores), -1), rows.reshape(len(rows), -1)
+        scores, rows = jax.lax.sort(flat, num_keys=2)
+        return -scores, rows, bound
 
-    def merge_groups(few: int) -> Found:
-        # Ascending, as ties are to stay in document order.
-        groups = jnp.sort(jax.lax.top_k(highest, few)[1], axis=1)[:, :, None]
-        shape = len(queries), few * GROUP
-        picked = jnp.take_along_axis(grouped, groups, axis=1).reshape(shape)
-        numbers = first + (groups * GROUP + jnp.arange(GROUP)).reshape(shape)
-        return _best_of((scores, picked), (rows, numbers), scores.shape[1])
-
-    few = [count for count in FEW_GROUPS if count < highest.shape[1]]
-    branches = [functools.partial(merge_groups, count) if count else lambda: best for count in few]
-    whole = jnp.broadcast_to(numbers, products.shape)
-    branches += [lambda: _best_of((scores, products), (rows, whole), scores.shape[1])]
-    return jax.lax.switch(sum(needed > count for count in few), branches)
+    found = jax.shard_map(
+        on_device, mesh=mesh, in_specs=PartitionSpec(None, axes), out_specs=PartitionSpec(axes)
+    )(best)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec()))
 
 
-def _best_of(scores: Iterable, rows: Iterable, k: int) -> Found:
-    """The k best columns of parts side by side, whose rows ascend among equal scores."""
-    # top_k prefers the earlier column among equals.
-    values, picked = jax.lax.top_k(jnp.concatenate(tuple(scores), axis=1), k)
-    return values, jnp.take_along_axis(jnp.concatenate(tuple(rows), axis=1), picked, axis=1)
+def _dealt(x: Shaped[Array, "c *d"]) -> Shaped[Array, "c *d"]:
+    """A device's rows: every 256th (or 16th), then every one behind these, and so on. As rows that
+    follow each other are often alike, they should not share a lane."""
+    stripes = LANES[len(x) % LANES[1] == 0]
+    return x.reshape(-1, stripes, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
 
-def _no_documents(xp, queries: int, k: int):
-    """`Found` of nothing, by numpy or jax.numpy."""
-    return xp.full((queries, k), -np.inf, np.float32), xp.full((queries, k), -1, np.int32)
+def _best_of(scores: tuple[Array, ...], rows: tuple[Array, ...]) -> Found:
+    """The `KEPT` best of each lane, of parts side by side."""
+    joined, numbers = (jnp.concatenate(x, axis=2) for x in (scores, rows))
+    if joined.shape[2] == KEPT:
+        return joined, numbers
+    values, picked = _select(joined, KEPT)
+    return values, jnp.take_along_axis(numbers, picked, axis=2)
+
+
+def _select(x: Float[Array, "q l n"], k: int) -> Found:
+    """The k greatest of the last axis and where they are, equal ones as it comes."""
+    # Compilers select from matrices; from arrays of more dimensions some of them sort.
+    values, picked = jax.lax.top_k(x.reshape(-1, x.shape[2]), k, **_UNSORTED)
+    return values.reshape(*x.shape[:2], k), picked.reshape(*x.shape[:2], k)
+
+
+def rescored(
+    queries: Float[np.ndarray, "q d"],
+    documents: Any,
+    rounded: Float[np.ndarray, "q c"],
+    rows: Int[np.ndarray, "q c"],
+    error: Float[np.ndarray, " q"],
+    k: int,
+) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+    """The k best of the candidates `rows` by their float32 scores, which differ from `rounded`
+    (the best first) by `error` at most."""
+    # Others cannot be among the best.
+    needed = (rounded >= (rounded[:, k - 1] - 2 * error)[:, None]) & (rows >= 0)
+
+    def rescore(i: int) -> tuple[np.ndarray, np.ndarray]:
+        candidates = np.sort(rows[i, needed[i]])
+        found = np.asarray(documents[candidates], np.float32)
+        # Not by BLAS, where equal rows can differ in their last bits.
+        scores = np.einsum("d,cd->c", queries[i], found)
+        best = np.argsort(-scores, kind="stable")[:k]
+        return scores[best], candidates[best]
+
+    # numpy leaves the other threads alone while it copies, multiplies and sorts.
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        found = list(threads.map(rescore, range(len(queries))))
+    return np.stack([x for x, _ in found]), np.stack([x for _, x in found])
 
 
 def _put(x: np.ndarray, mesh: Mesh, spec: PartitionSpec) -> Array:
     """`x`, which every process has, as a global array."""
     return jax.make_array_from_callback(x.shape, NamedSharding(mesh, spec), lambda i: x[i])
-
-
-@functools.cache
-def _everywhere(mesh: Mesh):
-    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def round_up(x: int, multiple: int) -> int:
