@@ -59,6 +59,18 @@ def directory_of(name: str) -> Path:
     return directory
 
 
+def trained_on(store: RankedStore) -> dict[str, str]:
+    """{split: what to say of it} for splits that have pairs in common with the one that training
+    takes by default: an evaluation of these pairs is none of unseen ones."""
+    train = store.resolve(config.TrainConfig()).data.train_split
+    pairs = {name: store.pairs(name) for name in store.splits}
+    keys = {n: x.query.astype(np.int64) << 32 | x.document for n, x in pairs.items()}
+    shared = {name: np.isin(keys[name], keys[train]).sum() for name in keys if name != train}
+    return {
+        name: f"{n} of these pairs are in split {train}, too" for name, n in shared.items() if n
+    }
+
+
 def one_store(workdirs: Sequence[Path]) -> RankedStore:
     """The store that all of these runs were trained on.
 

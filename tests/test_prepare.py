@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from gcl_jax.data import __main__ as data_command
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.prepare import __main__ as prepare
@@ -204,6 +205,10 @@ def test_split_column_and_duplicates_across_splits(folder):
     store = run(folder, write_table(folder / "pairs.csv", rows), "--split_column=part")
     assert {s: len(store.pairs(s)) for s in store.splits} == {"train": 2, "test": 3}
     assert len(store.corpus("test")) == 3
+    shared = "1 of these pairs are in split train, too"
+    for text in (prepare.summary(store), data_command.as_text(store, data_command.figures(store))):
+        assert shared in text.split("split test")[1]
+        assert text.count(shared) == 1
 
 
 def test_paper_splits(folder):

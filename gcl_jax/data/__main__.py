@@ -12,7 +12,7 @@ import numpy as np
 from gcl_jax.data.store import Pairs, RankedStore, Records, damaged_files, files_of
 from gcl_jax.data.transforms import thumbnail
 from gcl_jax.errors import reported_in_one_line
-from gcl_jax.stores import directory_of, open_store
+from gcl_jax.stores import directory_of, open_store, trained_on
 
 BINS = np.linspace(1, 100, 12)  # of width 9
 BAR = 40
@@ -116,11 +116,13 @@ def as_text(store: RankedStore, splits: list[SplitFigures]) -> str:
         for field, field_kind in store.info[f"{side}_fields"].items():
             missing = provenance["missing"][side][field]
             lines.append(f"  {field} ({field_kind}): missing in {missing}")
+    seen = trained_on(store)
     for split in splits:
         lines.append(
             f"split {split.name}: {split.pairs} pairs, {split.queries} queries, "
             f"which search {split.documents} documents"
         )
+        lines += [f"  {seen[split.name]}"] if split.name in seen else []
         lines.append(f"  documents per query: {split.per_query_line()}")
         for side, pairs in store.info["splits"][split.name].get("negatives", {}).items():
             lines.append(f"  hard negatives ({side}): of {pairs} pairs")

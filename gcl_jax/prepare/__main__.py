@@ -42,7 +42,7 @@ from gcl_jax.data.store import VERSION
 from gcl_jax.errors import ConfigError, reported_in_one_line
 from gcl_jax.prepare.source import BadRows, arguments_of, code_checksum, make_source
 from gcl_jax.registry import SOURCES, load_extensions
-from gcl_jax.stores import finished_store, write_store
+from gcl_jax.stores import finished_store, trained_on, write_store
 
 FIELD_KINDS = ("text", "image")
 LOCAL_BEAM = "--direct_running_mode=multi_processing --direct_num_workers=0"  # a process per core
@@ -296,11 +296,13 @@ def summary(store) -> str:
     """What is in the store, what was left out, and the command to type next."""
     info, provenance = store.info, store.info["provenance"]
     lines = [f"{store.directory}: {len(store.documents)} documents, {len(store.queries)} queries"]
+    seen = trained_on(store)
     for name, split in info["splits"].items():
         lines.append(
             f"  split {name}: {split['pairs']} pairs of {split['queries']} queries, "
             f"which search {split['documents']} documents"
         )
+        lines += [f"    {seen[name]}"] if name in seen else []
         for side, pairs in split.get("negatives", {}).items():
             lines.append(f"    hard negatives ({side}): of {pairs} pairs")
     for side, fields in provenance.get("missing", {}).items():
