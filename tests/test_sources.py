@@ -14,7 +14,7 @@ from PIL import Image
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError
 from gcl_jax.prepare import __main__ as prepare
-from gcl_jax.prepare import rows as rows_module
+from gcl_jax.prepare import marqo_gs
 from tests.test_prepare import png, tree, write_table
 
 SPLITS = {  # name: queries, documents, file of layout 1
@@ -174,7 +174,7 @@ BAD_CORPORA = {  # text of corpus_1.json, place and reason, skipped when bad row
 @pytest.mark.parametrize("case", BAD_CORPORA)
 @pytest.mark.parametrize("block", [7, 1 << 20])
 def test_bad_corpus(tmp_path, monkeypatch, case, block):
-    monkeypatch.setattr(rows_module, "READ_BUFFER", block)
+    monkeypatch.setattr(marqo_gs, "READ_BUFFER", block)
     text, message, reason = BAD_CORPORA[case]
     folder = write_layout_1(tmp_path / "one", "images/{0}.png")
     (folder / "corpus_1.json").write_bytes(text.encode("utf-8", "surrogateescape"))
@@ -326,7 +326,7 @@ def test_bad_samples(tmp_path, case):
 def test_huge_members_are_not_read(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "x.tar", [*GOOD, ("k.png", bytes(5000)), ("k.txt", b"t")])
     monkeypatch.setattr("gcl_jax.data.transforms.MAX_BYTES", 4999)
-    with pytest.raises(DataError, match=r"sample 2: broken archive: k\.png has 5000 bytes"):
+    with pytest.raises(DataError, match=r"sample 2: too large: k\.png has 5000 bytes"):
         run(tmp_path / "store", "--source=webdataset", f"--data={path}")
 
 

@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -95,6 +97,22 @@ def test_what_is_wrong_is_named_in_one_line(tmp_path, kind, content, message):
     assert text.startswith(str(path))
     assert message in text
     assert "\n" not in text
+
+
+def test_what_would_never_end_is_not_read(tmp_path, monkeypatch):
+    """A file that unpacks to far more than it has, unless the limit allows it; a pipe, a device."""
+    lines = b"".join(b"q Q0 d%d 1 1 t\n" % i for i in range(10)) + b"\n" * 100_000
+    packed = tmp_path / "run.gz"
+    packed.write_bytes(gzip.compress(lines))
+    monkeypatch.setattr("gcl_jax.data.transforms.MAX_BYTES", 50_000)
+    with pytest.raises(DataError, match=r"unpacks to more than 50000 bytes, from \d+; .*MAX_BYTES"):
+        trec.read(packed, "run")
+    monkeypatch.setattr("gcl_jax.data.transforms.MAX_BYTES", 200_000)
+    assert len(trec.read(packed, "run")["q"]) == 10
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(OSError, match="not a regular file"):
+            trec.read(path, "qrels")
 
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"], exclude_characters='"'), min_size=1)

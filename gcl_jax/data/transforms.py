@@ -52,19 +52,26 @@ class ImageError(DataError):
         self.label, self.detail = label, str(detail)
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a regular file of at most `MAX_BYTES`: reading a device would never end.
+def read_file(path: Path, *, any_size: bool = False) -> bytes:
+    """The content of a regular file of at most `MAX_BYTES`, or of `any_size`: reading a device, or
+    a pipe that nobody writes to, would never end.
 
     Raises:
         OSError: there is none, or it is something else.
     """
     status = path.stat()
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
-        raise OSError(errno.EINVAL, "not a regular file")
-    if status.st_size > MAX_BYTES:
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    if status.st_size > MAX_BYTES and not any_size:
         more = f"more than {MAX_BYTES} bytes; set the environment variable GCL_JAX_MAX_BYTES"
         raise OSError(errno.EFBIG, more)
     return path.read_bytes()
+
+
+def most_unpacked(packed: int) -> int:
+    """The most bytes that so many `packed` ones may become: `MAX_BYTES`, or a hundred times as
+    many, to which nothing that is worth reading is packed."""
+    return max(MAX_BYTES, 100 * packed)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from gcl_jax import distributed
 from gcl_jax.config import write_json
 from gcl_jax.data.store import is_hidden, visible_files
-from gcl_jax.data.transforms import IMAGE_ENDINGS
+from gcl_jax.data.transforms import IMAGE_ENDINGS, read_file
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
 from gcl_jax.errors import ConfigError, DataError
@@ -64,7 +64,7 @@ def read_lines(path: Path) -> list[str]:
         DataError: there is none, or it is no UTF-8.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_file(path).decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is no UTF-8 text: {error}") from None
     if not any(lines):

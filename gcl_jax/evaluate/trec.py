@@ -12,6 +12,7 @@ Any of them may be compressed by gzip. The content decides, not the file's name.
 
 import contextlib
 import gzip
+import io
 import json
 import math
 import numbers
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from gcl_jax.config import replacing
+from gcl_jax.data import transforms
 from gcl_jax.data.store import SEPARATOR
 from gcl_jax.errors import DataError
 
@@ -54,12 +56,17 @@ def read(path: Path, kind: Kind) -> dict[str, dict[str, float]]:
             finite number, or a document is there twice for one query. Names the file and the line
             (in JSON the query).
     """
-    content = path.read_bytes()
+    content = transforms.read_file(path, any_size=True)
     if content[:2] == b"\x1f\x8b":
+        most = transforms.most_unpacked(len(content))
         try:
-            content = gzip.decompress(content)
+            with gzip.open(io.BytesIO(content)) as file:
+                content = file.read(most + 1)
         except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{path}: broken gzip file ({error})") from None
+        if len(content) > most:
+            more = f"unpacks to more than {most} bytes, from {path.stat().st_size}"
+            raise DataError(f"{path}: {more}; unpack it, or set GCL_JAX_MAX_BYTES")
     content = content.removeprefix(b"\xef\xbb\xbf")
     if not content.strip():
         raise DataError(f"{path}: the file is empty")

@@ -242,6 +242,8 @@ def preset(name: str) -> ModelConfig:
             + (f"near are {near}; " if near else "")
             + "`python -m gcl_jax.port --list` prints all, and an open_clip JSON file will do too"
         )
+    if not Path(name).is_file():
+        raise ConfigError(f"model configuration {name}: no such file")
     try:
         return from_open_clip(json.loads(Path(name).read_text()))
     except OSError as error:

@@ -194,13 +194,15 @@ def _read_shards(index: Path) -> dict[str, np.ndarray]:
 
 
 def _read_torch(path: Path) -> dict[str, np.ndarray]:
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise DataError(
-                    f"{path} is a TorchScript archive, a program, and is not run; save its "
-                    "state_dict() with torch and import that"
-                )
+    names: list[str] = []
+    # What is no archive, or a damaged one, torch will call by its name.
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise DataError(
+            f"{path} is a TorchScript archive, a program, and is not run; save its state_dict() "
+            "with torch and import that"
+        )
     try:
         import torch
     except ImportError:

@@ -170,10 +170,14 @@ def _sample(
         return RowError(Reason.EMPTY_QUERY if images else Reason.EMPTY_DOCUMENT, detail)
     if large := [m for m in (*images, *texts.values()) if m.size > transforms.MAX_BYTES]:
         # A sparse member asks for any size in a few bytes.
-        return RowError(Reason.BROKEN_ARCHIVE, f"{large[0].name} has {large[0].size} bytes")
+        return RowError(Reason.TOO_LARGE, f"{large[0].name} has {large[0].size} bytes")
+    if not images[0].size:
+        return RowError(Reason.EMPTY_DOCUMENT, f"{images[0].name} is empty")
     caption = _caption({kind: _read(tar, member) for kind, member in texts.items()}, key)
     if isinstance(caption, RowError):
         return caption
+    if not caption:
+        return RowError(Reason.EMPTY_QUERY, f"{key!r} has no words in its caption")
     return {"id": key, "image": _read(tar, images[0]), "caption": caption}
 
 

@@ -11,15 +11,30 @@ no pair names), a query's text as its id.
 """
 
 import dataclasses
+import json
+import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 
 from gcl_jax.data.store import SEPARATOR, Pairs, sha256, visible_files
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.records import TableRecords
-from gcl_jax.prepare.rows import TABLES, Format, Rows, corpus_entries, count_bytes, is_a
+from gcl_jax.prepare.rows import (
+    MAX_ENTRY,
+    READ_BUFFER,
+    TABLES,
+    Format,
+    Row,
+    Rows,
+    as_object,
+    count_bytes,
+    is_a,
+    open_text,
+    without_duplicate_keys,
+)
 from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Split
 from gcl_jax.prepare.tables import PAPER_SPLITS, Columns, Table, TablesSource
 from gcl_jax.registry import SOURCES
@@ -211,3 +226,90 @@ def _corpus_rows(path: Path, columns: list[str]) -> Rows:
 
 def _count_entries(path: Path) -> int:
     return count_bytes(path, b"{") - 1
+
+
+def corpus_entries(path: Path) -> Iterator[tuple[int, str, Row | RowError]]:
+    """Yields (number, id, row) for every entry of a file with one object {id: {field: value}}, of
+    any size; numbers count from 1, an id that is there twice comes twice.
+
+    Raises:
+        DataError: the file is no such object, from the entry named on.
+    """
+    number = 0
+    with open_text(path) as file:
+        text = _Text(file)
+        try:
+            mark = text.mark("{")
+            if text.peek() == "}":
+                mark = text.mark("}")
+            while mark != "}":
+                number += 1
+                key = text.value()
+                if not isinstance(key, str):
+                    raise ValueError(f"a {type(key).__name__} in place of an id")
+                text.mark(":")
+                value = text.value()
+                repeated = RowError(Reason.BROKEN_JSON, text.repeated) if text.repeated else None
+                yield number, key, repeated or as_object(value)
+                mark = text.mark(",}")
+            if text.peek():
+                raise ValueError("text after the end")
+        except (ValueError, RecursionError) as error:
+            message = f"{path}, entry {max(number, 1)}: broken JSON: {error}"
+            raise DataError(f"{message}; write one object {{id: {{field: value}}}}") from None
+
+
+class _Text:
+    """The text of a file, of which only what is being parsed is in memory."""
+
+    def __init__(self, file: TextIO):
+        self._file = file
+        self._text, self._at = "", 0
+        self._decoder = json.JSONDecoder(object_pairs_hook=self._collect)
+        self.repeated = ""  # what is wrong with the keys of the last value
+
+    def _collect(self, items: list[tuple[str, object]]) -> Row:
+        try:
+            return without_duplicate_keys(items)
+        except ValueError as error:
+            self.repeated = str(error)
+            return dict(items)
+
+    def _read_more(self) -> bool:
+        block = self._file.read(READ_BUFFER)
+        self._text, self._at = self._text[self._at :] + block, 0
+        return bool(block)
+
+    def peek(self) -> str:
+        """The next character that is no white space, "" at the end."""
+        while not (found := re.compile(r"\S").search(self._text, self._at)):
+            self._at = len(self._text)
+            if not self._read_more():
+                return ""
+        self._at = found.start()
+        return found[0]
+
+    def mark(self, expected: str) -> str:
+        """Takes the next character, one of `expected`."""
+        found = self.peek()
+        if not found or found not in expected:
+            where = repr(found) if found else "the end"
+            raise ValueError(f"{where} in place of {' or '.join(map(repr, expected))}")
+        self._at += 1
+        return found
+
+    def value(self) -> object:
+        """Takes the next JSON value."""
+        self.peek()
+        while True:
+            self.repeated, broken = "", None
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+            except json.JSONDecodeError as error:
+                broken, end = error, len(self._text)
+            if end == len(self._text) and end - self._at < MAX_ENTRY and self._read_more():
+                continue  # it may go on in the text just read
+            if broken:
+                raise ValueError(broken.msg)
+            self._at = end
+            return value

@@ -10,8 +10,9 @@ import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
+from gcl_jax.data import transforms
 from gcl_jax.data.store import visible_files
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.source import Reason, RowError
@@ -62,7 +63,7 @@ def count_bytes(path: Path, byte: bytes) -> int:
         return sum(chunk.count(byte) for chunk in iter(lambda: file.read(1 << 20), b""))
 
 
-def _open_text(path: Path) -> io.TextIOWrapper:
+def open_text(path: Path) -> io.TextIOWrapper:
     """Decodes UTF-8, and UTF-16 and 32 that begin with a byte order mark."""
     with path.open("rb") as file:
         head = file.read(4)
@@ -74,7 +75,7 @@ def _open_text(path: Path) -> io.TextIOWrapper:
 
 
 def _csv_rows(path: Path, columns: list[str]) -> Rows:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         lines = _Lines(file)
         try:
             delimiters = "\t,;|" if is_a(path, ".tsv") else ",;\t|"
@@ -165,7 +166,7 @@ class _Lines:
 
 
 def _jsonl_rows(path: Path, columns: list[str]) -> Rows:
-    with _open_text(path) as file:
+    with open_text(path) as file:
         # A key may be absent from a row, whose field is then missing, but not from all of them.
         sample = [json_object(line) for line in itertools.islice(file, SAMPLED_LINES)]
         if objects := [row for row in sample if isinstance(row, dict)]:
@@ -184,7 +185,7 @@ def _open_parquet(path: Path):
 
     try:
         return pq.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
 
 
@@ -194,8 +195,9 @@ def _parquet_rows(path: Path, columns: list[str]) -> Rows:
     file = _open_parquet(path)
     _require_columns(path, columns, file.schema_arrow.names)
     numbers = itertools.count(1)
+    rows_at_once = _batch_size(file, path, columns)
     try:
-        for batch in file.iter_batches(PARQUET_BATCH, columns=columns):
+        for batch in file.iter_batches(rows_at_once, columns=columns):
             try:
                 rows: list[Row | RowError] = batch.to_pylist()
             except UnicodeDecodeError:
@@ -203,6 +205,24 @@ def _parquet_rows(path: Path, columns: list[str]) -> Rows:
             yield from zip(numbers, rows)  # noqa: B905
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
+
+
+def _batch_size(file, path: Path, columns: list[str]) -> int:
+    """Rows that are unpacked at once: one value of a dictionary may stand in all of them.
+
+    Raises:
+        DataError: a part of a column is packed as nothing is that is worth reading.
+    """
+    about, packed = file.metadata, path.stat().st_size
+    largest, most = 1, transforms.most_unpacked(packed)
+    for group, number in itertools.product(range(about.num_row_groups), range(about.num_columns)):
+        chunk = about.row_group(group).column(number)
+        name, size = chunk.path_in_schema, chunk.total_uncompressed_size
+        if name.partition(".")[0] in columns and size > most:
+            raise DataError(f"{path}: {name!r} unpacks to {size} bytes, from {packed} of the file")
+        if name.partition(".")[0] in columns and chunk.has_dictionary_page:
+            largest = max(largest, size)
+    return min(PARQUET_BATCH, max(1, most // largest))
 
 
 def _parquet_row(batch) -> Row | RowError:
@@ -264,8 +284,13 @@ def _require_columns(path: Path, columns: list[str], present: list[str]) -> None
 
 
 def _checked(row: Row, columns: list[str]) -> Row | RowError:
-    """The `columns` of a row, unless a text in them is no UTF-8."""
+    """The `columns` of a row, unless a text in them is no UTF-8, or one is too large."""
     row = {column: row.get(column) for column in columns}
+    for column, value in row.items():
+        if isinstance(value, dict):  # an image as Hugging Face's data sets have it
+            value = value.get("bytes")
+        if isinstance(value, str | bytes) and len(value) > transforms.MAX_BYTES:
+            return RowError(Reason.TOO_LARGE, f"column {column!r} has {len(value)} bytes")
     if _is_utf8([value for value in row.values() if isinstance(value, str)]):
         return row
     bad = next(column for column, value in row.items() if not _is_utf8([str(value)]))
@@ -283,108 +308,21 @@ def _is_utf8(texts: list[str]) -> bool:
 def json_object(line: str) -> Row | RowError:
     """The object that `line` holds."""
     try:
-        value = json.loads(line, object_pairs_hook=_without_duplicate_keys)
+        value = json.loads(line, object_pairs_hook=without_duplicate_keys)
     except (ValueError, RecursionError) as error:
         return RowError(Reason.BROKEN_JSON, str(error))
-    return _object(value)
+    return as_object(value)
 
 
-def _object(value: object) -> Row | RowError:
+def as_object(value: object) -> Row | RowError:
     if isinstance(value, dict):
         return value
     return RowError(Reason.BROKEN_JSON, f"a {type(value).__name__} in place of an object")
 
 
-def _without_duplicate_keys(items: list[tuple[str, object]]) -> Row:
+def without_duplicate_keys(items: list[tuple[str, object]]) -> Row:
     row = dict(items)
     if len(row) < len(items):
         keys = collections.Counter(key for key, _ in items)
         raise ValueError(f"duplicate key {keys.most_common(1)[0][0]!r}")
     return row
-
-
-def corpus_entries(path: Path) -> Iterator[tuple[int, str, Row | RowError]]:
-    """Yields (number, id, row) for every entry of a file with one object {id: {field: value}}, of
-    any size; numbers count from 1, an id that is there twice comes twice.
-
-    Raises:
-        DataError: the file is no such object, from the entry named on.
-    """
-    number = 0
-    with _open_text(path) as file:
-        text = _Text(file)
-        try:
-            mark = text.mark("{")
-            if text.peek() == "}":
-                mark = text.mark("}")
-            while mark != "}":
-                number += 1
-                key = text.value()
-                if not isinstance(key, str):
-                    raise ValueError(f"a {type(key).__name__} in place of an id")
-                text.mark(":")
-                value = text.value()
-                repeated = RowError(Reason.BROKEN_JSON, text.repeated) if text.repeated else None
-                yield number, key, repeated or _object(value)
-                mark = text.mark(",}")
-            if text.peek():
-                raise ValueError("text after the end")
-        except (ValueError, RecursionError) as error:
-            message = f"{path}, entry {max(number, 1)}: broken JSON: {error}"
-            raise DataError(f"{message}; write one object {{id: {{field: value}}}}") from None
-
-
-class _Text:
-    """The text of a file, of which only what is being parsed is in memory."""
-
-    def __init__(self, file: TextIO):
-        self._file = file
-        self._text, self._at = "", 0
-        self._decoder = json.JSONDecoder(object_pairs_hook=self._collect)
-        self.repeated = ""  # what is wrong with the keys of the last value
-
-    def _collect(self, items: list[tuple[str, object]]) -> Row:
-        try:
-            return _without_duplicate_keys(items)
-        except ValueError as error:
-            self.repeated = str(error)
-            return dict(items)
-
-    def _read_more(self) -> bool:
-        block = self._file.read(READ_BUFFER)
-        self._text, self._at = self._text[self._at :] + block, 0
-        return bool(block)
-
-    def peek(self) -> str:
-        """The next character that is no white space, "" at the end."""
-        while not (found := re.compile(r"\S").search(self._text, self._at)):
-            self._at = len(self._text)
-            if not self._read_more():
-                return ""
-        self._at = found.start()
-        return found[0]
-
-    def mark(self, expected: str) -> str:
-        """Takes the next character, one of `expected`."""
-        found = self.peek()
-        if not found or found not in expected:
-            where = repr(found) if found else "the end"
-            raise ValueError(f"{where} in place of {' or '.join(map(repr, expected))}")
-        self._at += 1
-        return found
-
-    def value(self) -> object:
-        """Takes the next JSON value."""
-        self.peek()
-        while True:
-            self.repeated, broken = "", None
-            try:
-                value, end = self._decoder.raw_decode(self._text, self._at)
-            except json.JSONDecodeError as error:
-                broken, end = error, len(self._text)
-            if end == len(self._text) and end - self._at < MAX_ENTRY and self._read_more():
-                continue  # it may go on in the text just read
-            if broken:
-                raise ValueError(broken.msg)
-            self._at = end
-            return value

@@ -35,6 +35,7 @@ class Reason(enum.Enum):
     WRONG_COLUMNS = "wrong number of columns", "give every row as many cells as the header"
     BROKEN_JSON = "broken JSON", "write one JSON object a line, each key once"
     NOT_UTF8 = "not UTF-8", "save the file as UTF-8"
+    TOO_LARGE = "too large", "shorten it, or set the environment variable GCL_JAX_MAX_BYTES"
     WRONG_TYPE = "wrong type of value", "give a text, or a path or bytes for an image"
     EMPTY_QUERY = "empty query", "give every pair a query"
     EMPTY_DOCUMENT_ID = "empty document id", "give every document an id"

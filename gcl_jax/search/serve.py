@@ -28,7 +28,7 @@ from werkzeug.wrappers import Request, Response
 
 from gcl_jax.data.store import Records
 from gcl_jax.data.transforms import open_image
-from gcl_jax.errors import DataError, UserError
+from gcl_jax.errors import DataError, UserError, in_one_line
 from gcl_jax.search.searcher import (
     MAX_K,
     Query,
@@ -85,7 +85,7 @@ class SearchApp:
         except HTTPException as error:
             response = _json({"error": error.description}, error.code)
         except UserError as error:
-            response = _json({"error": " ".join(str(error).split())}, 400)
+            response = _json({"error": in_one_line(error)}, 400)
         except Exception:
             traceback.print_exc()
             response = _json({"error": "internal error; the terminal has its traceback"}, 500)
