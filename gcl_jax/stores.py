@@ -178,7 +178,9 @@ def _write_records(
             parts = PartsWriter(kind, fields[kind], building / "parts", bad_rows)
             read[kind] = parts.write(records, building / "store", bar.update, workers)
             if not read[kind].ids:
-                raise DataError(f"source {_name(source)} has no {kind} left to write")
+                raise DataError(
+                    f"source {_name(source)} has no {kind} left to write{bad_rows.told()}"
+                )
             if left_out := read[kind].left_out:
                 source.leave_out(kind, left_out)
     return read
@@ -190,7 +192,7 @@ def _write_rest(
     """The pairs, the corpora, store.json, which describes it all, and the checksums."""
     splits, corpora = source.splits(), source.corpora()
     if not any(len(split.pairs) for split in splits.values()):
-        raise DataError(f"source {_name(source)} has no pair left to train on")
+        raise DataError(f"source {_name(source)} has no pair left to train on{bad_rows.told()}")
     sizes = {"query": len(read["queries"].ids), "document": len(read["documents"].ids)}
     for name, split in splits.items():
         if split.corpus == "all":

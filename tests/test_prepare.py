@@ -515,6 +515,16 @@ def test_bad_documents(folder, suffix):
     check_bad(folder, pairs, [f"--documents={documents}"], "unknown document", line, "'a'", left=1)
 
 
+def test_where_nothing_is_left_it_says_what_was_skipped(folder):
+    """JSON over several lines, of which none is an object."""
+    (folder / "pairs.ndjson").write_text(json.dumps(PAIRS[0], indent=1))
+    skipped = (
+        r"has no documents left to write; skipped: 7 broken JSON, the first at .*pairs.ndjson, li"
+    )
+    with pytest.raises(DataError, match=skipped):
+        run(folder, folder / "pairs.ndjson", "--on_error=skip")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -542,6 +552,7 @@ def test_wrong_arguments(folder, change, message, policy):
         ("pairs.jsonl", b"", "is empty"),
         ("pairs.parquet", b"PAR1", "not a readable parquet file"),
         ("pairs.xlsx", b"", "unknown format; use one of .csv"),
+        ("pairs.csv.gz", b"", "unknown format; unpack it, and use one of .csv"),
         ("pairs.csv", "query,id\n".encode("utf-16-le"), "not UTF-8"),
         ("pairs.csv", "query,id\n".encode("utf-16"), "no column 'score'; there are query, id"),
         ("pairs.csv", "query,id,score,image,title\n".encode("utf-16") + b"x", "cannot be decoded"),

@@ -51,7 +51,7 @@ NO_CONTENT = ("out", "workers", "beam", "extensions", "source_options")
 # What an absent flag counts as in the fingerprint of a store, now as in earlier versions.
 ABSENT: dict[str, Any] = {"documents": [], "split": "train", "seed": 0}
 ABSENT |= {"image_column": "image", "caption_column": "caption"}
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".tar", ".txt")
+TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".tar", ".txt")
 
 
 def parse_fields(text: str) -> dict[str, str]:

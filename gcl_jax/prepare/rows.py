@@ -237,6 +237,7 @@ TABLES: Formats = {
     ".csv": Format(_csv_rows, _count_lines),
     ".tsv": Format(_csv_rows, _count_lines),
     ".jsonl": Format(_jsonl_rows, _count_lines),
+    ".ndjson": Format(_jsonl_rows, _count_lines),
     ".parquet": Format(_parquet_rows, lambda path: _open_parquet(path).metadata.num_rows),
 }
 
@@ -267,7 +268,9 @@ def _format(path: Path, formats: Formats) -> Format:
         raise DataError(f"{path}: no such file")
     found = formats.get("" if path.is_dir() else path.suffix.lower())
     if found is None:
-        raise DataError(f"{path}: unknown format; use one of {', '.join(formats)}")
+        packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip")
+        unpack = "unpack it, and " if packed else ""
+        raise DataError(f"{path}: unknown format; {unpack}use one of {', '.join(formats)}")
     return found
 
 

@@ -141,6 +141,14 @@ class BadRows:
         """{reason: skips}, the most frequent first."""
         return dict(collections.Counter(str(skip["reason"]) for skip in self.skipped).most_common())
 
+    def told(self) -> str:
+        """What ends the message that nothing is left: how much was skipped, and the first of it."""
+        if not self.skipped:
+            return ""
+        first, counts = self.skipped[0], ", ".join(f"{n} {x}" for x, n in self.counts().items())
+        place = Place(Path(str(first["file"])), int(first["row"]))
+        return f"; skipped: {counts}, the first at {place}: {str(first['detail'])[:200]}"
+
     def write(self, path: Path) -> None:
         """Writes every skip as a JSON line; no file if there are none."""
         if self.skipped:
