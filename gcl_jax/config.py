@@ -507,7 +507,7 @@ class TrainConfig:
     init_from: str = option(
         "",
         "what a new run starts from: pretrained weights (a file, a Hugging Face or open_clip "
-        "folder, a hub id), or the workdir of another run",
+        "folder, a hub id), or the workdir of another run, or WORKDIR@STEP",
     )
     seed: int = option(0, "of parameters, data order and augmentation", at_least=0)
     log_every: int = option(10, "steps between lines of metrics", at_least=1)

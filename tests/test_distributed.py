@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import jax
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate.ranked import evaluate_workdir
 from gcl_jax.models import clip
 from gcl_jax.train.loop import train
+from gcl_jax.train.setup import LEASE_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -236,6 +238,28 @@ def test_processes_of_different_configurations_or_code_end(config_file):
         assert pair.returncode == 2, errors
         assert f"error: {message}" in errors
         assert "Traceback" not in errors
+
+
+LOCKED = """
+import sys
+from pathlib import Path
+from gcl_jax import distributed
+with distributed.joined():
+    from gcl_jax.train.setup import alone_in
+    with alone_in(Path(sys.argv[1])):
+        print("alone")
+"""
+
+
+def test_a_folder_of_another_training_is_refused_by_all_processes(tmp_path):
+    command = sys.executable, "-c", LOCKED, str(tmp_path)
+    assert start_local(2, 1, *command).wait(timeout=PATIENCE_SECONDS) == 0
+    with filelock.SoftFileLease(tmp_path / "lock", lease_duration=LEASE_SECONDS):
+        pair = start_local(2, 1, *command, stderr=subprocess.PIPE)
+        errors = pair.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert pair.returncode == 2, errors
+    assert errors.count(f"error: another training runs in {tmp_path}") == 2
+    assert "Traceback" not in errors
 
 
 def test_watchdog_leaves_alone_what_lives_and_what_has_ended():

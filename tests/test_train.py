@@ -1,6 +1,7 @@
 """The training command: it learns, resumes exactly, stops cleanly, refuses clearly."""
 
 import concurrent.futures
+import contextlib
 import copy
 import dataclasses
 import io
@@ -38,9 +39,9 @@ from gcl_jax.registry import SCHEDULES
 from gcl_jax.report import __main__ as report
 from gcl_jax.runs import load_run
 from gcl_jax.stores import write_store
-from gcl_jax.train import monitor
+from gcl_jax.train import monitor, setup
 from gcl_jax.train.loop import Interrupted, train
-from gcl_jax.train.setup import make_training
+from gcl_jax.train.setup import alone_in, make_training
 from gcl_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
@@ -316,12 +317,84 @@ def test_finished_run_is_left_alone(cfg, tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == before
 
 
-def test_another_config_does_not_continue_a_run(cfg, tmp_path):
-    cfg.optim.steps = 1
-    train(cfg, tmp_path)
-    cfg.optim.lr *= 2
-    with pytest.raises(ConfigError, match=r"config\.optim is not that of the run"):
+def test_a_run_grows(cfg, tmp_path):
+    """Another configuration does not continue a run unasked. More steps, larger batches, another
+    learning rate do when they are asked for; and any of its checkpoints starts another run."""
+    run = tmp_path / "run"
+    cfg.optim.steps, cfg.checkpoint.every = 2, 1
+    train(cfg, run)
+    first = final_params(cfg, run)
+    cfg.optim.steps, cfg.optim.batch_size, cfg.optim.lr = 3, 2 * cfg.optim.batch_size, 1e-3
+    changes = ("optim.lr", "optim.steps", "optim.batch_size")
+    with pytest.raises(ConfigError) as refused:
+        train(cfg, run, resume_changes=("optim.lr", "optim.epochs"))
+    assert str(refused.value) == (
+        f"config.optim.steps=3, config.optim.batch_size=16: the run in {run} has 2, 8; to go on "
+        "with it from step 2, add --resume_changes=optim.steps,optim.batch_size; to start another "
+        f"run from its parameters, choose another --workdir and --config.init_from={run}@2"
+    )
+    with pytest.raises(ConfigError, match=r"config\.seed=1: .* has 0; to start another run"):
+        train(dataclasses.replace(cfg, seed=1), run, resume_changes=changes)
+    assert train(cfg, run, resume_changes=changes)["step"] == 3
+    train(cfg, run)  # these are its own settings now
+
+    other = copy.deepcopy(cfg)
+    other.init_from, other.optim.steps, other.optim.lr = f"{run}@2", 1, 1e-30
+    train(other, tmp_path / "other")
+    jax.tree.map(np.testing.assert_array_equal, final_params(other, tmp_path / "other"), first)
+    other.init_from = f"{run}@7"
+    with pytest.raises(DataError, match="has no checkpoint of step 7; it has 1, 2, 3"):
+        train(other, tmp_path / "third")
+
+
+HOLDER = """
+import sys, time, filelock
+with filelock.SoftFileLease(sys.argv[1], lease_duration=float(sys.argv[2])):
+    print("held", flush=True)
+    time.sleep(1000)
+"""
+
+
+@contextlib.contextmanager
+def held(workdir, seconds=setup.LEASE_SECONDS):
+    """Another process trains in `workdir`, as far as its lock tells."""
+    workdir.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", HOLDER, str(workdir / "lock"), str(seconds)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline()
+        yield holder
+        holder.kill()
+
+
+def test_two_trainings_in_one_workdir_are_refused(cfg, tmp_path):
+    """At once; the lock of one that was killed is no hindrance."""
+    cfg.optim.steps, cfg.data.store = 1, "missing"
+    with held(tmp_path) as holder:
+        said = f"another training runs in {tmp_path}, process {holder.pid} of"
+        with pytest.raises(ConfigError, match=said):
+            train(cfg, tmp_path)
+    assert (tmp_path / "lock").exists()
+    with pytest.raises(DataError, match="missing"):
         train(cfg, tmp_path)
+    assert not (tmp_path / "lock").exists()
+    with pytest.raises(DataError, match="missing"):
+        train(cfg, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_training_of_another_host_is_watched(tmp_path, monkeypatch, capsys):
+    """Whether its lock is still refreshed; here its process goes by another host's name."""
+    monkeypatch.setattr(setup, "LEASE_SECONDS", 1.5)
+    lock = tmp_path / "lock"
+    with held(tmp_path, 1.5):
+        fields = lock.read_text().splitlines()
+        own = [line for line in fields if line.startswith("host=")]
+        lock.write_text(lock.read_text().replace(own[0], "host=elsewhere"))
+        with pytest.raises(ConfigError, match="of elsewhere: end that one"), alone_in(tmp_path):
+            pass
+    with alone_in(tmp_path):
+        assert "elsewhere" not in lock.read_text()
+    assert capsys.readouterr().err.count("of elsewhere was the last to train") == 2
 
 
 def test_another_store_at_the_same_path_is_refused(cfg, tmp_path, monkeypatch):

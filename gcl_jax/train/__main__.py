@@ -39,6 +39,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FIRST:LAST",
         help="steps to write a trace of, for TensorBoard's profiler or Perfetto",
     )
+    parser.add_argument(
+        "--resume_changes",
+        default="",
+        metavar="KEY,...",
+        help="keys, such as optim.steps, whose values may differ from those of the run to continue",
+    )
     distributed.add_arguments(parser)
     return parser
 
@@ -46,14 +52,14 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     with reported_in_one_line():
         args, cfg = flags.parse(make_parser(), argv)
-        profile = steps(args.profile)
+        profile, changes = steps(args.profile), flags.resume_changes(args.resume_changes)
         distributed.keep_compiled()
         processes = (getattr(args, name) for name in distributed.FLAGS)
         with distributed.joined(*processes, graceful=True):
             from gcl_jax.train.loop import Interrupted, train
 
             try:
-                train(cfg, args.workdir, profile)
+                train(cfg, args.workdir, profile, changes)
             except Interrupted as stop:
                 distributed.announce(str(stop))
                 sys.exit(stop.exit_code)

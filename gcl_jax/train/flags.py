@@ -31,6 +31,8 @@ from gcl_jax.validation import example, in_words, is_of, validate
 
 # How a model computes is not a matter of which model it is: a preset leaves these alone.
 NUMERICS = ("dtype", "param_dtype", "attention", "remat", "lora_rank", "lora_alpha")
+# Of such keys a run may be given other values when it goes on. Of others, another run is made.
+RESUMABLE = ("optim.", "loss.")
 
 
 def parse(
@@ -54,6 +56,18 @@ def parse(
     cfg = read_config(args.config, overrides)
     validate(cfg)
     return args, cfg
+
+
+def resume_changes(text: str) -> tuple[str, ...]:
+    """The keys of --resume_changes; `ConfigError` for one that no run may change."""
+    keys = tuple(key.strip().removeprefix("config.") for key in text.split(",") if key.strip())
+    known = [one.key for one in described() if one.key.startswith(RESUMABLE)]
+    for key in keys:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, 0.6)
+            hint = f"did you mean {near[0]}?" if near else "only keys of optim and loss can change"
+            raise ConfigError(f"--resume_changes={text}: {key}: {hint}")
+    return keys
 
 
 def override(cfg: TrainConfig, key: str, text: str) -> None:

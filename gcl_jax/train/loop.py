@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate.ranked import evaluate_in_training
 from gcl_jax.report.charts import read_metrics
 from gcl_jax.train.monitor import Monitor, Trace, diagnosis
-from gcl_jax.train.setup import make_training, start_or_continue
+from gcl_jax.train.setup import alone_in, make_training, start_or_continue
 from gcl_jax.validation import validate
 
 
@@ -32,7 +33,12 @@ class NonFiniteRun(UserError):
     """Step after step the loss or its gradients were not finite."""
 
 
-def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> dict[str, float]:
+def train(
+    cfg: TrainConfig,
+    workdir: str | Path,
+    profile: range = range(0),
+    resume_changes: Collection[str] = (),
+) -> dict[str, float]:
     """Trains to the end of the schedule, from the newest checkpoint in `workdir` if there is one:
     the same call continues a run that was interrupted, and leaves a finished one as it is.
 
@@ -42,13 +48,15 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
         workdir: where checkpoints, metrics and the configuration are written; see
             `gcl_jax.runs.load_run` to open it.
         profile: steps to write a trace of, for TensorBoard's profiler or Perfetto.
+        resume_changes: keys of `optim` and `loss`, such as "optim.steps", in which `cfg` may differ
+            from the run that it continues.
 
     Returns:
         What was logged last: "step", "loss", "learning_rate" and so on, a line of metrics.jsonl;
             NaN for what was not finite.
 
     Raises:
-        ConfigError, DataError: bad configuration or data.
+        ConfigError, DataError: bad configuration or data; another training runs in `workdir`.
         NonFiniteRun: step after step the loss or its gradients were not finite.
         Interrupted: SIGINT or SIGTERM came; everything is saved. (In the main thread alone.)
     """
@@ -63,12 +71,17 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
     logs.quiet_libraries()
     workdir = Path(workdir)
     config.check_workdir(workdir)
+    with alone_in(workdir):
+        return _train(cfg, workdir, profile, resume_changes)
+
+
+def _train(
+    cfg: TrainConfig, workdir: Path, profile: range, resume_changes: Collection[str]
+) -> dict[str, float]:
     training = make_training(cfg)
     cfg, batches, steps = training.cfg, training.batches, training.steps
     cfg.extensions = tuple(dict.fromkeys((*cfg.extensions, *registry.extensions)))
     first = distributed.is_first()
-    if first:
-        workdir.mkdir(parents=True, exist_ok=True)
     # Unclosed, the threads that prefetch from an endless data set outlive the training.
     with (
         contextlib.closing(batches),
@@ -76,7 +89,7 @@ def train(cfg: TrainConfig, workdir: str | Path, profile: range = range(0)) -> d
         Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer,
         distributed.Watchdog(cfg.hang_seconds) as watchdog,
     ):
-        step, state = start_or_continue(training, checkpointer, workdir)
+        step, state = start_or_continue(training, checkpointer, workdir, resume_changes)
         if first:
             config.save(cfg, workdir / "config.json")
         embedder = Embedder(cfg, state.params, training.mesh)

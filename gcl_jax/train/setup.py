@@ -1,12 +1,17 @@
 """What a training run is made of, before its first step."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping
+import re
+import socket
+import sys
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import jax
 import numpy as np
 import optax
@@ -30,6 +35,7 @@ from gcl_jax.models import flops
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
+from gcl_jax.train.flags import RESUMABLE
 from gcl_jax.train.step import Metrics, known_weights, make_train_step
 
 
@@ -156,11 +162,77 @@ def require_metric(cfg: TrainConfig) -> None:
         )
 
 
+# A training that gives no sign of life for so long has ended. Other hosts look at the same file
+# through a cache, for a minute where the folder is a bucket.
+LEASE_SECONDS = 120
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Makes the folder `workdir`, and keeps it for this training: a second one would delete what
+    the first is saving. The lock of one that was killed is taken over: at once on the same host,
+    else after `LEASE_SECONDS` without a sign of life.
+
+    Raises:
+        ConfigError: another training runs there. On all processes.
+    """
+    refusal, lock, made = "", None, not workdir.exists()
+    if distributed.is_first():
+        workdir.mkdir(parents=True, exist_ok=True)
+        lock = filelock.SoftFileLease(
+            workdir / "lock",
+            lease_duration=LEASE_SECONDS,
+            poll_interval=1,
+            on_compromise=lambda _: print(
+                f"warning: another training has begun in {workdir}", file=sys.stderr
+            ),
+        )
+        refusal = _taken(lock, workdir)
+    if jax.process_count() > 1:
+        taken = multihost_utils.broadcast_one_to_all(np.bool_(bool(refusal)))
+        refusal = refusal or (f"another training runs in {workdir}" if taken else "")
+    if refusal:
+        raise ConfigError(refusal)
+    try:
+        yield
+    finally:
+        if lock:
+            lock.release()
+            if made:  # and nothing was written
+                with contextlib.suppress(OSError):
+                    workdir.rmdir()
+
+
+def _taken(lock: filelock.SoftFileLease, workdir: Path) -> str:
+    """Acquires `lock`; if another training holds it, says so instead."""
+    with contextlib.suppress(filelock.Timeout):
+        lock.acquire(timeout=0)
+        return ""
+    owner = lock.owner
+    there = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
+    if owner and owner.hostname != socket.gethostname():
+        distributed.announce(
+            f"{there} was the last to train in {workdir}; waiting up to {1.5 * LEASE_SECONDS:g} s "
+            "to see whether it still does"
+        )
+        with contextlib.suppress(filelock.Timeout):
+            lock.acquire(timeout=1.5 * LEASE_SECONDS)
+            return ""
+    return (
+        f"another training runs in {workdir}, {there}: end that one, or choose another --workdir "
+        "(if the processes were to train together, see docs/pods.md)"
+    )
+
+
 def start_or_continue(
-    training: Training, checkpointer: Checkpointer, workdir: Path
+    training: Training,
+    checkpointer: Checkpointer,
+    workdir: Path,
+    resume_changes: Collection[str] = (),
 ) -> tuple[int, TrainState]:
     """(steps done, state): from the run's own newest checkpoint, with the data going on where they
     were; else with parameters of another run or pretrained ones (`init_from`), or random ones.
+    `resume_changes` are keys that may differ from the run's.
 
     Raises:
         ConfigError: the run in `workdir` is another one, or none to continue.
@@ -183,7 +255,7 @@ def start_or_continue(
             f"--workdir and set --config.init_from={workdir}"
         )
     started = config.load(workdir / "config.json")
-    check_same_run(cfg, started, workdir)
+    check_same_run(cfg, started, workdir, latest, resume_changes)
     cfg.init_from = started.init_from
     restored = checkpointer.restore(abstract_state(cfg, training.tx, training.mesh))
     assert restored is not None  # `latest` says that there is one
@@ -196,9 +268,10 @@ def start_or_continue(
 def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     """The parameters that `cfg.init_from` gives to the model `cfg.model`, placed on `mesh`.
 
-    It is the workdir of another run (its moving averages, if it has any), or whatever
-    `gcl_jax.port.pretrained.load_pretrained` reads. LoRA's matrices, temperature and the logits'
-    bias are left out where it lacks them: they start as the configuration says.
+    It is the workdir of another run (its moving averages, if it has any), WORKDIR@STEP for one of
+    its checkpoints, or whatever `gcl_jax.port.pretrained.load_pretrained` reads. LoRA's matrices,
+    temperature and the logits' bias are left out where it lacks them: they start as the
+    configuration says.
 
     Raises:
         ConfigError, DataError: no such source, or parameters that are missing, left over or of
@@ -207,10 +280,12 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     abstract = abstract_params(cfg.model, mesh)
     wanted = traverse_util.flatten_dict(abstract, sep=".")
     optional = [n for n in wanted if n.endswith(LORA) or n.startswith("logit_")]
-    source = Path(cfg.init_from)
+    source, step = Path(cfg.init_from), None
+    if not source.exists() and (found := re.fullmatch(r"(.+)@(\d+)", cfg.init_from)):
+        source, step = Path(found[1]), int(found[2])
     if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
         with Checkpointer(source, cfg.checkpoint, read_only=True) as checkpointer:
-            return checkpointer.restore_params(abstract, optional)
+            return checkpointer.restore_params(abstract, optional, step)
     from gcl_jax.port.pretrained import load_pretrained  # with other libraries' readers
 
     base = dataclasses.replace(cfg.model, lora_rank=0)
@@ -228,25 +303,47 @@ def _placed(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
     )
 
 
-def check_same_run(cfg: TrainConfig, started: TrainConfig, workdir: Path) -> None:
-    """Raises `ConfigError` when `cfg` would train something else than the run in `workdir`."""
-    # How examples are read and gradients are computed may change; what they are may not.
+# What continues a run may change these unasked: they say how to compute, not what.
+_FREE = {"data.digest", "data.num_workers", "data.cached_records"}
+_FREE |= {"loss.form", "optim.grad_cache_chunks"}
+
+
+def check_same_run(
+    cfg: TrainConfig,
+    started: TrainConfig,
+    workdir: Path,
+    step: int,
+    resume_changes: Collection[str] = (),
+) -> None:
+    """Raises `ConfigError` when `cfg` would train something else than the run in `workdir`, whose
+    newest checkpoint is of `step`; keys that `resume_changes` names may differ."""
     digests = {started.data.digest, cfg.data.digest} - {""}
     if len(digests) > 1:
         raise ConfigError(
             f"store {cfg.data.store} has been prepared again: its contents are not those that the "
             f"run in {workdir} was trained on; prepare it as it was, or choose another --workdir"
         )
-    started.data.digest = cfg.data.digest
-    started.data.num_workers = cfg.data.num_workers
-    started.data.cached_records = cfg.data.cached_records
-    started.loss.form = cfg.loss.form
-    started.optim.grad_cache_chunks = cfg.optim.grad_cache_chunks
     # As JSON, where a list and a tuple are the same.
-    ours, theirs = (json.loads(json.dumps(dataclasses.asdict(c))) for c in (cfg, started))
-    for part in ("model", "data", "loss", "optim", "seed"):
-        if ours[part] != theirs[part]:
-            raise ConfigError(
-                f"config.{part} is not that of the run in {workdir} (see its config.json); "
-                "choose another --workdir"
-            )
+    ours, theirs = (
+        {key: json.dumps(value) for key, value in _options(c).items()} for c in (cfg, started)
+    )
+    parts = ("model", "data", "loss", "optim", "seed")
+    differ = [
+        key.removeprefix("config.")
+        for key in ours
+        if ours[key] != theirs[key] and key.split(".")[1] in parts
+    ]
+    differ = [key for key in differ if key not in _FREE.union(resume_changes)]
+    if not differ:
+        return
+    shown = differ[:3]
+    listed = ", ".join(f"config.{key}={ours[f'config.{key}']}" for key in shown)
+    instead = ", ".join(theirs[f"config.{key}"] for key in shown)
+    more = f" and {len(differ) - 3} more" if len(differ) > 3 else ""
+    go_on = ""
+    if all(key.startswith(RESUMABLE) for key in differ):
+        go_on = f"to go on with it from step {step}, add --resume_changes={','.join(differ)}; "
+    raise ConfigError(
+        f"{listed}{more}: the run in {workdir} has {instead}; {go_on}to start another run from its "
+        f"parameters, choose another --workdir and --config.init_from={workdir}@{step}"
+    )
