@@ -1,9 +1,11 @@
 """The search page's API: what it answers, and what it refuses."""
 
 import base64
+import contextlib
 import functools
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -251,6 +253,71 @@ def test_text_model_refuses_images(searchers, monkeypatch):
 def test_other_names_of_this_machine_are_refused(ask, host, address):
     """DNS rebinding: a name that its owner points at 127.0.0.1."""
     assert ask(address, base_url=f"http://{host}")[0] == 400
+
+
+def exchange(port: int, said: bytes) -> bytes:
+    """What the server at `port` answers to bytes."""
+    with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        connection.sendall(said)
+        return connection.makefile("rb").read()
+
+
+@contextlib.contextmanager
+def listening(searchers):
+    """The port of a server."""
+    server = serve.LimitedServer("127.0.0.1", 0, serve.SearchApp(searchers), serve.QuietHandler)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.port
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_request_without_a_host_is_refused(searchers):
+    with listening(searchers) as port:
+        answer = exchange(port, b"GET /api/info HTTP/1.0\r\n\r\n")
+    assert b" 400 " in answer.splitlines()[0]
+    assert b"a request needs a Host header" in answer
+
+
+def test_large_images_do_not_keep_others_waiting(searchers, client, ask, monkeypatch):
+    """While images are decoded, typed queries are answered; there is a core that decodes none."""
+    decoding, go_on, at_once = threading.Event(), threading.Event(), []
+    decode = Searcher.pixels
+
+    def slow(searcher, encoded):
+        at_once.append(threading.get_ident())
+        decoding.set()
+        assert go_on.wait(60)
+        return decode(searcher, encoded)
+
+    monkeypatch.setattr(Searcher, "pixels", slow)
+    image = searchers[0].store.documents[11]["image"]
+    with ThreadPoolExecutor(8) as pool:
+        uploads = [pool.submit(ask, "/api/search?k=3", image) for _ in range(8)]
+        assert decoding.wait(60)
+        assert ask("/api/search?q=cat")[0] == 200
+        assert len(set(at_once)) <= max(1, os.cpu_count() - 1)
+        go_on.set()
+        answers = [upload.result() for upload in uploads]
+    assert [status for status, _ in answers] == [200] * 8
+    assert {answer["runs"][1]["results"][0]["row"] for _, answer in answers} == {11}
+
+
+def test_connections_are_limited_and_silence_ends_them(searchers, monkeypatch):
+    monkeypatch.setattr(serve, "CONNECTIONS", 2)
+    monkeypatch.setattr(serve.QuietHandler, "timeout", 2)
+    ask = b"GET /search.css HTTP/1.0\r\nHost: localhost\r\n\r\n"
+    with listening(searchers) as port:
+        silent = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(2)]
+        assert b" 503 " in exchange(port, ask)
+        for connection in silent:
+            assert connection.recv(1) == b"", "the server hangs up"
+            connection.close()
+        assert b" 200 " in exchange(port, ask)
 
 
 def test_other_sites_are_refused(ask, client):

@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt8
 from PIL import Image
 
 from gcl_jax.data.store import Records
-from gcl_jax.data.transforms import ImageError, open_image
+from gcl_jax.data.transforms import ImageError, ImageTransform, decode_image, open_image
 from gcl_jax.errors import DataError
 from gcl_jax.runs import NEWEST, Run, load_run
 
-Query = Mapping[str, str | bytes]
+Query = Mapping[str, str | bytes | np.ndarray]
 MAX_K = 100
 
 
@@ -101,6 +101,7 @@ class Searcher:
                 dimensions; a document that cannot be read.
         """
         run = load_run(workdir, embed_dim, checkpoint=checkpoint)
+        self._model = run.cfg.model
         self.name, self.store, self.step = str(workdir), run.store, run.step
         self.takes_images = run.cfg.model.vision is not None
         rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))
@@ -111,6 +112,16 @@ class Searcher:
             file = io.BytesIO()
             Image.new("RGB", (8, 8)).save(file, "PNG")
             self.search({"image": file.getvalue()}, 1)
+
+    def pixels(self, encoded: bytes) -> UInt8[np.ndarray, "size size 3"]:
+        """What the image tower sees of an image, for `search`: nothing here waits for the device.
+
+        Raises:
+            DataError: an unreadable image.
+        """
+        assert self._model.vision is not None
+        transform = ImageTransform(self._model.vision.image_size, self._model.preprocess)
+        return transform(decode_image(encoded, deep=False))
 
     def search(
         self, query: Query, top_k: int

@@ -2,8 +2,10 @@
 
 It listens on 127.0.0.1 alone, and refuses what another page in the same browser could make of that:
 requests under another host's name (DNS rebinding) or from another site. No request names a file.
+Large images are decoded beside the searches of others, and connections are limited in number.
 """
 
+import contextlib
 import importlib.resources
 import json
 import os
@@ -23,7 +25,7 @@ from werkzeug.exceptions import (
     RequestEntityTooLarge,
 )
 from werkzeug.routing import Map, Rule
-from werkzeug.serving import WSGIRequestHandler, make_server
+from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
 from werkzeug.wrappers import Request, Response
 
 from gcl_jax.data.store import Records
@@ -40,6 +42,7 @@ from gcl_jax.search.searcher import (
 
 ADDRESS = "127.0.0.1"
 HOSTS = ["localhost", ADDRESS]
+CONNECTIONS = 64  # that are answered at a time
 MAX_CHARACTERS = 1_000  # of a typed query
 MAX_BYTES = 2**25  # of an image
 MAX_PIXELS = 40_000_000  # of a query: less than a store may hold, since somebody waits for it
@@ -64,6 +67,8 @@ class SearchApp:
         self._searchers = searchers
         self._store = searchers[0].store
         self._device = threading.Lock()
+        # A core is left for those who only type.
+        self._decoders = threading.Semaphore(max(1, (os.cpu_count() or 1) - 1))
         assets = importlib.resources.files("gcl_jax.search")
         self._assets = {name: assets.joinpath(name).read_bytes() for name in PAGE}
         get = ["GET"]
@@ -97,7 +102,8 @@ class SearchApp:
         request = Request(environ)
         request.max_content_length = MAX_BYTES
         request.trusted_hosts = HOSTS
-        if not request.host:
+        # Reading `host` compares it with the trusted ones; without a header it is our own.
+        if not (request.host and request.headers.get("Host")):
             raise BadRequest("a request needs a Host header")
         endpoint, values = self._urls.bind_to_environ(environ).match()
         # A link from elsewhere may open the page; nothing else may be asked from elsewhere.
@@ -126,9 +132,12 @@ class SearchApp:
         top_k = _whole(request.args.get("k", "10"))
         if top_k is None or not 1 <= top_k <= MAX_K:
             raise BadRequest(f"k is not a whole number from 1 to {MAX_K}")
-        query = self._image_query(request) if request.method == "POST" else _text_query(request)
+        if request.method == "POST":
+            queries = self._image_queries(request)
+        else:
+            queries = [_text_query(request)] * len(self._searchers)
         runs = []
-        for searcher in self._searchers:
+        for searcher, query in zip(self._searchers, queries, strict=True):
             with self._device:
                 start = time.perf_counter()
                 scores, rows = searcher.search(query, top_k)
@@ -137,9 +146,10 @@ class SearchApp:
             for result, row in zip(results, rows.tolist(), strict=True):
                 result |= {"row": row, "images": self._image_addresses(row)}
             runs.append({"name": searcher.name, "milliseconds": milliseconds, "results": results})
-        return _json({"query": query.get("text"), "k": top_k, "runs": runs})
+        return _json({"query": queries[0].get("text"), "k": top_k, "runs": runs})
 
-    def _image_query(self, request: Request) -> Query:
+    def _image_queries(self, request: Request) -> list[Query]:
+        """What each searcher sees of the image."""
         for searcher in self._searchers:
             if not searcher.takes_images:
                 raise BadRequest(f"the model of {searcher.name} has no image tower")
@@ -150,7 +160,8 @@ class SearchApp:
                 f"the image has more than {MAX_BYTES / 2**20:g} MiB"
             ) from None
         check_image(encoded)
-        return {"image": encoded}
+        with self._decoders:
+            return [{"image": searcher.pixels(encoded)} for searcher in self._searchers]
 
     def _image_addresses(self, row: int) -> list[str]:
         documents = self._store.documents
@@ -216,8 +227,32 @@ def _examples(queries: Records, count: int = 6) -> list[str]:
 
 
 class QuietHandler(WSGIRequestHandler):
+    timeout = 30  # seconds of a client's silence
+
     def log(self, *_) -> None:
         """The terminal is for errors; what people search for is not written down."""
+
+
+class LimitedServer(ThreadedWSGIServer):
+    """Answers at most `CONNECTIONS` at a time, the others with 503."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._places = threading.Semaphore(CONNECTIONS)
+
+    def process_request(self, request, client_address) -> None:
+        if self._places.acquire(blocking=False):
+            super().process_request(request, client_address)
+            return
+        with contextlib.suppress(OSError):
+            request.sendall(b"HTTP/1.0 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n")
+        self.shutdown_request(request)
+
+    def process_request_thread(self, request, client_address) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._places.release()
 
 
 def serve(
@@ -243,8 +278,6 @@ def serve(
             raise UserError(f"--port={port}: {reason}; choose another one") from None
         runs = zip(workdirs, checkpoints, strict=True)
         app = SearchApp([Searcher(w, split, embed_dim, checkpoint) for w, checkpoint in runs])
-        server = make_server(
-            ADDRESS, port, app, threaded=True, request_handler=QuietHandler, fd=listener.fileno()
-        )
+        server = LimitedServer(ADDRESS, port, app, QuietHandler, fd=listener.fileno())
         print(f"search page: http://localhost:{server.port}/ (Ctrl-C ends it)", flush=True)
         server.serve_forever()
