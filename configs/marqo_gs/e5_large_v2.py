@@ -13,7 +13,7 @@ BASE = runpy.run_path(str(Path(__file__).with_name("vit_b32.py")))
 def get_config(variant: str = "full_10m") -> TrainConfig:
     cfg = BASE["get_config"](variant)
     cfg.model = preset("e5-large-v2")
-    cfg.model.dtype, cfg.model.remat = "bfloat16", "dots"
+    cfg.model.dtype = "bfloat16"
     cfg.model.text.context_length = 77
     cfg.init_from = "intfloat/e5-large-v2"
     cfg.data.store += "_text"  # prepared with --document_fields=title, no image needed

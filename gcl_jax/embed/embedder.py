@@ -78,7 +78,7 @@ class Embedder:
     if that is set."""
 
     def __init__(self, cfg: TrainConfig, params: Params, mesh: Mesh):
-        graphdef, _ = abstract_model(cfg.model)
+        graphdef, _ = abstract_model(cfg.model, mesh)
         dim = cfg.eval.embed_dim or cfg.model.embed_dim
         self._cfg, self.params, self._mesh = cfg, params, mesh
 

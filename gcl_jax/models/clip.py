@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 from gcl_jax.config import ModelConfig
 from gcl_jax.models.layers import Numerics
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
-from gcl_jax.sharding import Params, param_shardings
+from gcl_jax.sharding import Params, param_shardings, platform
 
 LORA = ("lora_a", "lora_b")
 AnyArray = Array | np.ndarray
@@ -35,8 +35,8 @@ class CLIP(nnx.Module):
     """An image tower (none in a text-only model), a text tower shared by queries and documents, a
     learned temperature and, if configured, SigLIP's learned bias of the logits."""
 
-    def __init__(self, cfg: ModelConfig, *, rngs: nnx.Rngs):
-        numerics, vision, text = Numerics.of(cfg), cfg.vision, cfg.text
+    def __init__(self, cfg: ModelConfig, numerics: Numerics | None = None, *, rngs: nnx.Rngs):
+        numerics, vision, text = numerics or Numerics.of(cfg), cfg.vision, cfg.text
         build = VISION_TOWERS[vision.family].build if vision else lambda *_: None
         self.visual = build(vision, cfg.embed_dim, numerics, rngs)
         self.text = TEXT_TOWERS[text.family].build(text, cfg.embed_dim, numerics, rngs)
@@ -83,9 +83,11 @@ def merge_fields(
     return normalize(functools.reduce(jnp.add, weighted))
 
 
-def abstract_model(cfg: ModelConfig) -> tuple[nnx.GraphDef, Params]:
-    """(graphdef, params as ShapeDtypeStructs): the model without any array."""
-    model = nnx.eval_shape(lambda: CLIP(cfg, rngs=nnx.Rngs(0)))
+def abstract_model(cfg: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, Params]:
+    """(graphdef, params as ShapeDtypeStructs): the model without any array, as it computes on the
+    devices of `mesh`, or on CPUs."""
+    numerics = Numerics.of(cfg, platform(mesh) if mesh else "cpu")
+    model = nnx.eval_shape(lambda: CLIP(cfg, numerics, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 

@@ -3,14 +3,18 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, cast
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
+from gcl_jax import distributed
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
+from gcl_jax.errors import first_line
 from gcl_jax.sharding import GATHERED, gathered, is_split, rows_split
 
 Activation = Callable[[jax.Array], jax.Array]
@@ -27,10 +31,24 @@ ACTIVATIONS: dict[str, Activation] = {
     "quick_gelu": quick_gelu,
 }
 
+ATTENDED = "attended"  # what XLA's attention returns, by name
+
+
+def _is_product(primitive, *args, **params) -> bool:
+    """Whether it multiplies by a matrix of parameters or is attention: what is dear to compute
+    again. Of attention by XLA the result alone counts: its scores, by the square of the length,
+    are dear to keep."""
+    return (
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **params)
+        or jax.checkpoint_policies.save_only_these_names(ATTENDED)(primitive, *args, **params)
+        or primitive.name.startswith("dot_product_attention_fwd")  # cuDNN's
+    )
+
+
 REMAT_POLICIES = {
     "none": jax.checkpoint_policies.save_anything_except_these_names(GATHERED),
     "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _is_product,
 }
 
 
@@ -64,11 +82,13 @@ class Numerics:
     lora_alpha: float
 
     @classmethod
-    def of(cls, cfg: ModelConfig) -> "Numerics":
+    def of(cls, cfg: ModelConfig, platform: str = "cpu") -> "Numerics":
+        """What `cfg` asks for, on devices of `platform`: "cpu", "gpu" or "tpu"."""
+        by_cudnn = platform == "gpu" and cfg.attention != "xla" and cfg.dtype == "bfloat16"
         return cls(
             jnp.dtype(cfg.dtype),
             jnp.dtype(cfg.param_dtype),
-            cast(Literal["xla", "cudnn"], cfg.attention),
+            "cudnn" if by_cudnn and cudnn_is_right() else "xla",
             cfg.remat,
             cfg.lora_rank,
             cfg.lora_alpha,
@@ -147,16 +167,77 @@ class Attention(nnx.Module):
             k, v = jnp.split(keys_values, 2, axis=2)
             if is_causal:
                 lengths = jnp.broadcast_to(read + 1, (b,))
-        attended = jax.nn.dot_product_attention(
+        # cuDNN has nothing to gain from a single query.
+        attended = attention(
             q,
             k,
             v,
             is_causal=is_causal and read is None,
-            key_value_seq_lengths=lengths,
-            # cuDNN has nothing to gain from a single query.
+            lengths=lengths,
             implementation=self.implementation if read is None else "xla",
         )
         return self.out_proj(attended.reshape(b, -1, d))
+
+
+def attention(
+    q: Float[Array, "b r h c"],
+    k: Float[Array, "b t h c"],
+    v: Float[Array, "b t h c"],
+    *,
+    is_causal: bool,
+    lengths: Int[Array, " b"] | None,
+    implementation: Literal["xla", "cudnn"],
+) -> Float[Array, "b r h c"]:
+    """softmax(q k^T / sqrt(c)) v of each head, over the first `lengths` of the keys, or all.
+
+    cuDNN takes heads of 8, 16, ... 128 channels, others go to XLA, and in training even lengths
+    alone (so jax 0.10 to 0.12 say): an odd one gets a token that nobody attends to.
+    """
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)
+    t, channels = k.shape[1], k.shape[3]
+    if implementation == "xla" or channels % 8 or channels > 128:
+        attended = attend(q, k, v, key_value_seq_lengths=lengths, implementation="xla")
+        return checkpoint_name(attended, ATTENDED)
+    if odd := t % 2:
+        q, k, v = (jnp.pad(x, ((0, 0), (0, odd), (0, 0), (0, 0))) for x in (q, k, v))
+        if lengths is None and not is_causal:
+            lengths = jnp.full(len(q), t, jnp.int32)
+    return attend(q, k, v, key_value_seq_lengths=lengths, implementation="cudnn")[:, :t]
+
+
+@functools.cache
+def cudnn_is_right() -> bool:
+    """Whether cuDNN's attention, its gradients too, is XLA's on this machine's GPU, in a small case
+    of each mask; says so if not. True where there is none: then a program is only compiled."""
+    if jax.default_backend() != "gpu":
+        return True
+
+    def summed(qkv, lengths, is_causal, implementation):
+        options = {"lengths": lengths, "is_causal": is_causal, "implementation": implementation}
+        attended = attention(*qkv, **options)
+        return jnp.sum(jnp.sin(attended.astype(jnp.float32))), attended
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def computed(qkv, implementation):
+        by_qkv = jax.grad(summed, has_aux=True)
+        lengths = jnp.array([5, 9])
+        cases = (None, False), (lengths, False), (None, True)
+        return [by_qkv(qkv, *case, implementation) for case in cases]
+
+    qkv = list(jax.random.normal(jax.random.key(0), (3, 2, 9, 2, 64), jnp.bfloat16))
+    try:
+        ours, theirs = (jax.device_get(computed(qkv, one)) for one in ("cudnn", "xla"))
+        # bfloat16 rounds to 1/256.
+        close = functools.partial(np.allclose, rtol=0.05, atol=0.05)
+        if all(jax.tree.leaves(jax.tree.map(close, *jax.tree.map(np.float32, (ours, theirs))))):
+            return True
+        problem = "it differs from XLA's"
+    except Exception as error:  # the driver's, the library's, jax's own
+        problem = first_line(error)
+    distributed.announce(
+        f"warning: attention is computed by XLA, cuDNN's cannot be used: {problem}"
+    )
+    return False
 
 
 class Mlp(nnx.Module):

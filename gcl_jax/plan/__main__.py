@@ -34,7 +34,7 @@ def run(cfg: TrainConfig, args: argparse.Namespace) -> bool:
     if cfg.model.attention == "cudnn" and topology.platform != "gpu":
         raise ConfigError(
             f"config.model.attention='cudnn' is of NVIDIA GPUs, not of --topology={topology.name}; "
-            "use 'xla'"
+            "use 'auto'"
         )
     cfg, data = planner.resolve(cfg, args.image_fields)
     if args.find_batch:

@@ -33,6 +33,7 @@ from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
+from gcl_jax.models.layers import Numerics
 from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
 from gcl_jax.train.flags import RESUMABLE
@@ -69,14 +70,17 @@ def make_training(cfg: TrainConfig) -> Training:
     """
     if cfg.model.attention == "cudnn" and jax.default_backend() != "gpu":
         raise ConfigError(
-            "config.model.attention='cudnn' needs an NVIDIA GPU, and jax finds none here; use 'xla'"
+            "config.model.attention='cudnn' needs an NVIDIA GPU, and jax finds none here; use "
+            "'auto'"
         )
     parameters = abstract_model(cfg.model)[1]
     # An unknown name or pattern is told before data are opened, which may take minutes.
     optim.make_optimizer(cfg.optim, 1, parameters)
     store, asked = open_store(cfg.data.store), cfg.data.train_split
     cfg = store.resolve(cfg)
-    distributed.require_alike({"the code": distributed.code()})
+    # Else GPUs would wait for each other in programs that differ.
+    kernel = Numerics.of(cfg.model, jax.default_backend()).attention
+    distributed.require_alike({"the code": distributed.code(), "what attends": kernel})
     distributed.require_alike(_options(cfg))
     split = cfg.data.train_split
     if not asked and HELD_OUT.match(split):
@@ -305,7 +309,7 @@ def _placed(array: np.ndarray, target: jax.ShapeDtypeStruct) -> jax.Array:
 
 # What continues a run may change these unasked: they say how to compute, not what.
 _FREE = {"data.digest", "data.num_workers", "data.cached_records"}
-_FREE |= {"loss.form", "optim.grad_cache_chunks"}
+_FREE |= {"model.attention", "model.remat", "loss.form", "optim.grad_cache_chunks"}
 
 
 def check_same_run(
