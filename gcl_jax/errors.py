@@ -51,10 +51,32 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(f"config.{message}")
 
 
+def memory_figures(error: BaseException) -> tuple[float | None, float | None] | None:
+    """(bytes that were asked for, bytes that there are), as far as `error` says so, if it is XLA's
+    that a device has no memory left; None if it is another."""
+    # Of GPUs "trying to allocate 74.16GiB", of TPUs "Used 21.90G of 15.48G hbm", "There are ...".
+    _, ours, text = str(error).partition("RESOURCE_EXHAUSTED")
+    size = r"(\d+(?:\.\d+)?) ?(?:([KMGT])(?:i?B)?|B|bytes)\b"
+    found = [
+        re.search(pattern + size, text[:1000]) for pattern in (r"[ (]", r"(?:of |are |HBM \()")
+    ]
+    asked, there = (x and float(x[1]) * 1024.0 ** " KMGT".index(x[2] or " ") for x in found)
+    return (asked, there) if ours else None
+
+
+def out_of_memory(asked: float | None, there: float | None) -> str:
+    """How a message about it starts."""
+    if asked is None:
+        return "out of memory"
+    known = "" if there is None else f", {there / 2**30:.2f} GiB there"
+    return f"out of memory: {asked / 2**30:.2f} GiB asked for at once{known}"
+
+
 @contextlib.contextmanager
 def reported_in_one_line() -> Iterator[None]:
-    """Turns a `UserError`, or what the operating system refuses, into one line on stderr and exit
-    code 2; Ctrl-C into exit code 130. What the encoding of stdout lacks is printed escaped."""
+    """Turns a `UserError`, what the operating system refuses, or a device without memory, into one
+    line on stderr and exit code 2; Ctrl-C into exit code 130. What the encoding of stdout lacks is
+    printed escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -63,6 +85,11 @@ def reported_in_one_line() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if (figures := memory_figures(error)) is None:
+            raise
+        print(f"error: {out_of_memory(*figures)}; use more or larger devices", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

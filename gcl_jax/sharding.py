@@ -1,7 +1,8 @@
 """The device mesh, where parameters live on it, and how host batches reach it."""
 
 import contextlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from gcl_jax.config import MeshConfig
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, UserError, memory_figures, out_of_memory
 from gcl_jax.registry import TEXT_TOWERS
 
 Params = dict[str, Any]  # of a model: nested dicts of arrays, or of what describes them
@@ -179,3 +180,24 @@ def to_global(batch, mesh: Mesh):
     """This host's rows of every array in the pytree `batch` to global arrays, rows sharded."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), batch)
+
+
+def bytes_per_device(tree: Any) -> float:
+    """What one device holds of arrays, or of their ShapeDtypeStructs with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+@contextlib.contextmanager
+def in_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Turns XLA's error of a device without memory, at compile or at run time, into a `UserError`:
+    how much was asked for, how much there is, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        if (figures := memory_figures(error)) is None:
+            raise
+        asked, there = figures
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+        raise UserError(f"{out_of_memory(asked, there or limit)}; {advice()}") from error

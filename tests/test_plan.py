@@ -223,6 +223,7 @@ def test_the_projection_is_arithmetic(tiny_config):
         ("v5e:4*4", "is unknown"),
         ("cpu:2x4", "give the number of devices, like cpu:8"),
         ("v6e:4x4x4", "v6e has 2 axes"),
+        ("b200:2x4", "give the number of devices, like b200:8"),
         ("cpu:9", "jax runs already, with 8 CPU devices"),
     ],
 )

@@ -13,10 +13,10 @@ from jax.tree_util import DictKey
 from gcl_jax import sharding
 from gcl_jax.checkpoints.state import abstract_state, init_state
 from gcl_jax.config import MeshConfig
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, UserError, reported_in_one_line
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.optim import make_optimizer, trained_part
-from gcl_jax.sharding import make_mesh, param_spec, to_global
+from gcl_jax.sharding import in_memory, make_mesh, param_spec, to_global
 from gcl_jax.train.step import make_train_step
 
 
@@ -184,3 +184,45 @@ def test_any_optimizer_trains_split_parameters(name, tiny_config, tiny_batch):
     if name == "muon":
         close = functools.partial(np.testing.assert_allclose, atol=1e-5)
         jax.tree.map(close, after[4, 2], after[1, 1])
+
+
+# What XLA says, in its own words: of GPUs, TPUs (as they compile, load and run) and CPUs.
+OUT_OF_MEMORY = {
+    "Out of memory while trying to allocate 79623553024 bytes.": "74.16 GiB asked for at once",
+    "Out of memory while trying to allocate 4770354232 bytes.\nBufferAssignment OOM Debugging.\n"
+    "BufferAssignment stats:\n     parameter allocation:  372.76MiB": "4.44 GiB asked for at once",
+    "Failed to allocate request for 2.99GiB (3206250496B) on device ordinal 0": "2.99 GiB asked",
+    "XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 21.95G of 15.48G "
+    "hbm.\n Exceeded hbm capacity by 6.47G.": "21.95 GiB asked for at once, 15.48 GiB there",
+    "Ran out of memory on HBM, the total memory required for HLO temporaries (64.00G) exceeds "
+    "available HBM (15.75G).": "64.00 GiB asked for at once, 15.75 GiB there",
+    "Error allocating device buffer: Attempting to allocate 129.50M. That was not possible. There "
+    "are 78.17M free.; (0x0x0_HBM0)": "0.13 GiB asked for at once, 0.08 GiB there",
+    "Attempting to reserve 10.51G at the bottom of memory. That was not possible. There are 8.97G "
+    "free, 0B reserved, and 8.97G reservable.": "10.51 GiB asked for at once, 8.97 GiB there",
+    "Out of memory allocating 17592186044416 bytes.": "16384.00 GiB asked for at once",
+    "Underlying backend ran out of memory trying to instantiate command buffer": "out of memory",
+}
+
+
+@pytest.mark.parametrize(("said", "told"), OUT_OF_MEMORY.items())
+def test_out_of_memory_is_one_line_with_its_figures(said, told, capsys):
+    error = jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {said}")
+    with (
+        pytest.raises(UserError, match=f"{told}.*; lower the batch") as raised,
+        in_memory(lambda: "lower the batch"),
+    ):
+        raise error
+    assert "\n" not in str(raised.value)
+    with pytest.raises(SystemExit), reported_in_one_line():
+        raise error
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: out of memory")
+    assert told in printed
+    assert printed.count("\n") == 1
+
+
+def test_other_errors_of_xla_pass():
+    for scope in (in_memory(str), reported_in_one_line()):
+        with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"), scope:
+            raise jax.errors.JaxRuntimeError("INTERNAL: 3.00G")

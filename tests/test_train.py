@@ -30,6 +30,7 @@ import gcl_jax
 from gcl_jax import config, logs, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.store import RankedStore, write_checksums
+from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, DataError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate.ranked import evaluate_workdir
@@ -62,6 +63,33 @@ def final_params(cfg, workdir):
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         assert checkpointer.latest_step() == cfg.optim.steps
         return jax.device_get(checkpointer.restore_params(clip.abstract_params(cfg.model, mesh)))
+
+
+def test_out_of_memory_says_what_to_change(cfg, tmp_path, monkeypatch):
+    """In the step, in embedding and in search: each names what it could do with less of."""
+    from gcl_jax.search import index, mesh_search
+    from gcl_jax.train import setup
+
+    def too_large(*_, **__):
+        raise jax.errors.JaxRuntimeError(
+            "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 21.95G of 15.48G hbm."
+        )
+
+    cfg.optim.batch_size, cfg.optim.steps = 32, 1
+    figures = r"out of memory: 21.95 GiB asked for at once, 15.48 GiB there; "
+    train(cfg, tmp_path / "run")
+    run = load_run(tmp_path / "run")
+    monkeypatch.setattr(setup, "make_train_step", lambda *_: too_large)
+    ways = "--config.model.remat=full, --config.optim.grad_cache_chunks=2, --config.mesh.fsdp=8 "
+    with pytest.raises(UserError, match=f"{figures}the state .* 0.01 GiB of it. Try {ways}.* 32, "):
+        train(cfg, tmp_path / "other")
+    embedder = Embedder(run.cfg, run.params, run.mesh)
+    monkeypatch.setattr(embedder, "_encode", too_large)
+    with pytest.raises(UserError, match=f"{figures}8 records are embedded at once"):
+        embedder.embed("query", run.store.queries, list(run.cfg.data.query_fields), np.arange(3))
+    monkeypatch.setattr(mesh_search, "search", too_large)
+    with pytest.raises(UserError, match=f"{figures}.*bfloat16"):
+        index.exact_top_k(np.ones((2, 4)), np.ones((9, 4)), 3, run.mesh)
 
 
 def interrupt_at(step, monkeypatch):

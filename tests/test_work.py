@@ -183,6 +183,39 @@ def test_of_what_a_fusion_slices_and_updates_only_that_moves():
     assert read_work(program(body, FUSED)).memory == 4 + 2 * 4 * 8 * 100
 
 
+def test_a_product_stacked_in_place_beside_what_follows():
+    """As the GPU's compiler has it: a fusion of its own stream, a cuBLAS call within one; nothing
+    of them is as large as the stack, or as a workspace of bytes."""
+    body = """  %all = f32[12,8,100]{2,1,0} parameter(0)
+  %n = s32[] parameter(1)
+  %flat = f32[12,800]{1,0} parameter(2)
+  %x = f32[8,64]{1,0} parameter(3)
+  %y = f32[64,100]{1,0} parameter(4)
+  %begun = ((f32[12,8,100]{2,1,0}, s32[], f32[12,800]{1,0}), f32[12,8,100]{2,1,0}, u32[]) \
+fusion-start(%all, %n, %flat), kind=kLoop, calls=%sliced
+  %f = f32[12,8,100]{2,1,0} fusion-done(%begun)
+  ROOT %r = (f32[12,8,100]{2,1,0}, s8[4096]{0}) fusion(%f, %x, %y, %n), kind=kCustom, calls=%gemm"""
+    gemm = """%gemm (a: f32[12,8,100], x: f32[8,64], y: f32[64,100], n: s32[]) -> f32[12,8,100] {
+  %a.4 = f32[12,8,100]{2,1,0} parameter(0)
+  %x.4 = f32[8,64]{1,0} parameter(1)
+  %y.4 = f32[64,100]{1,0} parameter(2)
+  %n.4 = s32[] parameter(3)
+  %c.4 = (f32[8,100]{1,0}, s8[4096]{0}) custom-call(%x.4, %y.4), \
+custom_call_target="__cublas$lt$matmul", backend_config={"gemm_backend_config":{\
+"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  %g.4 = f32[8,100]{1,0} get-tuple-element(%c.4), index=0
+  %b.4 = f32[1,8,100]{2,1,0} bitcast(%g.4)
+  %d.4 = f32[12,8,100]{2,1,0} dynamic-update-slice(%a.4, %b.4, %n.4)
+  %w.4 = s8[4096]{0} get-tuple-element(%c.4), index=1
+  ROOT %t.4 = (f32[12,8,100]{2,1,0}, s8[4096]{0}) tuple(%d.4, %w.4)
+}
+"""
+    work = read_work(program(body, FUSED + gemm))
+    stacked, product = 4 + 2 * 4 * 8 * 100, 4 * (8 * 64 + 64 * 100 + 8 * 100) + 4
+    assert work.memory == stacked + product
+    assert work.flops == 2 * 8 * 100 * 64
+
+
 def test_what_goes_into_faster_memory_is_read_once():
     body = """  %p = f32[12,8,100]{2,1,0:T(8,128)} parameter(0)
   %s = ((f32[12,8,100]{2,1,0:T(8,128)}), f32[3,8,100]{2,1,0:T(8,128)S(1)}, s32[]{:S(2)}) \

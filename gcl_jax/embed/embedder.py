@@ -16,7 +16,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side, corpus_batches
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.models.clip import abstract_model, merge, merge_fields, truncated
-from gcl_jax.sharding import Params, local_rows, replicated, to_global
+from gcl_jax.sharding import Params, in_memory, local_rows, replicated, to_global
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class Embedder:
         bar = logs.progress(
             total, unit="records", description=description, initial=skip, quiet=quiet
         )
-        with bar:
+        with bar, in_memory(self._less_memory):
             at_work = None
             for batch, rows in read:
                 started = self._encode(self.params, to_global(batch, self._mesh)), rows
@@ -147,6 +147,12 @@ class Embedder:
             if at_work:
                 yield _fetched(*at_work)
                 bar.update(at_work[1])
+
+    def _less_memory(self) -> str:
+        return (
+            f"{self._cfg.eval.batch_size} records are embedded at once: lower eval.batch_size in "
+            "the run's config.json (of gcl_jax.embed: --batch_size)"
+        )
 
 
 def _fetched(encoded: tuple[Mapping, Mapping], rows: int) -> FieldEmbeddings:

@@ -73,7 +73,11 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--topology", required=True, help="v5e:16x16, v5p:8x8x8, h100:8, cpu:8")
+    parser.add_argument(
+        "--topology",
+        required=True,
+        help="v5e:16x16, v5p:8x8x8, h100:8, cpu:8; also v4, v6e, v7x, a100, h200, b200",
+    )
     parser.add_argument(
         "--find_batch", action="store_true", help="search the largest batch that fits"
     )

@@ -23,6 +23,9 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 
 ENTRY = "ENTRY"
 
+# They run what they call, in one piece or beside what follows.
+FUSIONS = ("fusion", "fusion-start", "async-start")
+
 
 class Array(NamedTuple):
     """dims: without padding. size, laid_out: bytes of these, and of the tiles that they lie in on a
@@ -99,7 +102,7 @@ class Program:
     def within(self, one: Instruction) -> Iterator[Instruction]:
         """`one`, and all that is fused in it or that it starts."""
         yield one
-        if one.opcode in ("fusion", "async-start"):
+        if one.opcode in FUSIONS:
             for called in one.called():
                 for inner in self.computations.get(called, ()):
                     yield from self.within(inner)

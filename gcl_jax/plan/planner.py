@@ -29,7 +29,7 @@ from gcl_jax.plan.hlo import Collective, read_collectives, read_program
 from gcl_jax.plan.topology import Topology
 from gcl_jax.plan.work import Work, read_work
 from gcl_jax.registry import SOURCES
-from gcl_jax.sharding import batch_sharding, make_mesh, replicated
+from gcl_jax.sharding import batch_sharding, bytes_per_device, make_mesh, replicated
 from gcl_jax.stores import open_store
 from gcl_jax.train.step import known_weights, make_train_step
 
@@ -142,12 +142,6 @@ def abstract_training(cfg: TrainConfig, mesh: Mesh, pairs: int) -> tuple[TrainSt
     steps = optim.total_steps(cfg.optim, pairs)
     tx = optim.make_optimizer(cfg.optim, steps, abstract_model(cfg.model)[1])
     return abstract_state(cfg, tx, mesh), tx
-
-
-def bytes_per_device(tree) -> int:
-    """Of the ShapeDtypeStructs with shardings in `tree`."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
 @dataclasses.dataclass(frozen=True)

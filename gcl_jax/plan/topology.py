@@ -9,47 +9,61 @@ from typing import Any, NamedTuple
 from gcl_jax.errors import ConfigError, first_line
 from gcl_jax.models.flops import CHIPS, Chip
 
-# {name: (jax's device kind, the most dimensions of a slice)}
-TPUS = {
-    "v5e": ("TPU v5e", 2),
-    "v5p": ("TPU v5p", 3),
-    "v6e": ("TPU v6e", 2),
+# {name: (what the compiler calls it, jax's device kind, the most dimensions of a slice, options of
+# its description)}. A v4 is one device, as in use; a v7x is two.
+TPUS: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "v4": ("v4", "TPU v4", 3, {"chip_config_name": "megacore"}),
+    "v5e": ("v5e", "TPU v5e", 2, {}),
+    "v5p": ("v5p", "TPU v5p", 3, {}),
+    "v6e": ("v6e", "TPU v6e", 2, {}),
+    "v7x": ("tpu7x", "TPU7x", 3, {}),
 }
-GPUS = {"h100": "H100"}
+# {name: what the NVIDIA compiler asks of a device}, as the driver says of an SXM4-80GB, of SXM5
+# with HBM3 and HBM3e, and of a B200 (so have XLA's own target configurations it).
+_ASKED = ("memory", "cores", "fpus", "shared", "l2", "clock", "capability")
+GPUS = {
+    "a100": (85100068864, 108, 64, 167936, 41943040, 1.41, 8),
+    "h100": (84929347584, 132, 128, 233472, 52428800, 1.98, 9),
+    "h200": (151397597184, 132, 128, 233472, 52428800, 1.98, 9),
+    "b200": (191514411008, 148, 128, 233472, 132644864, 1.965, 10),
+}
 GPUS_PER_HOST = 8
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
-FORMS = "v5e:16x16, v6e:16x16, v5p:8x8x8 (chips along each axis), h100:8, cpu:8 (devices)"
+FORMS = (
+    "v5e:16x16, v6e:16x16, v4:4x4x4, v5p:8x8x8, v7x:4x4x4 (chips along each axis), a100:8, h100:8, "
+    "h200:8, b200:8, cpu:8 (devices)"
+)
 
 # For the TPU compiler, a quarter of its time: what it sends and computes is the same, what it holds
 # within some percent; but it copies more, and hides no communication. Compared for ViT-B-32 on
 # v5e:4x4, data 4 x fsdp 4. It crashes on plain data parallelism.
 QUICK = {"exec_time_optimization_effort": -1.0}
 
-# What the NVIDIA compiler asks of a device, in the text format of XLA's GpuTargetConfigProto.
-_H100 = """
-gpu_device_info {
+# XLA's GpuTargetConfigProto, in its text format.
+_TARGET = """
+gpu_device_info {{
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
+  shared_memory_per_core: {shared}
+  shared_memory_per_block_optin: {optin}
   threads_per_core_limit: 2048
-  core_count: 132
-  fpus_per_core: 128
+  core_count: {cores}
+  fpus_per_core: {fpus}
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800
-  clock_rate_ghz: 1.98
-  device_memory_size: 84929347584
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
+  memory_bandwidth: {bandwidth}
+  l2_cache_size: {l2}
+  clock_rate_ghz: {clock}
+  device_memory_size: {memory}
+  cuda_compute_capability {{ major: {capability} minor: 0 }}
   registers_per_core_limit: 65536
   registers_per_block_limit: 65536
-}
+}}
 platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "NVIDIA {name}"
 """
 
 
@@ -102,7 +116,7 @@ def _cpu(name: str, count: int) -> Topology:
 
 
 def _tpu(name: str, kind: str, sizes: list[int]) -> Topology:
-    device_kind, dimensions = TPUS[kind]
+    called, device_kind, dimensions, options = TPUS[kind]
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
             f"--topology={name} needs the TPU compiler: pip install 'jax[tpu]' (no TPU needed)"
@@ -115,7 +129,8 @@ def _tpu(name: str, kind: str, sizes: list[int]) -> Topology:
     from jax.experimental import topologies
 
     try:
-        described = topologies.get_topology_desc(topology_name=name, platform="tpu")
+        layout = name.replace(kind, called, 1)
+        described = topologies.get_topology_desc(layout, platform="tpu", **options)
     except Exception as error:
         reason = first_line(error)
         raise ConfigError(f"--topology={name}: the TPU compiler refuses it: {reason}") from None
@@ -135,10 +150,13 @@ def _gpu(name: str, kind: str, count: int) -> Topology:
     from jax.experimental import topologies
 
     layout = f"1x{hosts or 1}x{GPUS_PER_HOST if hosts else rest}"
-    described = topologies.get_topology_desc(
-        topology_name=kind, platform="cuda", target_config=_H100, topology=layout
+    chip, asked = CHIPS[kind.upper()], dict(zip(_ASKED, GPUS[kind], strict=True))
+    target = _TARGET.format(
+        name=kind.upper(), bandwidth=int(chip.hbm), optin=int(asked["shared"]) - 1024, **asked
     )
-    chip = CHIPS[GPUS[kind]]
+    described = topologies.get_topology_desc(
+        kind, platform="cuda", target_config=target, topology=layout
+    )
     share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75"))  # jax's default
     # To choose among kernels the compiler would time them on the device: cuBLAS needs no choice.
     options = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}

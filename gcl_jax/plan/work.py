@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterable
 
-from gcl_jax.plan.hlo import Array, Instruction, Program
+from gcl_jax.plan.hlo import FUSIONS, Array, Instruction, Program
 
 # The unit that multiplies takes vectors of this length, in groups of 8.
 LANES, SUBLANES = 128, 8
@@ -197,24 +197,29 @@ def _traffic(one: Instruction, program: Program) -> tuple[float, float]:
     if one.opcode == "slice-start":  # into faster memory: (whole, slice, context)
         piece = one.arrays[1]
         return piece.size, piece.laid_out
-    if one.opcode.endswith("-start"):
-        return _total(one.arrays)
-    if one.opcode == "fusion":
+    if one.opcode in FUSIONS:
         (called,) = one.called()
         body = program.computations[called]
         parameters = (inner for inner in body if inner.opcode == "parameter")
         read = (array for inner in parameters for array in _taken(inner, body, program))
         written = _written_by(body, program)
+    elif one.opcode.endswith("-start"):
+        return _total(one.arrays)
     else:
         places = range(len(one.operands))
         read = (array for place in places for array in _read(one, place, program))
         updates = one.opcode == "dynamic-update-slice"
-        written = _read(one, 1, program) if updates else one.arrays
-        if _GEMM in one.line:
-            written = written[:1]  # without its workspace
+        written = _read(one, 1, program) if updates else _results(one)
     sizes = zip(_total(read), _total(written), strict=True)
     logical, laid_out = (a + b for a, b in sizes)
     return logical, laid_out
+
+
+def _results(one: Instruction) -> Arrays:
+    """What it makes: what a library's call has besides, bytes, is its workspace."""
+    found = one.arrays
+    works = one.opcode == "custom-call" and len(found) > 1 and found[-1].dtype in ("s8", "u8")
+    return found[:-1] if works else found
 
 
 def _read(user: Instruction, place: int, program: Program) -> Arrays:
@@ -246,6 +251,11 @@ def _written_by(body: list[Instruction], program: Program) -> Arrays:
         inner = part
         while inner.opcode == "bitcast":
             inner = program.by_name[inner.operands[0]]
-        updates = inner.opcode == "dynamic-update-slice"
-        written += _read(inner, 1, program) if updates else part.arrays
+        if inner.opcode == "dynamic-update-slice":
+            written += _read(inner, 1, program)
+        elif inner.opcode == "get-tuple-element":  # of a library's call, its workspace too
+            made = _results(program.by_name[inner.operands[0]])
+            written += tuple(array for array in part.arrays if array in made)
+        else:
+            written += _results(part)
     return written

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.search import mesh_search
+from gcl_jax.sharding import in_memory
 
 # Queries in one program; more go by in tiles.
 TILE = 1024
@@ -92,9 +93,10 @@ class Index:
         if _is_one_cpu(self._mesh):
             check_finite("document", documents)
             return
-        for first, chunk, extremes in mesh_search.chunks(documents, self._mesh, dtype):
-            self._chunks.append((first, chunk))
-            greatest.append(np.asarray(extremes))
+        with in_memory(_less_memory):
+            for first, chunk, extremes in mesh_search.chunks(documents, self._mesh, dtype):
+                self._chunks.append((first, chunk))
+                greatest.append(np.asarray(extremes))
         self._norm, self._rounding = np.max(greatest, axis=0)
         if not np.isfinite(self._norm):
             check_finite("document", documents)
@@ -203,8 +205,13 @@ def _on_mesh(
     if mesh.devices.flat[0].platform == "cpu":
         size = min(power_of_two(len(queries)), TILE)
     tiles = _tiles(queries, mesh_search.round_up(size, mesh.size))
-    scores, rows, bound = mesh_search.search(tiles, chunks, n, k, mesh)
+    with in_memory(_less_memory):
+        scores, rows, bound = mesh_search.search(tiles, chunks, n, k, mesh)
     return scores[: len(queries)], rows[: len(queries)], bound[: len(queries)]
+
+
+def _less_memory() -> str:
+    return 'dtype="bfloat16" of an Index halves it, a mesh of more devices shares it'
 
 
 def _checked_chunks(documents, mesh: Mesh):

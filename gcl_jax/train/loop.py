@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from gcl_jax import config, distributed, logs, registry
+from gcl_jax import config, distributed, logs, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.state import abstract_state, averaged_params
 from gcl_jax.config import TrainConfig
@@ -17,7 +17,7 @@ from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate.ranked import evaluate_in_training
 from gcl_jax.report.charts import read_metrics
 from gcl_jax.train.monitor import Monitor, Trace, diagnosis
-from gcl_jax.train.setup import alone_in, make_training, start_or_continue
+from gcl_jax.train.setup import alone_in, less_memory, make_training, start_or_continue
 from gcl_jax.validation import validate
 
 
@@ -84,6 +84,7 @@ def _train(
     first = distributed.is_first()
     # Unclosed, the threads that prefetch from an endless data set outlive the training.
     with (
+        sharding.in_memory(lambda: less_memory(training)),
         contextlib.closing(batches),
         distributed.StopSignals() as signals,  # a repeated signal must not end the last save
         Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer,

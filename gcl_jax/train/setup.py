@@ -129,6 +129,24 @@ def make_training(cfg: TrainConfig) -> Training:
     )
 
 
+def less_memory(training: Training) -> str:
+    """What to change when a step does not fit into a device's memory."""
+    cfg, mesh = training.cfg, training.mesh
+    state = sharding.bytes_per_device(abstract_state(cfg, training.tx, mesh)) / 2**30
+    chunks, ways = 2 * cfg.optim.grad_cache_chunks, []
+    if cfg.model.remat != "full":
+        ways.append("--config.model.remat=full")
+    if cfg.optim.batch_size % (chunks * mesh.size) == 0:
+        ways.append(f"--config.optim.grad_cache_chunks={chunks}")
+    if mesh.shape["fsdp"] < mesh.size:
+        ways.append(f"--config.mesh.fsdp={mesh.size} (which splits the state)")
+    return (
+        f"the state of the run takes {state:.2f} GiB of it. Try {', '.join([*ways, ''])}or an "
+        f"--config.optim.batch_size below {cfg.optim.batch_size}, which alone changes the result; "
+        "`python -m gcl_jax.plan` says without the device what fits"
+    )
+
+
 def _options(cfg: Any) -> dict[str, Any]:
     """{key: value} of what may not differ from process to process."""
     own = ("data.num_workers", "data.cached_records")
