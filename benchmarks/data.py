@@ -31,9 +31,9 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 }
 COMMAND = (
-    "-m gcl_jax.prepare --out=store --pairs=pairs.csv --query_fields=query --id_column=id "
-    "--score_column=score"
+    "-m gcl_jax.prepare --pairs=pairs.csv --query_fields=query --id_column=id --score_column=score"
 )
+EDGE = 256  # of the store with reduced images that `--pipeline` compares as well
 
 
 def write_pairs(folder: Path, pairs: int, documents: int, images: bool) -> None:
@@ -61,12 +61,11 @@ def write_images(folder: Path, documents: int) -> None:
         (folder / f"{document}.jpg").write_bytes(file.getvalue())
 
 
-def measure(folder: Path, fields: str, workers: int) -> tuple[float, float]:
+def measure(folder: Path, *flags: str) -> tuple[float, float]:
     """(seconds, MiB) of one `prepare` in `folder`."""
-    command = [sys.executable, *COMMAND.split(), f"--document_fields={fields}"]
     began = time.monotonic()
     subprocess.run(
-        [*command, f"--workers={workers}"],
+        [sys.executable, *COMMAND.split(), *flags],
         cwd=folder,
         env=ENVIRONMENT,
         check=True,
@@ -114,6 +113,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the figures there")
     parser.add_argument("--pipeline", action="store_true", help="compare with a DataLoader")
     parser.add_argument("--image_size", type=int, default=224, help="of the model, for --pipeline")
+    parser.add_argument("--turns", type=int, default=7, help="of each, for --pipeline")
     parser.add_argument("--train_steps", type=int, default=0, help="train on the texts as well")
     parser.add_argument("--demo_steps", type=int, default=0, help="train the demo as well")
     args = parser.parse_args()
@@ -126,7 +126,8 @@ def main() -> None:
         if args.images:
             write_images(folder, args.documents)
         fields = "image:image,title" if args.images else "title"
-        seconds, peak = measure(folder, fields, args.workers)
+        flags = [f"--document_fields={fields}", f"--workers={args.workers}"]
+        seconds, peak = measure(folder, "--out=store", *flags)
         if args.train_steps:
             (folder / "config.py").write_text(TEXT_CONFIG)
             measured["train_peak_MiB"] = round(train(folder, "config.py", args.train_steps)[0])
@@ -138,7 +139,10 @@ def main() -> None:
         if args.pipeline:
             from pipeline import compare
 
-            measured["pipeline"] = compare(folder, folder / "store", args.image_size, 7)
+            measure(folder, "--out=reduced", f"--image_size={EDGE}", *flags)
+            stores = {"gcl_jax": folder / "store", "gcl_jax_reduced": folder / "reduced"}
+            figures = compare(folder, stores, args.image_size, args.turns)
+            measured["pipeline"] = figures | {"reduced_image_size": EDGE}
     figures = {
         "pairs": args.pairs,
         "documents": args.documents,

@@ -22,9 +22,9 @@ import numpy as np
 from PIL import Image
 
 from gcl_jax.data import transforms
-from gcl_jax.data.transforms import decode_image, random_resized_crop
+from gcl_jax.data.transforms import decode_for_crops, decode_image, random_resized_crop
 
-SIZES = ((256, 224), (480, 480), (1000, 800), (2000, 1500))
+SIZES = ((341, 256), (480, 480), (1000, 800), (2000, 1500))
 FILES = {"JPEG": {"quality": 88}, "PNG": {}, "WEBP": {"quality": 85}}
 
 
@@ -60,14 +60,34 @@ def _opencv(cv2, data: bytes) -> np.ndarray:
     return cv2.cvtColor(cv2.imdecode(np.frombuffer(data, np.uint8), flags), cv2.COLOR_BGR2RGB)
 
 
-def crop(data: bytes, size: int, scaled: bool, simd: bool) -> np.ndarray:
+def crop(data: bytes, size: int, simd: bool, decode: Callable) -> np.ndarray:
     """A crop of 9/10 of the area, of the same part of the image on every call."""
     transforms.simd = SIMD if simd else None
-    image = decode_image(data, size, 0.9) if scaled else decode_image(data)
-    return random_resized_crop(image, size, np.random.default_rng(0), 0.9)
+    return random_resized_crop(decode(data), size, np.random.default_rng(0), 0.9)
 
 
 SIMD = transforms.simd
+
+
+def crops(size: int) -> dict[str, Callable[[bytes], np.ndarray]]:
+    """Ways from a file to a crop; "now" is that of training, "any eighth" what libjpeg could do
+    beyond it: decode at n/8 of the size, with as few pixels as the crop has."""
+    scaled = functools.partial(decode_image, crop_size=size, min_area=0.9)
+    ways: dict[str, tuple[bool, Callable]] = {"pillow": (False, decode_image)}
+    ways["scaled"] = (False, scaled)
+    if SIMD is not None:
+        ways |= {"simd": (True, decode_image), "both": (True, scaled)}
+        ways["now"] = (True, functools.partial(decode_for_crops, size=size, min_area=0.9))
+        if simplejpeg := transforms.simplejpeg:
+            least = round(1.1 * size)
+            eighth = functools.partial(
+                simplejpeg.decode_jpeg, min_height=least, min_width=least, min_factor=1
+            )
+            ways["any eighth"] = (True, eighth)
+    return {
+        name: functools.partial(crop, size=size, simd=simd, decode=decode)
+        for name, (simd, decode) in ways.items()
+    }
 
 
 def measure(ways: dict[str, Callable[[bytes], np.ndarray | Image.Image]], data: bytes) -> dict:
@@ -97,10 +117,6 @@ def main() -> None:
     args = parser.parse_args()
     figures = {}
     every = decoders()
-    make = functools.partial(functools.partial, crop, size=args.image_size)
-    crops = {"pillow": make(scaled=False, simd=False), "scaled": make(scaled=True, simd=False)}
-    if SIMD is not None:
-        crops |= {"simd": make(scaled=False, simd=True), "both": make(scaled=True, simd=True)}
     for size in SIZES:
         for kind, options in FILES.items():
             file = io.BytesIO()
@@ -109,7 +125,10 @@ def main() -> None:
             name = f"{kind} {size[0]} x {size[1]}"
             figures[f"decode {name}"] = measure(able, file.getvalue())
             print(f"decode {name}", figures[f"decode {name}"], flush=True)
-            figures[f"crop {name}"] = measure(crops, file.getvalue())
+            ways = crops(args.image_size)
+            if kind != "JPEG":
+                ways.pop("any eighth", None)
+            figures[f"crop {name}"] = measure(ways, file.getvalue())
             print(f"crop {name}", figures[f"crop {name}"], flush=True)
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")

@@ -139,6 +139,12 @@ def data_rows(figures: dict) -> Iterable[Row]:
             f"PyTorch DataLoader: {pipeline['torch_pairs_per_core_second']} pairs/s",
             pipeline["ratio"],
         )
+        yield Row(
+            f"the same from a store of --image_size={pipeline['reduced_image_size']}",
+            f"{pipeline['gcl_jax_reduced_pairs_per_core_second']} pairs/s",
+            f"the same DataLoader: {pipeline['torch_pairs_per_core_second']} pairs/s",
+            pipeline["ratio_reduced"],
+        )
 
 
 def metrics_rows(figures: dict) -> Iterable[Row]:

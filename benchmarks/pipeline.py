@@ -1,9 +1,10 @@
-"""How fast training batches are made, against a plain PyTorch DataLoader with Pillow that does the
-same work (decode, random resized crop, tokenise, stack) in the same run:
+"""How fast training batches are made, from image files as they are and from a store with reduced
+ones (`prepare --image_size`), against a plain PyTorch DataLoader with Pillow that does the same
+work (decode, random resized crop, tokenise, stack) in the same run:
 
     python benchmarks/data.py --pairs=20000 --documents=2000 --images --pipeline
 
-Both run in this process, in turns. A rate is pairs per second of processor time, so per core,
+All run in this process, in turns. A rate is pairs per second of processor time, so per core,
 whatever the number of threads. Needs the [parity] extra.
 """
 
@@ -89,33 +90,35 @@ def forever(loader: DataLoader) -> Iterator:
         yield from loader
 
 
-def compare(folder: Path, store: Path, image_size: int, repeats: int) -> dict:
-    """Figures of both, and the median of the ratios; batches of 64, `repeats` turns of 4."""
+def compare(folder: Path, stores: dict[str, Path], image_size: int, repeats: int) -> dict:
+    """Figures of all, and the median of the ratios to PyTorch's; batches of 64, `repeats` turns of
+    4. Of `stores`, "gcl_jax" has the image files as they are."""
     torch.set_num_threads(1)
     batch_size, count = 64, 4
-    cfg = TrainConfig(
-        model=ModelConfig(vision=VisionConfig(image_size=image_size)),
-        data=DataConfig(store=str(store), augmentation="crop", min_crop_area=MIN_AREA),
-        optim=OptimConfig(batch_size=batch_size),
-    )
-    ranked = RankedStore(store)
-    plain = PlainPairs(folder, image_size, cfg.model.text.context_length)
-    contestants = {
-        "torch": forever(DataLoader(plain, batch_size=batch_size, shuffle=True)),
-        "gcl_jax": train_batches(ranked.resolve(cfg), ranked),
-    }
+    model = ModelConfig(vision=VisionConfig(image_size=image_size))
+    plain = PlainPairs(folder, image_size, model.text.context_length)
+    contestants = {"torch": forever(DataLoader(plain, batch_size=batch_size, shuffle=True))}
+    for name, store in stores.items():
+        cfg = TrainConfig(
+            model=model,
+            data=DataConfig(store=str(store), augmentation="crop", min_crop_area=MIN_AREA),
+            optim=OptimConfig(batch_size=batch_size),
+        )
+        ranked = RankedStore(store)
+        contestants[name] = train_batches(ranked.resolve(cfg), ranked)
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(repeats + 1):
         for name, batches in contestants.items():
             measured = rate(batches, count, batch_size)
             if turn:  # The first one loads what is loaded once.
                 rates[name].append(measured)
-    contestants["gcl_jax"].close()
-    ratios = [ours / plain for ours, plain in zip(rates["gcl_jax"], rates["torch"], strict=True)]
-    return {
-        "image_size": image_size,
-        "torch_pairs_per_core_second": round(statistics.median(rates["torch"])),
-        "gcl_jax_pairs_per_core_second": round(statistics.median(rates["gcl_jax"])),
-        "ratio": round(statistics.median(ratios), 2),
-        "ratio_min_max": [round(min(ratios), 2), round(max(ratios), 2)],
-    }
+    figures: dict = {"image_size": image_size}
+    figures["torch_pairs_per_core_second"] = round(statistics.median(rates["torch"]))
+    for name in stores:
+        contestants[name].close()
+        ratios = [ours / plain for ours, plain in zip(rates[name], rates["torch"], strict=True)]
+        figures[f"{name}_pairs_per_core_second"] = round(statistics.median(rates[name]))
+        figures["ratio" + name.removeprefix("gcl_jax")] = round(statistics.median(ratios), 2)
+        extremes = [round(min(ratios), 2), round(max(ratios), 2)]
+        figures["ratio_min_max" + name.removeprefix("gcl_jax")] = extremes
+    return figures

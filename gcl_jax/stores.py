@@ -112,12 +112,14 @@ def write_store(
     fingerprint: str = "",
     workers: int = 1,
     beam: Sequence[str] | None = None,
+    image_size: int = 0,
 ) -> RankedStore:
     """Writes `source` to the directory `out`, which is complete or absent: it is built beside its
     place, in OUT.incomplete, and renamed at the end. What `bad_rows` skipped is listed in
     OUT/skipped.jsonl. `workers` threads read and decode images; or the workers of an Apache Beam
     pipeline with the options `beam` (such as ["--runner=FlinkRunner"]) write the records,
-    `documents()` and `queries()` being read twice then.
+    `documents()` and `queries()` being read twice then. With an `image_size`, images of more pixels
+    on their shorter side are stored with so many, as JPEG.
 
     A run that was cut short is continued by the next one of the same `fingerprint`, which stands
     for all that the store depends on; without one, and after a `UserError`, work starts afresh.
@@ -135,8 +137,8 @@ def write_store(
                 return existing
             _keep_if_same(building, fingerprint)
             bad_rows = bad_rows or BadRows()
-            read = _write_records(source, building, bad_rows, workers, beam)
-            _write_rest(source, building / "store", bad_rows, read, fingerprint)
+            read = _write_records(source, building, bad_rows, workers, beam, image_size)
+            _write_rest(source, building / "store", bad_rows, read, fingerprint, image_size)
         except UserError:
             shutil.rmtree(building)
             raise
@@ -163,19 +165,21 @@ def _write_records(
     bad_rows: BadRows,
     workers: int,
     beam: Sequence[str] | None,
+    image_size: int,
 ) -> dict[str, Part]:
     """What became of the "documents" and of the "queries"."""
+    folder, skipping = building / "parts", BadRows("skip")
     fields = {"documents": source.document_fields, "queries": source.query_fields}
     if beam is not None:
         for kind in fields:
-            parts = PartsWriter(kind, fields[kind], building / "parts", BadRows("skip"))
+            parts = PartsWriter(kind, fields[kind], folder, skipping, image_size)
             parts.make_with_beam(getattr(source, kind)(), beam)
     sides = {kind: getattr(source, kind)() for kind in fields}
     read = {}
     total = sum(operator.length_hint(records) for records in sides.values())
     with logs.progress(total, unit="records", description="write") as bar:
         for kind, records in sides.items():
-            parts = PartsWriter(kind, fields[kind], building / "parts", bad_rows)
+            parts = PartsWriter(kind, fields[kind], folder, bad_rows, image_size)
             read[kind] = parts.write(records, building / "store", bar.update, workers)
             if not read[kind].ids:
                 raise DataError(
@@ -187,7 +191,12 @@ def _write_records(
 
 
 def _write_rest(
-    source: Source, out: Path, bad_rows: BadRows, read: dict[str, Part], fingerprint: str
+    source: Source,
+    out: Path,
+    bad_rows: BadRows,
+    read: dict[str, Part],
+    fingerprint: str,
+    image_size: int,
 ) -> None:
     """The pairs, the corpora, store.json, which describes it all, and the checksums."""
     splits, corpora = source.splits(), source.corpora()
@@ -211,6 +220,7 @@ def _write_rest(
         "gcl_jax": importlib.metadata.version("gcl_jax"),
         "query_fields": source.query_fields,
         "document_fields": source.document_fields,
+        "image_size": image_size,
         "splits": {
             name: {
                 "pairs": len(split.pairs),

@@ -20,11 +20,14 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from gcl_jax.data import __main__ as data_command
+from gcl_jax.data.pipeline import corpus_batches
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare import parts, records
 from gcl_jax.prepare.rows import read_rows
+from gcl_jax.stores import write_store
+from tests.conftest import TinySource
 
 FIELDS = "--query_fields=query --document_fields=image:image,title --id_column=id"
 PAIRS = [
@@ -39,6 +42,50 @@ def png(color="red", size=8, **options) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (size, size), color).save(file, "PNG", **options)
     return file.getvalue()
+
+
+def test_images_of_a_store_are_reduced_never_enlarged(tmp_path, tiny_config):
+    files = {"a.png": png(size=20), "b.png": png("blue", size=7), "c.jpg": b""}
+    Image.effect_noise((90, 30), 50).save(tmp_path / "c.jpg")
+    files["c.jpg"] = (tmp_path / "c.jpg").read_bytes()
+    for name, data in files.items():
+        (tmp_path / name).write_bytes(data)
+    rows = [{"query": "q", "id": n, "score": 9, "image": n, "title": "t"} for n in files]
+    table = write_table(tmp_path / "pairs.csv", rows)
+    arguments = [*FIELDS.split(), "--score_column=score", f"--pairs={table}"]
+
+    def run(out, *more):
+        command = [f"--out={tmp_path / out}", *arguments, *more]
+        return prepare.prepare(prepare.make_parser().parse_args(command))
+
+    store, small = run("plain"), run("small", "--image_size=8")
+    assert [record["image"] for record in store.documents] == list(files.values())
+    found = [record["image"] for record in small.documents]
+    sizes = [Image.open(io.BytesIO(data)).size for data in found]
+    assert sizes == [(8, 8), (7, 7), (24, 8)]
+    assert found[1] == files["b.png"]
+    assert "images: 8 pixels on the shorter side, or fewer" in prepare.summary(small)
+    assert "images: " not in prepare.summary(store)
+    assert run("small", "--image_size=8").digest == small.digest != store.digest
+    for size in ("9", None):
+        with pytest.raises(DataError, match="exists already"):
+            run("small", *([f"--image_size={size}"] if size else []))
+    with pytest.raises(UserError, match="--image_size=0: give 1 pixel or more"):
+        run("none", "--image_size=0")
+    rows = np.arange(3)
+    with pytest.raises(UserError, match=r"=16 is more than the store was prepared with .*=8\)"):
+        next(corpus_batches(tiny_config, "document", small.documents, ["image"], rows, 3))
+    tiny_config.model.vision.image_size = 8
+    assert next(corpus_batches(tiny_config, "document", small.documents, ["image"], rows, 3))
+
+
+def test_an_image_of_a_source_of_ones_own_that_cannot_be_reduced_is_named(tmp_path):
+    class Broken(TinySource):
+        def documents(self):
+            return ({**record, "image": b"<html>"} for record in super().documents())
+
+    with pytest.raises(DataError, match=r"record 'd00', field 'image': unreadable image"):
+        write_store(Broken(), tmp_path / "store", image_size=8)
 
 
 def bomb() -> bytes:

@@ -5,6 +5,7 @@ import dataclasses
 import importlib
 import io
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,14 @@ from PIL import Image, ImageOps
 
 from gcl_jax.config import ModelConfig, PreprocessConfig
 from gcl_jax.data import transforms
-from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop, thumbnail
+from gcl_jax.data.transforms import (
+    ImageTransform,
+    decode_for_crops,
+    decode_image,
+    random_resized_crop,
+    reduced_image,
+    thumbnail,
+)
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.source import load_image
 from gcl_jax.search.searcher import image_type
@@ -309,6 +317,66 @@ def test_jpegs_for_crops_are_decoded_at_a_smaller_scale(mode, size, min_area, sc
     difference = np.abs(np.asarray(small).astype(int) - np.asarray(whole))
     assert difference.mean() < 2
     assert difference.max() <= 16
+
+
+JPEGS = {
+    "progressive": {"progressive": True},
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "RGB inside": {"keep_rgb": True},
+    "tables of its own": {"optimize": True},
+    "restarts": {"restart_marker_rows": 1},
+    "with a profile": {"icc_profile": b"profile" * 20_000},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize("kind", [*FILES, *JPEGS])
+def test_images_for_crops_are_pillows(kind):
+    """Whichever library decodes them, and their crops are the same; whole and in part."""
+    if kind in JPEGS:
+        data = encoded(photo(131, 77), "JPEG", **JPEGS[kind])
+    else:
+        data = FILES[kind](photo(131, 77))
+    damaged = bytearray(data)
+    damaged[-len(data) // 3 :: 97] = bytes(len(damaged[-len(data) // 3 :: 97]))
+    for content in (data, data + b"more", bytes(damaged), data[:-2], data[: len(data) // 2], b""):
+        try:
+            expected = decode_image(content, deep=False)
+        except DataError as error:
+            same = re.escape(str(error).partition(" at 0x")[0])
+            with pytest.raises(DataError, match=same):
+                decode_for_crops(content, 64, 0.5)
+            continue
+        image = decode_for_crops(content, 64, 0.5)
+        np.testing.assert_array_equal(image, expected)
+        for size in (24, 100):
+            crop, pillows = (
+                random_resized_crop(one, size, np.random.default_rng(size), 0.5)
+                for one in (image, expected)
+            )
+            np.testing.assert_array_equal(crop, pillows)
+        assert isinstance(image, np.ndarray) or kind not in ("jpeg", *JPEGS) or content != data
+
+
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
+@pytest.mark.parametrize(
+    "kind", [kind for kind in FILES if kind not in ("png 16 bit", "tiff float")]
+)
+def test_reduced_images_are_what_open_clip_makes_of_them_but_for_jpeg(kind):
+    transform = ImageTransform(32, PreprocessConfig())
+    for size in ((97, 61), (61, 97), (33, 400)):
+        data = FILES[kind](photo(*size))
+        small = decode_image(reduced_image(data, 32))
+        assert small.mode == "RGB"
+        assert small.size == tuple(32 * x // min(size) for x in decode_image(data).size)
+        # Of colours JPEG keeps half the resolution.
+        bright = [
+            np.asarray(Image.fromarray(transform(image)).convert("L"), int)
+            for image in (small, decode_image(data))
+        ]
+        assert np.abs(bright[0] - bright[1]).mean() < 4
+        assert reduced_image(data, min(size)) == data
 
 
 @pytest.mark.parametrize("kind", ["png rgba", "webp alpha", "gif", "tiff lab"])

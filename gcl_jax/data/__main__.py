@@ -117,6 +117,8 @@ def as_text(store: RankedStore, splits: list[SplitFigures]) -> str:
             missing = provenance["missing"][side][field]
             lines.append(f"  {field} ({field_kind}): missing in {missing}")
     seen = trained_on(store)
+    if store.info.get("image_size"):
+        lines.append(f"images: {store.info['image_size']} pixels on the shorter side, or fewer")
     for split in splits:
         lines.append(
             f"split {split.name}: {split.pairs} pairs, {split.queries} queries, "

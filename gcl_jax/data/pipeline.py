@@ -37,7 +37,12 @@ from gcl_jax.data.negatives import PairNegatives
 from gcl_jax.data.sampling import pair_weights, sampled
 from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.data.tokenizer import Tokenizer, load_tokenizer
-from gcl_jax.data.transforms import ImageTransform, decode_image, random_resized_crop
+from gcl_jax.data.transforms import (
+    ImageTransform,
+    decode_for_crops,
+    decode_image,
+    random_resized_crop,
+)
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.flops import TextLengths
 from gcl_jax.registry import TEXT_TOWERS
@@ -77,7 +82,7 @@ class FieldEncoder:
         self._records = records
         self._kinds = {field: records.fields[field] for field in fields}
         self._text_lengths = dict(text_lengths or {})
-        self._scaling: dict[str, Any] = {}
+        self._decode_image: Callable[[bytes], Any] = functools.partial(decode_image, deep=False)
         images = [field for field, kind in self._kinds.items() if kind == "image"]
         if training and not images:
             cached_records = max(cached_records, CACHED_TEXTS)
@@ -89,10 +94,15 @@ class FieldEncoder:
                     "image tower (config.model.vision is None); name text fields only"
                 )
             self._image_size = cfg.model.vision.image_size
+            if 0 < records.image_size < self._image_size:
+                raise ConfigError(
+                    f"config.model.vision.image_size={self._image_size} is more than the store was "
+                    f"prepared with (--image_size={records.image_size}); prepare it again with more"
+                )
             self._transform = ImageTransform(self._image_size, cfg.model.preprocess)
             if training and cfg.data.augmentation != "none":
                 size, area = self._image_size, cfg.data.min_crop_area
-                self._scaling = {"crop_size": size, "min_area": area}
+                self._decode_image = functools.partial(decode_for_crops, size=size, min_area=area)
         if len(images) < len(fields):
             _check_tokenizer(cfg.model.text, self._tokenizer)
 
@@ -125,7 +135,7 @@ class FieldEncoder:
                 loaded[field] = value
             else:
                 try:
-                    loaded[field] = decode_image(value, deep=False, **self._scaling)
+                    loaded[field] = self._decode_image(value)
                 except DataError as error:
                     raise DataError(f"record {record['id']!r}, field {field!r}: {error}") from None
         return loaded

@@ -80,8 +80,10 @@ class Records:
     """Documents or queries of a store; `records[i]` is a dict of `id` (str) and the fields: str for
     text, encoded bytes for an image; empty when the field is missing."""
 
-    def __init__(self, directory: Path, fields: dict[str, str]):
-        self.fields = fields
+    image_size = 0  # `prepare --image_size`
+
+    def __init__(self, directory: Path, fields: dict[str, str], image_size: int = 0):
+        self.fields, self.image_size = fields, image_size
         self._directory = directory
 
     def _reading(self) -> contextlib.AbstractContextManager:
@@ -176,10 +178,10 @@ class RankedStore:
                 "prepare the store again"
             )
         self._check_files()
-        self.documents = Records(
-            self.directory / "documents" / VERSION, self.info["document_fields"]
-        )
-        self.queries = Records(self.directory / "queries" / VERSION, self.info["query_fields"])
+        edge, folder = self.info.get("image_size", 0), self.directory
+        records = lambda kind, side: Records(folder / kind / VERSION, self.info[side], edge)
+        self.documents = records("documents", "document_fields")
+        self.queries = records("queries", "query_fields")
 
     def __repr__(self) -> str:
         sizes = [f"{name} ({split['pairs']} pairs)" for name, split in self.info["splits"].items()]
@@ -271,21 +273,17 @@ class RankedStore:
                 "prepared again from other data, or otherwise; prepare it as it was, or train anew"
             )
         cfg.data.digest = self.digest or cfg.data.digest
-        for side in ("query", "document"):
-            has, key = self.info[f"{side}_fields"], f"{side}_fields"
-            asked = getattr(cfg.data, key) or dict.fromkeys(has, 1 / len(has))
-            setattr(cfg.data, key, asked)
+        for side, has in self.kinds.items():
+            asked = getattr(cfg.data, f"{side}_fields") or dict.fromkeys(has, 1 / len(has))
+            setattr(cfg.data, f"{side}_fields", asked)
+        cfg.eval.query_fields = tuple(dict.fromkeys(cfg.eval.query_fields or cfg.data.query_fields))
+        for part, side in (("data", "query"), ("data", "document"), ("eval", "query")):
+            has, asked = self.kinds[side], getattr(getattr(cfg, part), f"{side}_fields")
             if unknown := [field for field in asked if field not in has]:
                 raise DataError(
                     f"store {self.directory} has no {side} field {unknown[0]!r} "
-                    f"(config.data.{key}); it has {', '.join(has)}"
+                    f"(config.{part}.{side}_fields); it has {', '.join(has)}"
                 )
-        cfg.eval.query_fields = tuple(dict.fromkeys(cfg.eval.query_fields or cfg.data.query_fields))
-        if unknown := [f for f in cfg.eval.query_fields if f not in self.queries.fields]:
-            raise DataError(
-                f"store {self.directory} has no query field {unknown[0]!r} "
-                f"(config.eval.query_fields); it has {', '.join(self.queries.fields)}"
-            )
         # The first split that training is for: train, train_a, in_domain, ..., val.
         usual = sorted(self.splits, key=lambda s: (bool(HELD_OUT.match(s)), s != "train"))
         cfg.data.train_split = cfg.data.train_split or usual[0]

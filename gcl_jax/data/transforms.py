@@ -7,6 +7,7 @@ matters: transparent pixels, palettes and CMYK would be resized to other colours
 import base64
 import contextlib
 import errno
+import functools
 import io
 import math
 import os
@@ -26,6 +27,11 @@ try:
 except ImportError:  # There is no wheel for this machine; Pillow does it, four times as slowly.
     simd = None
 
+try:
+    import simplejpeg
+except ImportError:  # Pillow makes the same pixels in half as much time again.
+    simplejpeg = None
+
 # What Pillow may try to read, by the file's ending: others call programs (EPS) or are no pictures.
 ENDINGS = {"PNG": ("png",), "JPEG": ("jpg", "jpeg"), "WEBP": ("webp",), "GIF": ("gif",)}
 ENDINGS |= {"BMP": ("bmp",), "TIFF": ("tif", "tiff"), "PPM": ("ppm", "pgm")}
@@ -38,6 +44,8 @@ MAX_RESIZED = 2**24
 MAX_BYTES = int(os.environ.get("GCL_JAX_MAX_BYTES", 2**28))  # of an encoded image, or of a cell
 # A profile or a text in a PNG may be as large as all its texts together: by default 1 MiB.
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY
+JPEG_QUALITY = 90  # of images that a store has smaller than they were
+JPEG_SIDE = 65_500  # pixels that a JPEG may have on a side
 THUMBNAIL = 160  # pixels of the longer side
 _PREMULTIPLIED = {"LA": "La", "RGBA": "RGBa"}
 INTERPOLATIONS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
@@ -137,6 +145,40 @@ def _draft_size(image_size: tuple[int, int], crop_size: int, min_area: float) ->
     return math.ceil(scale * width), math.ceil(scale * height)
 
 
+def decode_for_crops(
+    data: bytes, size: int, min_area: float
+) -> Image.Image | UInt8[np.ndarray, "height width 3"]:
+    """`decode_image(data, size, min_area, deep=False)`, as an array of the same pixels where that
+    is faster: of an RGB JPEG that is decoded at its full size."""
+    if simplejpeg is not None and data.startswith(b"\xff\xd8"):
+        with contextlib.suppress(ValueError):  # what it warns of, Pillow may read
+            height, width, colors, _ = simplejpeg.decode_jpeg_header(data)
+            least = _draft_size((width, height), size, min_area)
+            scaled = width >= 2 * least[0] and height >= 2 * least[1]
+            if colors in ("YCbCr", "RGB") and not scaled and width * height <= MAX_PIXELS:
+                return simplejpeg.decode_jpeg(data)
+    return decode_image(data, size, min_area, deep=False)
+
+
+def reduced_image(data: bytes, edge: int) -> bytes:
+    """An encoded image as it is, or, if its shorter side has more than `edge` pixels, a JPEG of the
+    RGB image that open_clip makes of it: resized in its own mode to that many, then converted.
+
+    Raises:
+        ImageError: as `decode_image`.
+    """
+    with open_image(data, deep=False) as image:
+        shorter, longer = sorted(image.size)
+        if shorter <= edge or edge * longer > JPEG_SIDE * shorter:
+            return data
+    image = decode_image(data)  # Loading may turn a TIFF.
+    width, height = (int(edge * side / shorter) for side in image.size)
+    small = image.resize((width, height), Image.Resampling.BICUBIC)
+    file = io.BytesIO()
+    small.convert("RGB").save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
+
+
 def thumbnail(encoded: bytes) -> str:
     """A small version of an encoded image as a data URI; empty if the image is missing.
 
@@ -212,30 +254,44 @@ def _resize_and_center_crop(
 
 
 def random_resized_crop(
-    image: Image.Image, size: int, rng: np.random.Generator, min_area: float
+    image: Image.Image | UInt8[np.ndarray, "height width 3"],
+    size: int,
+    rng: np.random.Generator,
+    min_area: float,
 ) -> UInt8[np.ndarray, "size size 3"]:
     """A box of random area (from `min_area` to 1 of the image) and aspect ratio, resized
     bicubically: the augmentation that open_clip trains with, in every resize mode. A pixel of an
     RGB image that shrinks may be one off Pillow's (two off next to black or white)."""
-    left, top, width, height = _random_box(image.size, rng, min_area, CROP_RATIO)
-    image = image.crop((left, top, left + width, top + height))
-    if simd is not None and image.mode == "RGB" and size <= min(image.size):
-        return _resize_rgb(image, size)
+    whole = image.shape[1::-1] if isinstance(image, np.ndarray) else image.size
+    left, top, width, height = _random_box(whole, rng, min_area, CROP_RATIO)
+    shrinks = simd is not None and size <= min(width, height)
+    if isinstance(image, np.ndarray):
+        part = image[top : top + height, left : left + width]
+        if shrinks:
+            return _resize_rgb(part.tobytes(), width, height, size)
+        image = Image.fromarray(part)
+    else:
+        image = image.crop((left, top, left + width, top + height))
+        if shrinks and image.mode == "RGB":
+            return _resize_rgb(image.tobytes(), width, height, size)
     return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC).convert("RGB"))
 
 
-def _resize_rgb(image: Image.Image, size: int) -> UInt8[np.ndarray, "size size 3"]:
+def _resize_rgb(
+    data: bytes, width: int, height: int, size: int
+) -> UInt8[np.ndarray, "size size 3"]:
     """Catmull and Rom's is Pillow's bicubic filter. By way of bytes: sharing memory with Pillow, as
     the library can, would depend on how a version of Pillow lays out its structures."""
     pixels = simd.PixelType.U8x3
     target = simd.ImageData(size, size, pixels)
-    bicubic = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
-    simd.Resizer().resize(
-        simd.ImageData(*image.size, pixels, image.tobytes()),
-        target,
-        simd.ResizeOptions(resize_alg=bicubic, use_alpha=False),
-    )
+    simd.Resizer().resize(simd.ImageData(width, height, pixels, data), target, _bicubic())
     return np.frombuffer(target.get_buffer(), np.uint8).reshape(size, size, 3)
+
+
+@functools.cache
+def _bicubic():
+    kernel = simd.ResizeAlg.convolution(simd.FilterType.catmull_rom)
+    return simd.ResizeOptions(resize_alg=kernel, use_alpha=False)
 
 
 def _random_box(
@@ -247,9 +303,10 @@ def _random_box(
     """(left, top, width, height); the largest central box of an allowed ratio when ten draws do
     not fit into the image."""
     width, height = image_size
+    low, high = map(math.log, ratio)
     for _ in range(10):
-        area = width * height * rng.uniform(min_area, 1.0)
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        area = width * height * (min_area + (1 - min_area) * rng.random())
+        aspect = math.exp(low + (high - low) * rng.random())
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1)), w, h

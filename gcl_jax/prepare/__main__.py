@@ -46,8 +46,8 @@ from gcl_jax.stores import finished_store, trained_on, write_store
 
 FIELD_KINDS = ("text", "image")
 LOCAL_BEAM = "--direct_running_mode=multi_processing --direct_num_workers=0"  # a process per core
-OF_COMMAND = ("out", "source", "extensions", "source_options", "on_error", "workers", "beam")
 NO_CONTENT = ("out", "workers", "beam", "extensions", "source_options")
+OF_COMMAND = (*NO_CONTENT, "source", "on_error", "image_size")
 # What an absent flag counts as in the fingerprint of a store, now as in earlier versions.
 ABSENT: dict[str, Any] = {"documents": [], "split": "train", "seed": 0}
 ABSENT |= {"image_column": "image", "caption_column": "caption"}
@@ -110,6 +110,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="where relative image paths begin, and which no path may leave (default: the folder "
         "of the file that names them)",
+    )
+    add(
+        "--image_size",
+        type=int,
+        metavar="PIXELS",
+        help="store images with so many pixels on their shorter side, as JPEG, unless they have "
+        "fewer; loads several times as fast (default: image files as they are)",
     )
     add(
         "--on_error",
@@ -201,6 +208,8 @@ def prepare(args: argparse.Namespace):
         ConfigError: the source cannot do with these arguments.
         DataError: bad input; nothing is left at `args.out` then.
     """
+    if args.image_size is not None and args.image_size < 1:
+        raise ConfigError(f"--image_size={args.image_size}: give 1 pixel or more")
     load_extensions(args.extensions)
     make = find_source(args.source)
     given = given_arguments(args, make)
@@ -212,7 +221,13 @@ def prepare(args: argparse.Namespace):
     beam = None if args.beam is None else shlex.split(args.beam)
     workers = max(1, args.workers)
     return write_store(
-        source, args.out, bad_rows, fingerprint=fingerprint, workers=workers, beam=beam
+        source,
+        args.out,
+        bad_rows,
+        fingerprint=fingerprint,
+        workers=workers,
+        beam=beam,
+        image_size=args.image_size or 0,
     )
 
 
@@ -277,6 +292,8 @@ def fingerprint_of(
     that they name, or that lie in folders that they name. Image files are taken as unchanging."""
     options = {k: v for k, v in vars(args).items() if k not in NO_CONTENT}
     options |= {k: v for k, v in ABSENT.items() if options[k] is None}
+    if args.image_size is None:  # Earlier versions had no such flag.
+        del options["image_size"]
     if not make.__module__.startswith("gcl_jax."):
         options["own"] = [code_checksum(make), sorted(args.source_options)]
     files = []
@@ -313,6 +330,8 @@ def summary(store) -> str:
         lines.append(f"  queries that differ in case or blanks only, merged: {merged} spellings")
     if hidden := provenance.get("hidden files"):
         lines.append(f"  hidden files (.DS_Store, ._*, __MACOSX), not read: {hidden}")
+    if info.get("image_size"):
+        lines.append(f"  images: {info['image_size']} pixels on the shorter side, or fewer")
     if skipped := provenance.get("skipped"):
         lines.append(f"  skipped, listed in {store.directory / 'skipped.jsonl'}:")
         lines += [f"    {reason}: {count}" for reason, count in skipped.items()]

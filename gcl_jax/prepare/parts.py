@@ -8,6 +8,7 @@ parts, which need nothing of each other, wherever they see the folder that the s
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import pickle
@@ -19,6 +20,7 @@ from pathlib import Path
 from gcl_jax import logs
 from gcl_jax.config import write_json
 from gcl_jax.data import store
+from gcl_jax.data.transforms import reduced_image
 from gcl_jax.errors import ConfigError, DataError, to_install
 from gcl_jax.prepare.source import BadRows, Item, Loaded
 
@@ -40,11 +42,20 @@ class Part:
 
 class PartsWriter:
     """Writes the records of one `kind` ("documents" or "queries") with parts in `folder`, and the
-    data set that they make together in OUT/KIND."""
+    data set that they make together in OUT/KIND; images have at most `image_size` pixels on their
+    shorter side, unless that is 0."""
 
-    def __init__(self, kind: str, fields: dict[str, str], folder: Path, bad_rows: BadRows):
+    def __init__(
+        self,
+        kind: str,
+        fields: dict[str, str],
+        folder: Path,
+        bad_rows: BadRows,
+        image_size: int = 0,
+    ):
         self._kind, self._folder = kind, folder
         self._fields, self._bad_rows = fields, bad_rows
+        self._image_size = image_size
 
     def write(
         self, items: Iterable[Item], out: Path, done: Callable[[int], object], workers: int
@@ -141,7 +152,7 @@ class PartsWriter:
         part = Part(missing=dict.fromkeys(self._fields, 0))
         skipped_before = len(self._bad_rows.skipped)
         with contextlib.closing(ArrayRecordWriter(str(folder / "records"), "group_size:1")) as file:
-            for loaded in _in_order(items, pool):
+            for loaded in _in_order(self._reduced(items), pool):
                 for place, error in loaded.errors:
                     self._bad_rows.report(place, error)
                 if loaded.record is None:
@@ -156,6 +167,12 @@ class PartsWriter:
         part.skipped = self._bad_rows.skipped[skipped_before:]
         write_json(note, dataclasses.asdict(part))
         return part
+
+    def _reduced(self, items: Iterator[Item]) -> Iterator[Item]:
+        images = [name for name, kind in self._fields.items() if kind == "image"]
+        if not (self._image_size and images):
+            return items
+        return (functools.partial(_load_reduced, item, images, self._image_size) for item in items)
 
     def _join(self, parts: list[Part], out: Path) -> None:
         import tensorflow_datasets as tfds
@@ -203,6 +220,21 @@ def _in_order(items: Iterator[Item], pool: Executor) -> Iterator[Loaded]:
         for waiting in pending:
             if isinstance(waiting, Future):
                 waiting.cancel()
+
+
+def _load_reduced(item: Item, fields: Sequence[str], edge: int) -> Loaded:
+    """What `item` gives, with `reduced_image` of its images."""
+    loaded = item() if callable(item) else Loaded(item, [])
+    if loaded.record is None:
+        return loaded
+    record = dict(loaded.record)
+    for field in fields:
+        if isinstance(data := record.get(field), bytes) and data:
+            try:
+                record[field] = reduced_image(data, edge)
+            except DataError as error:
+                raise DataError(f"record {record.get('id')!r}, field {field!r}: {error}") from None
+    return Loaded(record, loaded.errors)
 
 
 def _result(item: Loaded | Future) -> Loaded:
