@@ -10,19 +10,21 @@ import copy
 import dataclasses
 import json
 import math
+import os
+import re
 import typing
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gcl_jax import registry
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, UserError
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
     """What an option means, and which values it takes. Bounds of a tuple or a dict hold for each of
-    its numbers; choices of a dict are its names."""
+    its numbers; choices of a dict are its names; `path`: it may name a file or a folder."""
 
     meaning: str
     choices: Collection[str] = ()
@@ -30,6 +32,7 @@ class Option:
     above: float | None = None
     at_most: float | None = None
     below: float | None = None
+    path: bool = False
 
     @property
     def allowed(self) -> str:
@@ -47,7 +50,7 @@ class Option:
         return ", ".join(words.format(end) for end, words in ends if end is not None)
 
 
-def option(default: Any, meaning: str, choices: Collection[str] = (), **bounds: float) -> Any:
+def option(default: Any, meaning: str, choices: Collection[str] = (), **bounds: Any) -> Any:
     """A field of a configuration that describes itself; arguments as those of `Option`."""
     made: dict[str, Any] = {"metadata": {"option": Option(meaning, choices, **bounds)}}
     if isinstance(default, dict):
@@ -140,7 +143,9 @@ class TextConfig:
     first_position: int = option(0, "the first of them that a text uses", at_least=0)
     token_types: int = option(2, "rows of a BERT's type table; texts use the first", at_least=1)
     pad_id: int = option(0, "token id of a BERT's padding", at_least=0)
-    tokenizer: str = option("clip", "clip, or a folder or hub id with a Hugging Face tokenizer")
+    tokenizer: str = option(
+        "clip", "clip, or a folder or hub id with a Hugging Face tokenizer", path=True
+    )
     clean: str = option(
         "", "cleaning before the tokenizer, named as in open_clip, or none; empty: the tokenizer's"
     )
@@ -189,7 +194,9 @@ class ModelConfig:
 class DataConfig:
     """Which store to train on, which of its fields to embed, and with which weights."""
 
-    store: str = option("emoji", "folder of a store, or the name of a bundled or registered source")
+    store: str = option(
+        "emoji", "folder of a store, or the name of a bundled or registered source", path=True
+    )
     digest: str = option(
         "", "of the store's contents: a run notes it, and then takes no other store; empty: any"
     )
@@ -222,7 +229,9 @@ class DataConfig:
         1, "pairs of a query that come together in a batch; each still once an epoch", at_least=1
     )
     negatives: str = option(
-        "", "hard negatives: 'store' (given with the data), or a folder that gcl_jax.mine wrote"
+        "",
+        "hard negatives: 'store' (given with the data), or a folder that gcl_jax.mine wrote",
+        path=True,
     )
     num_negatives: int = option(1, "hard negatives of a pair in a batch", at_least=1)
     text_negatives: str = option(
@@ -511,6 +520,7 @@ class TrainConfig:
         "",
         "what a new run starts from: pretrained weights (a file, a Hugging Face or open_clip "
         "folder, a hub id), or the workdir of another run, or WORKDIR@STEP",
+        path=True,
     )
     seed: int = option(0, "of parameters, data order and augmentation", at_least=0)
     log_every: int = option(10, "steps between lines of metrics", at_least=1)
@@ -521,7 +531,7 @@ class TrainConfig:
         at_least=0,
     )
     extensions: tuple[str, ...] = option(
-        (), "modules, or paths of Python files, that register what this run uses"
+        (), "modules, or paths of Python files, that register what this run uses", path=True
     )
 
 
@@ -601,9 +611,52 @@ def from_dict(kind: type, values: Any, key: str = "") -> Any:
     return kind(**made)
 
 
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one letter before the colon is a drive
+
+
+def local_path(text: str | os.PathLike) -> Path:
+    """The path on this machine that an argument names; `~` is the home directory.
+
+    Raises:
+        UserError: it is empty, or the address of something elsewhere.
+    """
+    name = os.fspath(text)
+    if not name or "\0" in name:
+        raise UserError(f"{name!r} is no path")
+    if found := _ADDRESS.match(name):
+        hint = "give a path on this machine"
+        if found[1] in ("gs", "s3"):
+            hint = "mount the bucket, as docs/pods.md shows, and give the path of that folder"
+        raise UserError(f"{name}: addresses ({found[1]}://) are not read or written; {hint}")
+    try:
+        return Path(name).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise UserError(f"{name}: {error}") from None
+
+
+def output_path(text: str | os.PathLike) -> Path:
+    """The `local_path` of what is to be made.
+
+    Raises:
+        UserError: a file where a folder is needed, or no permission to write there.
+    """
+    path = local_path(text)
+    try:
+        there = next(x for x in (path, *path.absolute().parents) if x.exists())
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    if there != path and not there.is_dir():
+        raise UserError(f"{path} cannot be made: {there} is a file")
+    # A folder that is there may be what is asked for, finished.
+    if not path.is_dir() and not os.access(there, os.W_OK):
+        raise UserError(f"{path} cannot be made: no permission to write to {there}")
+    return path
+
+
 def check_workdir(workdir: Path) -> None:
-    """Raises `ConfigError` unless a run can be written to `workdir`: orbax takes its path for a
+    """Raises `UserError` unless a run can be written to `workdir`: orbax takes its path for a
     pattern when it puts the parts of a checkpoint together, and then finds none."""
+    output_path(workdir)
     if workdir.is_file():
         raise ConfigError(f"{workdir} is a file; a run needs a directory")
     path = str(workdir.absolute())

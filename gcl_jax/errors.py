@@ -1,5 +1,6 @@
 """Errors that a user can mend, and how every command reports them: one line, no traceback."""
 
+import argparse
 import contextlib
 import difflib
 import io
@@ -9,8 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator
 
 
-class UserError(ValueError):
-    """Something in the input is wrong; the message is one line: what, and how to mend it."""
+class UserError(argparse.ArgumentTypeError, ValueError):
+    """Something in the input is wrong; the message is one line: what, and how to mend it. Raised by
+    what reads an argument, argparse shows it too."""
 
 
 class ConfigError(UserError):

@@ -121,7 +121,7 @@ def load_extensions(sources: Iterable[str]) -> None:
             continue
         try:
             if source.endswith(".py"):
-                load_file(Path(source))
+                load_file(Path(source).expanduser())
             else:
                 importlib.import_module(source)
         except ConfigError:

@@ -42,7 +42,7 @@ def directory_of(name: str) -> Path:
     if not isinstance(name, str | os.PathLike):
         raise DataError(f"a store is named by its path or its source, not {name!r}")
     if name not in SOURCES or Path(name).is_dir():
-        return Path(name)
+        return config.local_path(name)
     make, bad_rows = SOURCES[name], BadRows()
     if needed := [k for k, p in arguments_of(make).items() if p.default is p.empty]:
         raise ConfigError(
@@ -128,6 +128,7 @@ def write_store(
         DataError: `out` exists already, the source has bad rows, or no pairs.
         ConfigError: Apache Beam is asked for and not installed.
     """
+    out = config.output_path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     building = out.with_name(f"{out.name}.incomplete")
     with store.locked(building):

@@ -15,9 +15,10 @@ from gcl_jax.config import (
     ObjectivesConfig,
     TrainConfig,
     described,
+    local_path,
     nested,
 )
-from gcl_jax.errors import ConfigError, require
+from gcl_jax.errors import ConfigError, UserError, require
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
 LARGEST = 2**31 - 1  # whole number: what a device counts with
@@ -68,6 +69,12 @@ def check(key: str, value: Any, one: Described) -> None:
         is_of(value, one.type),
         f"{key}={value!r} must be {in_words(one.type)}, such as {example(one)!r}",
     )
+    if option.path:
+        for path in filter(None, [value] if isinstance(value, str) else value):
+            try:
+                local_path(path)
+            except UserError as error:
+                raise ConfigError(f"config.{key}: {error}") from None
     weights = isinstance(value, dict)
     for name, x in _numbers(key, value):
         must = f"{name}={x} must be " + ("a weight of " if weights else "")

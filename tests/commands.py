@@ -29,13 +29,14 @@ def run(folder: Path, *words: str) -> str:
     return _forked(_module, folder, words)
 
 
-def parse(folder: Path, lines: list[list[str]]) -> None:
-    """Only reads the command lines `python -m WORDS`, with the parsers of these commands.
+def parse(folder: Path, lines: list[list[str]], whole: bool = False) -> None:
+    """Only reads the command lines `python -m WORDS`, with the parsers of these commands; `whole`
+    goes on with those of which no configuration is read.
 
     Raises:
         AssertionError: one does not take what it is given.
     """
-    _forked(_parsers, folder, lines)
+    _forked(_parsers, folder, lines, whole)
 
 
 def execute(folder: Path, *blocks: str) -> str:
@@ -85,14 +86,14 @@ def _module(words: tuple[str, ...]) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-def _parsers(lines: list[list[str]]) -> None:
+def _parsers(lines: list[list[str]], whole: bool) -> None:
     """Each line in a fork of this fork, which ends as soon as its flags are parsed."""
     wrong = []
     for words in lines:
         if not (child := os.fork()):
             if words[0] in ("gcl_jax.train", "gcl_jax.plan"):
                 _end_after(flags, "parse")
-            else:
+            elif not whole:
                 _end_after(argparse.ArgumentParser, "parse_args")
                 _end_after(argparse.ArgumentParser, "parse_intermixed_args")
             try:

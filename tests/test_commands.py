@@ -7,7 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
+from processes import ROOT
 
 from gcl_jax import config, validation
 from gcl_jax.train import flags
@@ -71,6 +73,53 @@ def test_a_missing_run_is_told_before_jax_is_loaded(args, tmp_path):
 
 
 FIRST_VERSION = json.loads((Path(__file__).parent / "commands_0_1.json").read_text())
+
+
+ADDRESS = "gs://bucket/x"
+# Every argument that names a file or a folder, and what else the command needs.
+PATHS = {
+    "data inspect": [ADDRESS, "emoji --html="],
+    "data verify": [ADDRESS],
+    "embed": ["--workdir=", "--workdir=x --out=", "--workdir=x --store="],
+    "evaluate": [
+        *["--workdir=", "--qrels=", "--compare x ", "--qrels=x --run=", "--qrels=x --out="],
+        *["--workdir=x --classify=", "--workdir=x --classnames=", "--workdir=x --templates="],
+    ],
+    "mine": ["--workdir=x --out=", "--out=x --workdir="],
+    "plan": ["--config=configs/emoji_tiny.py --topology=cpu:2 --json="],
+    "port export": ["--format=run --out=x --workdir=", "--format=run --workdir=x --out="],
+    "port import": ["x --workdir="],
+    "prepare": ["--out="]
+    + [f"--out=x --{name}=" for name in ("data", "image_root", "pairs", "documents", "captions")],
+    "report": ["--workdir="],
+    "search": ["cat --workdir=", "cat --workdir=x --images="],
+    "train": ["--config=configs/emoji_tiny.py --workdir=", "--workdir=x --config="]
+    + [
+        f"--config=configs/emoji_tiny.py --workdir=x --config.{one.key}="
+        for one in config.described()
+        if one.option.path
+    ],
+}
+
+
+def test_addresses_are_refused_by_every_argument_that_names_a_path(tmp_path):
+    """At once, in one line, with what to do instead; today buckets have to be mounted."""
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    lines = []
+    for command, ends in PATHS.items():
+        for end in ends:
+            module, *words = f"{command} {end}".split()
+            address = "" if end == ADDRESS else ADDRESS
+            words = [*words[:-1], words[-1] + address] if end[-1] != " " else [*words, address]
+            lines.append([f"gcl_jax.{module}", *words])
+    with pytest.raises(AssertionError) as refused:
+        commands.parse(tmp_path, lines, whole=True)
+    said = f"{ADDRESS}: addresses (gs://) are not read or written; mount the bucket"
+    assert str(refused.value).count(said) == len(lines)
+    assert "Traceback" not in str(refused.value)
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".txt"] == ["configs"]
+    for source in (ROOT / "gcl_jax").glob("*/__main__.py"):
+        assert "type=Path" not in source.read_text(), source
 
 
 @pytest.mark.parametrize("command", [name for name in FIRST_VERSION if name != "config"])

@@ -238,7 +238,10 @@ def test_commands_of_the_page_run_as_printed(tmp_path):
                 trainings.append(job["containers"][0]["args"])
     trainings = [words[-words[::-1].index("gcl_jax.train") - 1 :] for words in trainings]
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    commands.parse(tmp_path, trainings)
+    here = [
+        [re.sub("=/(bucket|shared)/", f"={tmp_path}/", x) for x in words] for words in trainings
+    ]
+    commands.parse(tmp_path, here)
     for place, count in {"/bucket": 6, "/shared": 1}.items():
         flags = {"--config=configs/marqo_gs/vit_b32.py", f"--workdir={place}/runs/b32"}
         flags |= {f"--config.data.store={place}/stores/marqo_gs_full_10m"}

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gcl_jax.config import output_path
 from gcl_jax.data.store import Pairs, RankedStore, Records, damaged_files, files_of
 from gcl_jax.data.transforms import thumbnail
 from gcl_jax.errors import reported_in_one_line
@@ -32,7 +33,10 @@ def make_parser() -> argparse.ArgumentParser:
         help="directory of the store, or a source that needs no arguments: emoji, emoji_languages",
     )
     inspect.add_argument(
-        "--html", type=Path, metavar="FILE", help="the page to write (default: beside the store)"
+        "--html",
+        type=output_path,
+        metavar="FILE",
+        help="the page to write (default: beside the store)",
     )
     inspect.add_argument(
         "--samples", type=int, default=12, metavar="N", help="sample pairs a split (default 12)"

@@ -23,7 +23,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import TrainConfig, local_path
 from gcl_jax.data.store import RankedStore, read_checksums
 from gcl_jax.errors import ConfigError, DataError
 
@@ -75,7 +75,7 @@ def negative_files(source: str, store: RankedStore, split: str) -> dict[str, Pat
         DataError: there are none, or they are those of other pairs.
     """
     of_store = source == "store"
-    folder = store.directory / "pairs" / split if of_store else Path(source) / split
+    folder = store.directory / "pairs" / split if of_store else local_path(source) / split
     found = {side: folder / name for side, name in FILES.items() if (folder / name).is_file()}
     mining = (
         "python -m gcl_jax.mine --workdir=RUN --out=FOLDER, and set config.data.negatives=FOLDER"

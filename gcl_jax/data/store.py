@@ -31,7 +31,7 @@ import filelock
 import numpy as np
 
 from gcl_jax import logs
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import TrainConfig, local_path
 from gcl_jax.errors import DataError, first_line
 
 VERSION = "1.1.0"
@@ -160,7 +160,7 @@ class RankedStore:
     """
 
     def __init__(self, directory: str | Path):
-        self.directory = Path(directory)
+        self.directory = local_path(directory)
         manifest = self.directory / "store.json"
         if not manifest.is_file():
             raise DataError(

@@ -7,13 +7,12 @@ same command.
 """
 
 import argparse
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gcl_jax import config, distributed, runs
-from gcl_jax.config import DataConfig
+from gcl_jax.config import DataConfig, local_path, output_path
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embed import exports
 from gcl_jax.errors import UserError, reported_in_one_line
@@ -41,7 +40,7 @@ def embed_run(args: argparse.Namespace) -> None:
     trained, data = config.load(args.workdir / "config.json").data, None
     if args.store or args.query_fields or args.document_fields:
         data = DataConfig(
-            store=args.store or trained.store,
+            store=str(args.store or trained.store),
             query_fields=args.query_fields or trained.query_fields,
             document_fields=args.document_fields or trained.document_fields,
         )
@@ -83,13 +82,24 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add: Any = parser.add_argument
-    add("--workdir", type=Path, required=True, metavar="RUN", help="directory of a training run")
-    add("--store", metavar="PATH", help="a store (default: the one that the run was trained on)")
+    add(
+        "--workdir",
+        type=local_path,
+        required=True,
+        metavar="RUN",
+        help="directory of a training run",
+    )
+    add(
+        "--store",
+        type=local_path,
+        metavar="PATH",
+        help="a store (default: the one that the run was trained on)",
+    )
     add("--side", choices=(*FOLDERS, "both"), default="document", help="(default: document)")
     add("--split", help="only its corpus, or its queries (default: all records of the store)")
     add(
         "--out",
-        type=Path,
+        type=output_path,
         metavar="DIR",
         help="the folder to make, or with --side=both the folder of two; must not exist",
     )

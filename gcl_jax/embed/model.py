@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from gcl_jax import logs, sharding
-from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
+from gcl_jax.config import DataConfig, MeshConfig, TrainConfig, local_path
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import Records
 from gcl_jax.data.transforms import read_file
@@ -356,4 +356,5 @@ def _path(name: str, value: Any) -> str:
         raise UserError(f"{name} must be a path, not {_described(value)}")
     if not os.fspath(value):
         raise UserError(f"{name} is empty")
-    return os.fspath(value)
+    local_path(value)
+    return os.path.expanduser(value)

@@ -15,9 +15,9 @@ the whole corpus of its split exactly, top 1000.
 """
 
 import argparse
-from pathlib import Path
 
 from gcl_jax import config, distributed, runs
+from gcl_jax.config import local_path, output_path
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.evaluate import results
 from gcl_jax.registry import load_extensions
@@ -64,18 +64,18 @@ def make_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--workdir", type=Path, help="directory of a training run")
-    what.add_argument("--qrels", type=Path, help="judgements, to score --run by")
+    what.add_argument("--workdir", type=local_path, help="directory of a training run")
+    what.add_argument("--qrels", type=local_path, help="judgements, to score --run by")
     what.add_argument(
         "--compare",
-        type=Path,
+        type=local_path,
         nargs=2,
         metavar=("RUN_A", "RUN_B"),
         help="two directories with results: of runs, or --out of earlier calls",
     )
     add = parser.add_argument
-    add("--run", type=Path, help="with --qrels: what a system found")
-    add("--out", type=Path, help="with --qrels: directory to write the scores to")
+    add("--run", type=local_path, help="with --qrels: what a system found")
+    add("--out", type=output_path, help="with --qrels: directory to write the scores to")
     add(
         "--extensions",
         type=lambda text: text.split(","),
@@ -100,13 +100,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     other.add_argument(
         "--classify",
-        type=Path,
+        type=local_path,
         metavar="PATH",
         help="instead: zero-shot accuracy on a folder of images by class, or a CSV or parquet file",
     )
-    add("--classnames", type=Path, metavar="FILE", help="with --classify: a class per line")
+    add("--classnames", type=local_path, metavar="FILE", help="with --classify: a class per line")
     prompts = "with --classify: a prompt per line, {} for the class"
-    add("--templates", type=Path, metavar="FILE", help=prompts)
+    add("--templates", type=local_path, metavar="FILE", help=prompts)
     runs.add_checkpoint(parser)
     distributed.add_arguments(parser)
     return parser

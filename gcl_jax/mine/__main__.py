@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gcl_jax import distributed, runs
+from gcl_jax.config import local_path, output_path
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
 from gcl_jax.errors import DataError, reported_in_one_line
 from gcl_jax.mine.mining import Mining, mine_negatives
@@ -133,8 +134,20 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--workdir", type=Path, required=True, metavar="RUN", help="directory of a training run")
-    add("--out", type=Path, required=True, metavar="FOLDER", help="what to make; must not exist")
+    add(
+        "--workdir",
+        type=local_path,
+        required=True,
+        metavar="RUN",
+        help="directory of a training run",
+    )
+    add(
+        "--out",
+        type=output_path,
+        required=True,
+        metavar="FOLDER",
+        help="what to make; must not exist",
+    )
     add(
         "--side",
         choices=tuple(SIDES),

@@ -11,9 +11,8 @@ import dataclasses
 import json
 import os
 import sys
-from pathlib import Path
 
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import TrainConfig, output_path
 from gcl_jax.errors import ConfigError, reported_in_one_line
 from gcl_jax.train import flags
 
@@ -55,7 +54,7 @@ def run(cfg: TrainConfig, args: argparse.Namespace) -> bool:
     print(planner.report(cfg, data, plan, topology, args.utilisation))
     if args.json:
         rows = planner.figures(cfg, plan, topology, args.utilisation)
-        Path(args.json).write_text(json.dumps(rows, indent=2) + "\n")
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
     return plan.fits
 
 
@@ -94,7 +93,9 @@ def make_parser() -> argparse.ArgumentParser:
         default=0.4,
         help="share of the peak FLOP/s that the projection assumes (0.4)",
     )
-    parser.add_argument("--json", metavar="FILE", help="file to write all figures to")
+    parser.add_argument(
+        "--json", type=output_path, metavar="FILE", help="file to write all figures to"
+    )
     return parser
 
 

@@ -12,7 +12,7 @@ import textwrap
 from pathlib import Path
 
 from gcl_jax import config, runs
-from gcl_jax.config import DataConfig, ModelConfig, TrainConfig
+from gcl_jax.config import DataConfig, ModelConfig, TrainConfig, local_path, output_path
 from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line
 from gcl_jax.models.presets import PRESETS
 from gcl_jax.validation import validate
@@ -129,7 +129,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     read = commands.add_parser("import", help="make a workdir of a pretrained model")
     read.add_argument("source", metavar="SOURCE", help=SOURCE_HELP)
-    read.add_argument("--workdir", type=Path, required=True, help="new directory of the run")
+    read.add_argument("--workdir", type=output_path, required=True, help="new directory of the run")
     read.add_argument(
         "--model",
         default="",
@@ -150,9 +150,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         )
 
     write = commands.add_parser("export", help="write a run's model as a folder")
-    write.add_argument("--workdir", type=Path, required=True, help="directory of a run")
+    write.add_argument("--workdir", type=local_path, required=True, help="directory of a run")
     write.add_argument("--format", choices=FORMATS, required=True)
-    write.add_argument("--out", type=Path, required=True, help="folder to write")
+    write.add_argument("--out", type=output_path, required=True, help="folder to write")
     runs.add_checkpoint(write)
     write.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export in --out"

@@ -38,6 +38,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from gcl_jax.config import local_path, output_path
 from gcl_jax.data.store import VERSION
 from gcl_jax.errors import ConfigError, reported_in_one_line
 from gcl_jax.prepare.source import BadRows, arguments_of, code_checksum, make_source
@@ -75,7 +76,13 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--out", type=Path, required=True, metavar="DIR", help="the store to make; must not exist")
+    add(
+        "--out",
+        type=output_path,
+        required=True,
+        metavar="DIR",
+        help="the store to make; must not exist",
+    )
     add(
         "--source",
         default="tables",
@@ -99,14 +106,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add(
         "--data",
-        type=Path,
+        type=local_path,
         nargs="+",
         metavar="PATH",
         help="of marqo_gs and folder the folder, of webdataset tar files or folders of them",
     )
     add(
         "--image_root",
-        type=Path,
+        type=local_path,
         metavar="DIR",
         help="where relative image paths begin, and which no path may leave (default: the folder "
         "of the file that names them)",
@@ -141,10 +148,16 @@ def make_parser() -> argparse.ArgumentParser:
         f'pipeline\'s options, e.g. --beam="--runner=FlinkRunner ..."; alone, "{LOCAL_BEAM}"',
     )
     add = parser.add_argument_group("tables").add_argument
-    add("--pairs", type=Path, nargs="+", metavar="FILE", help="files with one scored pair a row")
+    add(
+        "--pairs",
+        type=local_path,
+        nargs="+",
+        metavar="FILE",
+        help="files with one scored pair a row",
+    )
     add(
         "--documents",
-        type=Path,
+        type=local_path,
         nargs="+",
         metavar="FILE",
         help="files with one document a row (default: the documents stand in the pairs' rows)",
@@ -182,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("folder").add_argument
     add(
         "--captions",
-        type=Path,
+        type=local_path,
         metavar="FILE",
         help="a table of captions (default: a.txt of a.jpg)",
     )
@@ -282,7 +295,9 @@ def _as(kind: Any, text: str) -> Any:
         return [_as(inner[0], part) for part in text.split(",")]
     if kind is bool:
         return {"true": True, "false": False}[text.lower()]
-    return kind(text) if kind in (int, float, Path) else text
+    if kind is Path:
+        return local_path(text)
+    return kind(text) if kind in (int, float) else text
 
 
 def fingerprint_of(

@@ -6,8 +6,8 @@ and writes FIRST/comparison.html. The file stands alone: no script, nothing load
 """
 
 import argparse
-from pathlib import Path
 
+from gcl_jax.config import local_path
 from gcl_jax.errors import reported_in_one_line
 from gcl_jax.report.pages import write_report
 
@@ -20,7 +20,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=local_path,
         required=True,
         action="append",
         help="directory of a training run; repeat it to compare other runs with the first",

@@ -10,11 +10,11 @@ import json
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
 from gcl_jax import config
+from gcl_jax.config import local_path, output_path
 from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_run
@@ -68,7 +68,7 @@ def _parse_assignment(kinds: Mapping[str, str], assignment: str) -> tuple[str, s
     if kinds[field] == "text":
         return field, value.strip()
     try:
-        return field, read_file(Path(value))
+        return field, read_file(local_path(value))
     except OSError as error:
         raise UserError(
             f"--query={assignment!r}: cannot read the image: {error.strerror}"
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("texts", nargs="*", metavar="QUERY", help="what to search for")
     parser.add_argument(
         "--workdir",
-        type=Path,
+        type=local_path,
         required=True,
         action="append",
         help="directory of a training run; with --serve repeat it to compare runs side by side",
@@ -170,7 +170,10 @@ def main() -> None:
         "--json", action="store_true", help="print one JSON object per query, one per line"
     )
     parser.add_argument(
-        "--images", type=Path, metavar="FOLDER", help="also save the pictures of the results there"
+        "--images",
+        type=output_path,
+        metavar="FOLDER",
+        help="also save the pictures of the results there",
     )
     parser.add_argument(
         "--serve", action="store_true", help="serve a search page to this machine's browser"

@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from gcl_jax import distributed
+from gcl_jax.config import output_path
 from gcl_jax.errors import ConfigError, reported_in_one_line
 from gcl_jax.train import flags
 
@@ -31,7 +32,10 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--workdir", required=True, help="directory of the run: all that it writes goes there"
+        "--workdir",
+        type=output_path,
+        required=True,
+        help="directory of the run: all that it writes goes there",
     )
     parser.add_argument(
         "--profile",

@@ -23,9 +23,10 @@ from gcl_jax.config import (
     ObjectivesConfig,
     TrainConfig,
     described,
+    local_path,
     nested,
 )
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.models.presets import preset
 from gcl_jax.validation import example, in_words, is_of, validate
 
@@ -226,9 +227,13 @@ def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainCo
     """
     name, colon, argument = file.partition(":")
     package = Path(__file__).parents[1]
-    path = next((x for x in (Path(name), package / name) if x.is_file()), None)
+    try:
+        given = local_path(file if "://" in file else name)
+    except UserError as error:
+        raise ConfigError(f"--config={error}") from None
+    path = next((x for x in (given, package / name) if x.is_file()), None)
     if path is None:
-        why = "a folder, no file" if Path(name).is_dir() else "no such file"
+        why = "a folder, no file" if given.is_dir() else "no such file"
         raise ConfigError(f"--config={file}: {why}")
     try:
         made = registry.load_file(path).get_config(*[argument] if colon else [])

@@ -69,7 +69,7 @@ def train(
         raise ConfigError(f"workdir={workdir!r} must be the path of a directory")
     validate(cfg)
     logs.quiet_libraries()
-    workdir = Path(workdir)
+    workdir = config.local_path(workdir)
     config.check_workdir(workdir)
     with alone_in(workdir):
         return _train(cfg, workdir, profile, resume_changes)

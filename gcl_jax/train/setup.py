@@ -302,9 +302,9 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     abstract = abstract_params(cfg.model, mesh)
     wanted = traverse_util.flatten_dict(abstract, sep=".")
     optional = [n for n in wanted if n.endswith(LORA) or n.startswith("logit_")]
-    source, step = Path(cfg.init_from), None
+    source, step = config.local_path(cfg.init_from), None
     if not source.exists() and (found := re.fullmatch(r"(.+)@(\d+)", cfg.init_from)):
-        source, step = Path(found[1]), int(found[2])
+        source, step = config.local_path(found[1]), int(found[2])
     if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
         with Checkpointer(source, cfg.checkpoint, read_only=True) as checkpointer:
             return checkpointer.restore_params(abstract, optional, step)
