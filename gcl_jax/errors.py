@@ -30,9 +30,10 @@ def first_line(error: BaseException) -> str:
 
 def did_you_mean(name: object, names: Iterable[str]) -> str:
     """What ends a message about `name`, which is none of `names`: the one that is spelled most like
-    it, if there is any."""
-    near = difflib.get_close_matches(str(name), list(names), 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    it, in letters of either case, if there is any."""
+    found = {one.lower(): one for one in names}
+    near = difflib.get_close_matches(str(name).lower(), found, 1, 0.75)
+    return f"; did you mean {found[near[0]]!r}?" if near else ""
 
 
 def to_install(extra: str) -> str:

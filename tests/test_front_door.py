@@ -413,6 +413,7 @@ def with_extension(cfg):
         (lambda m, png: gcl_jax.Index(None), "documents must be an array .* not NoneType"),
         (lambda m, png: gcl_jax.Index([[1.0, 2.0]]), "not list"),
         (lambda m, png: gcl_jax.Index(np.ones((2, 3), int)), r"not int64 of shape \(2, 3\)"),
+        (lambda m, png: gcl_jax.Index(np.broadcast_to(1.0, (2**31, 1))), "one index can hold"),
         (lambda m, png: gcl_jax.Index(np.ones(3)), r"not float64 of shape \(3,\)"),
         (lambda m, png: gcl_jax.Index(np.ones((2, 3)), ids=["a"]), "1 ids for 2 documents"),
         (lambda m, png: gcl_jax.Index(np.ones((2, 3)), ids=7), "ids must be a list"),

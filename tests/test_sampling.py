@@ -139,6 +139,13 @@ def test_a_batch_of_more_rows_than_queries_is_refused(sampler):
         stream(pairs_of(QUERY), 5, unique_queries=True, sampler=sampler)
 
 
+@pytest.mark.parametrize("options", [{}, {"pairs_per_query": 2}, {"unique_queries": True}])
+def test_a_batch_of_more_rows_than_pairs_is_refused(options):
+    with pytest.raises(ConfigError, match=r"batch_size=4 is more than the 3 pairs of split 'all'"):
+        stream(pairs_of([0, 1, 2]), 4, **options)
+    assert stream(pairs_of([0, 1, 2]), 3, **options)[1] == 3
+
+
 def test_pairs_are_drawn_in_proportion_to_their_scores():
     score = np.array([1, 100, 20, 50, 29])
     endless, n = stream(pairs_of([0, 0, 1, 1, 2], score), 4, sampler="score")

@@ -68,11 +68,17 @@ def pairs_per_epoch(cfg: TrainConfig, pairs: Pairs) -> int:
     """How many rows an epoch has: all pairs, or those that have a place under `unique_queries`.
 
     Raises:
-        ConfigError: `unique_queries` with fewer queries than a batch has rows.
+        ConfigError: a batch has more rows than there are pairs, or with `unique_queries` queries.
     """
+    size = cfg.optim.batch_size
+    if size > len(pairs) and cfg.data.sampler == "uniform":
+        raise ConfigError(
+            f"config.optim.batch_size={size} is more than the {len(pairs)} pairs of split "
+            f"{cfg.data.train_split!r}: some would stand in a batch twice, as their own negatives"
+        )
     if not cfg.data.unique_queries:
         return len(pairs)
-    size, counts = cfg.optim.batch_size, np.bincount(pairs.query)
+    counts = np.bincount(pairs.query)
     if (queries := np.count_nonzero(counts)) < size:
         raise ConfigError(
             f"config.data.unique_queries: a batch of {size} pairs needs as many queries, and split "

@@ -248,8 +248,7 @@ def _checked(queries, documents, k: int) -> tuple[Float[np.ndarray, "q d"], int]
         raise UserError(f"queries and documents of one dimension are needed, not {shapes}")
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or k < 0:
         raise UserError(f"k={k!r} is no whole number, 0 or more")
-    if len(documents) >= 2**31:
-        raise UserError(f"{len(documents)} documents are more than the 2^31 - 1 one index can hold")
+    _check_floats("documents", documents, (2,))
     with np.errstate(over="ignore"):  # what float32 cannot hold is told next
         queries = np.asarray(queries, np.float32)
     check_finite("query", queries)
@@ -262,6 +261,8 @@ def _check_floats(name: str, x: Any, ndims: tuple[int, ...]) -> None:
     if shape is None or len(shape) not in ndims or not jnp.issubdtype(dtype, jnp.floating):
         what = type(x).__name__ if shape is None else f"{dtype} of shape {shape}"
         raise UserError(f"{name} must be an array (n, e) of floating-point numbers, not {what}")
+    if len(x) >= 2**31:
+        raise UserError(f"{len(x)} {name} are more than the 2^31 - 1 one index can hold")
 
 
 def _as_numpy(name: str, x: Any) -> np.ndarray:
