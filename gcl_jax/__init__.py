@@ -10,6 +10,8 @@ packages (`gcl_jax.losses`) are imported when they are first used; `import gcl_j
 
 import importlib
 import importlib.util
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.2.0"
@@ -64,6 +66,19 @@ _HOMES = {
     "open_store": "stores",
     "preset": "models.presets",
 }
+
+
+def _end_in_one_line(kind, error, trace) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    print("interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
+
+
+# One of our commands is still being loaded: Ctrl-C ends it as it does later on.
+if sys.argv[:1] == ["-m"] and any(x.partition(".")[0] == __name__ for x in sys.orig_argv):
+    sys.excepthook = _end_in_one_line
 
 
 def __getattr__(name: str) -> Any:

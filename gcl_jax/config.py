@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gcl_jax import registry
-from gcl_jax.errors import ConfigError, UserError
+from gcl_jax.errors import ConfigError, UserError, naming
 
 
 @dataclasses.dataclass(frozen=True)
@@ -671,7 +671,8 @@ def check_workdir(workdir: Path) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that becomes `path` at the end: that is complete, or as it was."""
     unfinished = path.with_name(f"{path.name}.incomplete")
-    yield unfinished
+    with naming(path):
+        yield unfinished
     unfinished.replace(path)
 
 

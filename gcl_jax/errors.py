@@ -48,6 +48,19 @@ def in_one_line(error: object) -> str:
     return re.sub(r"\S{1001,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", line)
 
 
+@contextlib.contextmanager
+def naming(path: object, *others: type[Exception]) -> Iterator[None]:
+    """Names `path` in an `OSError` that names no file, as that of a full disk does not; `others`,
+    by which libraries say the same, become one."""
+    kinds: tuple[type[Exception], ...] = (OSError, *others)
+    try:
+        yield
+    except kinds as error:
+        if isinstance(error, OSError) and error.filename:
+            raise
+        raise OSError(f"{path} cannot be written: {first_line(error)}") from None
+
+
 def require(condition: bool, message: str) -> None:
     """Raises `ConfigError` with `message`, which starts with the key, unless `condition` holds."""
     if not condition:

@@ -15,7 +15,7 @@ from gcl_jax import config, logs
 from gcl_jax.data import store
 from gcl_jax.data.negatives import save_negatives
 from gcl_jax.data.store import VERSION, Pairs, RankedStore
-from gcl_jax.errors import ConfigError, DataError, UserError
+from gcl_jax.errors import ConfigError, DataError, UserError, naming
 from gcl_jax.prepare.parts import Part, PartsWriter
 from gcl_jax.prepare.source import BadRows, Source, arguments_of, make_source
 from gcl_jax.registry import SOURCES
@@ -138,8 +138,9 @@ def write_store(
                 return existing
             _keep_if_same(building, fingerprint)
             bad_rows = bad_rows or BadRows()
-            read = _write_records(source, building, bad_rows, workers, beam, image_size)
-            _write_rest(source, building / "store", bad_rows, read, fingerprint, image_size)
+            with naming(building):
+                read = _write_records(source, building, bad_rows, workers, beam, image_size)
+                _write_rest(source, building / "store", bad_rows, read, fingerprint, image_size)
         except UserError:
             shutil.rmtree(building)
             raise

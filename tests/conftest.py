@@ -15,7 +15,9 @@ os.environ["XLA_FLAGS"] = " ".join(
 )
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
 import io
+import resource
 
 import jax
 import numpy as np
@@ -150,6 +152,22 @@ def png(rng: np.random.Generator) -> bytes:
 def tiny_store(tmp_path_factory) -> RankedStore:
     """`TinySource`, written once; open it elsewhere by its `directory`."""
     return write_store(TinySource(), tmp_path_factory.mktemp("stores") / "tiny")
+
+
+@pytest.fixture
+def full_disk():
+    """A context in which no file can have more than 4 KiB."""
+
+    @contextlib.contextmanager
+    def full():
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    return full
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import commands
 import pytest
-from processes import ROOT
+from processes import ENVIRONMENT, ROOT
 
 from gcl_jax import config, validation
 from gcl_jax.train import flags
@@ -60,6 +60,15 @@ def test_help_does_not_wait_for_jax(command, tmp_path):
     assert f"gcl_jax.{command}" in done.stdout
     assert "jax was loaded" not in done.stdout
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["data", "port", "prepare", "train"])
+def test_ctrl_c_while_a_command_is_loaded_is_one_line(command, tmp_path):
+    (tmp_path / "argparse.py").write_text("raise KeyboardInterrupt")  # the first of all imports
+    environment = {**ENVIRONMENT, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    arguments = [sys.executable, "-m", f"gcl_jax.{command}"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize("args", MISSING_RUN, ids=" ".join)

@@ -698,6 +698,13 @@ TEXTS = [
 ]
 
 
+@pytest.mark.parametrize("format", ["open_clip", "safetensors"])
+def test_a_full_disk_leaves_nothing(tmp_path, clip_params, full_disk, format):
+    with full_disk(), pytest.raises(OSError, match=r"out cannot be written: .*File too large"):
+        export_pretrained(clip_params, CLIP, tmp_path / "out", format)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_exported_clip_tokenizer_gives_our_ids(tmp_path, clip_params):
     from transformers import AutoTokenizer, CLIPTokenizer
 

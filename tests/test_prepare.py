@@ -316,6 +316,15 @@ def test_spellings_of_a_query_stay_on_one_side(folder, more):
     assert ("merged: 100 spellings" in prepare.summary(store)) == (not more)
 
 
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(folder, full_disk):
+    pairs = write_table(folder / "pairs.csv", PAIRS)
+    large = png(size=200, compress_level=0)
+    (folder / "img" / "a.png").write_bytes(large)
+    with full_disk(), pytest.raises(OSError, match=r"records cannot be written: .*too large"):
+        run(folder, pairs)
+    assert content(run(folder, pairs)) == expected(folder)
+
+
 def test_packed_tables_take_no_more_memory_than_allowed(folder, monkeypatch):
     """One large value that stands in every row, in little space; a column that is packed as nothing
     worth reading is; a value that is too large itself."""

@@ -26,7 +26,7 @@ from safetensors.numpy import load_file, save_file
 
 from gcl_jax.config import ModelConfig, from_dict
 from gcl_jax.data.tokenizer import load_hugging_face
-from gcl_jax.errors import ConfigError, DataError, first_line
+from gcl_jax.errors import ConfigError, DataError, first_line, naming
 from gcl_jax.models.clip import merge_lora
 from gcl_jax.models.presets import from_open_clip, preset
 from gcl_jax.port import hugging_face, open_clip, sentence_transformers
@@ -354,7 +354,8 @@ def _written_whole(folder: Path, overwrite: bool) -> Iterator[Path]:
     made, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
     made.mkdir()
     try:
-        yield made
+        with naming(folder, SafetensorError, RuntimeError):
+            yield made
         if in_use:
             folder.rename(old)
         made.rename(folder)

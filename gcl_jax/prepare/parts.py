@@ -21,7 +21,7 @@ from gcl_jax import logs
 from gcl_jax.config import write_json
 from gcl_jax.data import store
 from gcl_jax.data.transforms import reduced_image
-from gcl_jax.errors import ConfigError, DataError, to_install
+from gcl_jax.errors import ConfigError, DataError, naming, to_install
 from gcl_jax.prepare.source import BadRows, Item, Loaded
 
 RECORDS_PER_PART = 50_000
@@ -151,7 +151,9 @@ class PartsWriter:
         folder.mkdir()
         part = Part(missing=dict.fromkeys(self._fields, 0))
         skipped_before = len(self._bad_rows.skipped)
-        with contextlib.closing(ArrayRecordWriter(str(folder / "records"), "group_size:1")) as file:
+        path = folder / "records"
+        writer = ArrayRecordWriter(str(path), "group_size:1")
+        with naming(path, RuntimeError), contextlib.closing(writer) as file:
             for loaded in _in_order(self._reduced(items), pool):
                 for place, error in loaded.errors:
                     self._bad_rows.report(place, error)
