@@ -20,7 +20,7 @@ KEYS = "model. model.vision model.vision.nope optim lr é data.document_fields. 
 OPTIONS = list(described())
 
 
-def build(cfg, workdir, profile) -> None:
+def build(cfg, workdir, profile, resume_changes) -> None:
     """What `train` does before its first step, without the parameters."""
     training = make_training(cfg)
     state = abstract_state(training.cfg, training.tx, training.mesh)
