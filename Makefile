@@ -4,6 +4,8 @@ PYTHON ?= python3
 EXTRAS ?= test
 DEMO ?= runs/demo
 CASES ?= 1000
+# Tests of what the libraries do for us that need none of the extra [test].
+LOWEST ?= $(addprefix tests/test_,config.py layers.py prepare.py transforms.py models.py checkpoint.py)
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,6 +27,7 @@ help:
 	@echo "make demo   train on the bundled emoji benchmark, evaluate, write $(DEMO)/report.html"
 	@echo "make docs   the documentation site in build/docs, its notebooks executed"
 	@echo "make test   ruff, mypy and the test suite; test-all: with what takes minutes"
+	@echo "make test-lowest  some tests with the lowest versions that setup.cfg allows"
 	@echo "make fuzz   CASES=1000 of every kind of input that strangers write; \`make test\` has 20"
 	@echo "make lint   ruff and mypy only"
 	@echo "make clean  remove .venv and caches (runs/ stays)"
@@ -45,6 +48,17 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# The lowest versions that setup.cfg allows, of what is installed with the package.
+test-lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -q -n 2 --override-ini=addopts= $(LOWEST)
+
+.venv-lowest/.installed: setup.cfg
+	$(PYTHON) -m venv .venv-lowest
+	sed -n '/^install_requires/,/^$$/s/^    \([^>]*\)>=/\1==/p' setup.cfg > .venv-lowest/lowest.txt
+	.venv-lowest/bin/python -m pip install --quiet --disable-pip-version-check \
+		--constraint .venv-lowest/lowest.txt --editable . beartype hypothesis pytest pytest-xdist
+	@touch $@
 
 fuzz: $(INSTALLED_TEST)
 	CASES=$(CASES) $(BIN)/python -m pytest -q -n 2 tests/fuzz
@@ -85,4 +99,4 @@ endif
 	@touch $@ $(INSTALLED)
 
 clean:
-	rm -rf .venv .venv-beam .venv-cuda .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-beam .venv-lowest .venv-cuda .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -35,7 +35,7 @@ except ImportError:  # Pillow makes the same pixels in half as much time again.
 # What Pillow may try to read, by the file's ending: others call programs (EPS) or are no pictures.
 ENDINGS = {"PNG": ("png",), "JPEG": ("jpg", "jpeg"), "WEBP": ("webp",), "GIF": ("gif",)}
 ENDINGS |= {"BMP": ("bmp",), "TIFF": ("tif", "tiff"), "PPM": ("ppm", "pgm")}
-if features.check("avif"):
+if "avif" in features.get_supported():
     ENDINGS |= {"AVIF": ("avif",)}
 FORMATS = tuple(ENDINGS)
 IMAGE_ENDINGS = tuple(ending for endings in ENDINGS.values() for ending in endings)
