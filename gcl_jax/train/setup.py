@@ -206,7 +206,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
             lease_duration=LEASE_SECONDS,
             poll_interval=1,
             on_compromise=lambda _: print(
-                f"warning: another training has begun in {workdir}", file=sys.stderr
+                f"warning: {workdir}/lock is lost: another training may run there", file=sys.stderr
             ),
         )
         refusal = _taken(lock, workdir)
