@@ -8,6 +8,7 @@ No jax: a wrong flag is answered before it loads.
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -580,6 +581,11 @@ def described(kind: type = TrainConfig, prefix: str = "") -> Iterator[Described]
             yield Described(key, hints[field.name], default, field.metadata["option"])
 
 
+def value(cfg: Any, key: str) -> Any:
+    """The option of `cfg` with the dotted `key`; None where it, or a part of it, is None."""
+    return functools.reduce(lambda part, name: getattr(part, name, None), key.split("."), cfg)
+
+
 def choices(key: str) -> tuple[str, ...]:
     """What an option may be, by its dotted key."""
     return tuple(next(one.option.choices for one in described() if one.key == key))
@@ -600,8 +606,8 @@ def from_dict(kind: type, values: Any, key: str = "") -> Any:
         raise ConfigError(f"{kind.__name__} has no key {', '.join(unknown)}")
     made = {}
     for name, value in values.items():
-        inner = nested(hints[name])
-        if inner is not None and value is not None:
+        inner, args = nested(hints[name]), typing.get_args(hints[name])
+        if inner is not None and (value is not None or type(None) not in args):
             value = from_dict(inner, value, f"{key}.{name}")
         elif hints[name] is ObjectivesConfig and isinstance(value, dict):
             value = ObjectivesConfig(value)
@@ -700,6 +706,18 @@ def load(path: Path) -> TrainConfig:
         raise ConfigError(f"{path} not found: is this the --workdir of a training run?") from None
     except ValueError as error:
         raise ConfigError(f"{path} is not valid JSON: {error}") from None
+    try:
+        return of_values(values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+def of_values(values: dict) -> TrainConfig:
+    """What `save` has written, read from JSON; imports the run's extensions.
+
+    Raises:
+        ConfigError: the values are malformed, or an extension cannot be imported.
+    """
     cfg = from_dict(TrainConfig, values)
     registry.load_extensions(cfg.extensions)
     return cfg

@@ -58,9 +58,9 @@ class MetricWriter:
         if self._quiet:
             return
         if self._path.exists():
-            lines = [line for line in self._path.read_text().splitlines() if _step(line) <= start]
+            rows = [row for row in read_metrics(self._path) if row["step"] <= start]
             with replacing(self._path) as unfinished:
-                unfinished.write_text("".join(f"{line}\n" for line in lines))
+                unfinished.write_text("".join(map(_line, rows)), "utf-8")
         log = SessionLog(status=SessionLog.START)
         self._events.add_event(Event(step=start + 1, wall_time=time.time(), session_log=log))
 
@@ -68,9 +68,7 @@ class MetricWriter:
         if self._quiet:
             return
         with self._path.open("a") as file:
-            # JSON has no NaN and no infinity.
-            finite = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+            file.write(_line({"step": step, **scalars}))
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         event = Event(step=step, wall_time=time.time(), summary=Summary(value=values))
         self._events.add_event(event)
@@ -100,11 +98,29 @@ def _wandb_run(project: str, workdir: Path, config: Mapping | None):
     return wandb.init(project=project, dir=workdir, config=config, resume="allow", **made)
 
 
-def _step(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError):
-        return float("inf")  # a line that a kill cut short
+def _line(row: Mapping[str, float]) -> str:
+    """JSON has no NaN and no infinity."""
+    return json.dumps({k: x if math.isfinite(x) else None for k, x in row.items()}) + "\n"
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl, NaN for what was not finite; none if it is missing. Broken lines,
+    such as one that a kill cut short, are left out and counted on stderr."""
+    rows, broken = [], 0
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = {name: math.nan if x is None else x for name, x in json.loads(line).items()}
+            numbers = all(isinstance(x, int | float) for x in row.values())
+            sound = numbers and isinstance(row["step"], int)
+        except (ValueError, KeyError, AttributeError, RecursionError):
+            sound = False
+        if sound:
+            rows.append(row)
+        broken += not sound
+    if broken:
+        lines = "1 broken line is" if broken == 1 else f"{broken} broken lines are"
+        print(f"warning: {path}: {lines} left out", file=sys.stderr)
+    return rows
 
 
 def progress(

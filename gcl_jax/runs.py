@@ -4,14 +4,17 @@ jax is loaded by the functions that need it: commands import this to read their 
 """
 
 import argparse
+import functools
 import hashlib
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gcl_jax import config
-from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
+from gcl_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
-from gcl_jax.errors import UserError
+from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.stores import open_store
 
 if TYPE_CHECKING:
@@ -42,6 +45,49 @@ class Run(NamedTuple):
     step: int
 
 
+def load_config(workdir: Path) -> TrainConfig:
+    """The configuration of the run in `workdir`: its config.json, or if that is damaged or missing
+    what its newest checkpoint says, which is told on stderr.
+
+    Raises:
+        ConfigError: `workdir` is no run.
+    """
+    try:
+        return config.load(workdir / "config.json")
+    except ConfigError as error:
+        sealed = _sealed(workdir)
+        if sealed is None:
+            raise
+        _warn(f"warning: {error}; the configuration of the newest checkpoint is taken")
+        return sealed
+
+
+def _sealed(workdir: Path) -> TrainConfig | None:
+    if not (workdir / "checkpoints").is_dir():
+        return None
+    from gcl_jax.checkpoints.saved import sealed_config
+
+    return sealed_config(workdir)
+
+
+@functools.cache
+def _warn(line: str) -> None:
+    """Once, however often the run is opened."""
+    print(line, file=sys.stderr)
+
+
+def require_sealed(cfg: TrainConfig, workdir: Path) -> None:
+    """Raises `ConfigError` if config.json describes another model than the checkpoints."""
+    sealed = _sealed(workdir)
+    for one in config.described(ModelConfig, "model.") if sealed else ():
+        ours, theirs = config.value(cfg, one.key), config.value(sealed, one.key)
+        if ours != theirs:
+            raise ConfigError(
+                f"{workdir / 'config.json'} says {one.key}={ours!r}, and the run was trained with "
+                f"{theirs!r}; restore that, or remove the file: the checkpoints have it all"
+            )
+
+
 def load_model(workdir: Path, checkpoint: str = NEWEST) -> Checkpoint:
     """The model of the training run in `workdir`, its parameters as their moving averages, if there
     are any. `checkpoint`: "newest", "best" by the run's `config.checkpoint.best`, or a step.
@@ -57,7 +103,8 @@ def load_model(workdir: Path, checkpoint: str = NEWEST) -> Checkpoint:
     from gcl_jax.models import clip
 
     logs.quiet_libraries()
-    cfg = config.load(workdir / "config.json")
+    cfg = load_config(workdir)
+    require_sealed(cfg, workdir)
     # All devices of this machine, whatever the run was trained on.
     mesh = sharding.make_mesh(MeshConfig(), jax.device_count())
     with Checkpointer(workdir, cfg.checkpoint, read_only=True) as checkpointer:
@@ -69,9 +116,7 @@ def load_model(workdir: Path, checkpoint: str = NEWEST) -> Checkpoint:
         elif checkpoint != NEWEST:
             raise UserError(f"--checkpoint={checkpoint} must be newest, best or a step")
         params = checkpointer.restore_params(clip.abstract_params(cfg.model, mesh), step=step)
-        if step is None:  # the newest: damaged ones have been passed over
-            step = checkpointer.latest_step() or 0
-        return Checkpoint(cfg, params, mesh, step)
+        return Checkpoint(cfg, params, mesh, checkpointer.step)
 
 
 def load_run(
@@ -96,6 +141,23 @@ def load_run(
         cfg.loss.pair_weights = {}
     store = open_store(cfg.data.store)
     return Run(store.resolve(cfg), store, params, mesh, step)
+
+
+def one_store(workdirs: Sequence[Path]) -> RankedStore:
+    """The store that all of these runs were trained on.
+
+    Raises:
+        ConfigError, DataError: a directory is no run, or its store is gone.
+        UserError: there is more than one store.
+    """
+    stores = [open_store(load_config(workdir).data.store) for workdir in workdirs]
+    for workdir, found in zip(workdirs, stores, strict=True):
+        if found.directory.resolve() != stores[0].directory.resolve():
+            raise UserError(
+                f"{workdir} searches {found.directory}, {workdirs[0]} {stores[0].directory}: side "
+                "by side all need the same store"
+            )
+    return stores[0]
 
 
 def set_embed_dim(cfg: TrainConfig, embed_dim: int) -> None:

@@ -71,24 +71,6 @@ def trained_on(store: RankedStore) -> dict[str, str]:
     }
 
 
-def one_store(workdirs: Sequence[Path]) -> RankedStore:
-    """The store that all of these runs were trained on.
-
-    Raises:
-        ConfigError, DataError: a directory is no run, or its store is gone.
-        UserError: there is more than one store.
-    """
-    configs = [config.load(workdir / "config.json") for workdir in workdirs]
-    stores = [open_store(cfg.data.store) for cfg in configs]
-    for workdir, found in zip(workdirs, stores, strict=True):
-        if found.directory.resolve() != stores[0].directory.resolve():
-            raise UserError(
-                f"{workdir} searches {found.directory}, {workdirs[0]} {stores[0].directory}: side "
-                "by side all need the same store"
-            )
-    return stores[0]
-
-
 def finished_store(out: Path, fingerprint: str) -> RankedStore | None:
     """The store at `out` if it has this very `fingerprint`, None if there is nothing.
 

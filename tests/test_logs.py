@@ -9,8 +9,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from gcl_jax.errors import ConfigError
-from gcl_jax.logs import MetricWriter
-from gcl_jax.report.charts import read_metrics, training_charts
+from gcl_jax.logs import MetricWriter, read_metrics
+from gcl_jax.report.charts import training_charts
 
 
 def test_steps_that_are_written_again_count_once(tmp_path):
@@ -45,6 +45,19 @@ def test_what_is_not_finite_is_null_in_json(tmp_path):
     (row,) = read_metrics(tmp_path / "metrics.jsonl")
     assert math.isnan(row["loss"])
     assert [chart.title for chart in training_charts([row], [])] == ["rate"]
+
+
+def test_broken_lines_are_left_out_with_a_count(tmp_path, capsys):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    sound = b'{"step": 1, "loss": 2.5}\n{"step": 2, "loss": null}\n'
+    broken = (b"\xff", b"null", b"[]", b'{"step": "7"}', b'{"step": 2, "loss": "x"}', b'{"a": 1}')
+    path.write_bytes(sound + b"\n".join((*broken, b'{"step": 3, "lo')))
+    assert [row["step"] for row in read_metrics(path)] == [1, 2]
+    assert capsys.readouterr().err == f"warning: {path}: 7 broken lines are left out\n"
+    with MetricWriter(tmp_path) as writer:
+        writer.restart(2)
+    assert path.read_bytes() == sound
 
 
 def test_a_quiet_writer_leaves_nothing(tmp_path):

@@ -15,7 +15,7 @@ from conftest import TinySource
 from test_evaluate import LanguagesSource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import config
+from gcl_jax import config, logs
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate.judgements import sample_judgements
@@ -213,9 +213,9 @@ def test_evaluation_of_other_queries_is_refused(workdir, tmp_path):
 
 def test_metrics_cut_short_or_not_finite(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    assert pages.read_metrics(path) == []
+    assert logs.read_metrics(path) == []
     path.write_text('{"step": 1, "loss": NaN}\n{"step": 2, "loss": 0.5}\n{"step": 3, "lo')
-    rows = pages.read_metrics(path)
+    rows = logs.read_metrics(path)
     (chart,) = charts.training_charts(rows, SPLITS)
     assert [row["step"] for row in rows] == [1, 2]
     assert [line.last for line in chart.lines] == ["0.5"]

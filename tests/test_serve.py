@@ -32,11 +32,10 @@ from werkzeug.test import Client
 from gcl_jax import config
 from gcl_jax.data.transforms import FORMATS
 from gcl_jax.errors import UserError
-from gcl_jax.runs import load_run
+from gcl_jax.runs import load_run, one_store
 from gcl_jax.search import __main__ as search
 from gcl_jax.search import serve
 from gcl_jax.search.searcher import Searcher, SearchIndex
-from gcl_jax.stores import one_store
 
 
 def png_header(width: int, height: int) -> bytes:

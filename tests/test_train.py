@@ -614,3 +614,18 @@ def test_records_without_the_fields_are_left_out_of_loss_and_evaluation(
     assert all(line in told for line in lines)
     assert "split 'in_domain': 2 queries have no brand; they are left out" in told
     assert pq.read_metadata(tmp_path / "run/eval/in_domain.parquet").num_rows == 2
+
+
+def test_a_run_goes_on_though_its_config_and_a_line_of_its_metrics_are_damaged(
+    tiny_config, tiny_store, tmp_path, capsys
+):
+    cfg = tiny_config
+    cfg.data.store, cfg.optim.steps, cfg.log_every = str(tiny_store.directory), 2, 1
+    last = gcl_jax.train(cfg, tmp_path)
+    good = (tmp_path / "config.json").read_bytes()
+    (tmp_path / "config.json").write_bytes(b"\xff" + good)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b"null\n")
+    assert gcl_jax.train(cfg, tmp_path) == last
+    assert "metrics.jsonl: 1 broken line is left out" in capsys.readouterr().err
+    assert (tmp_path / "config.json").read_bytes() == good

@@ -58,6 +58,9 @@ class Checkpointer:
 
     All processes of a run must make the same calls. `config` is stored with every checkpoint.
     `read_only` changes nothing on disk: for a run that may still be training.
+
+    Attributes:
+        step: of the checkpoint that was read last; -1 before.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Checkpointer:
     ):
         self.directory = (workdir / "checkpoints").absolute()
         self._cfg, self._config, self._read_only = cfg, config, read_only
+        self.step = -1
         self._damaged: dict[int, str] = {}  # and why
         self._scores: dict[int, float | None] = {}
         self._saving: concurrent.futures.Future | None = None
@@ -227,6 +231,7 @@ class Checkpointer:
             else:
                 if self._damaged and not self._read_only:
                     self._move_aside()
+                self.step = step
                 return result
             # A run that is still training may have deleted it meanwhile.
             if self._folder(step).exists():
@@ -242,6 +247,7 @@ class Checkpointer:
             there = ", ".join(map(str, sorted(self._steps()))) or "none"
             raise DataError(f"{self.directory} has no checkpoint of step {step}; it has {there}")
         try:
+            self.step = step
             return read(step)
         except Damaged as damage:
             raise DataError(f"{self._folder(step)} is damaged: {damage}") from damage
@@ -265,7 +271,7 @@ class Checkpointer:
         self._wait()
         self._scores[step] = self._score_of(metrics)
         config = dataclasses.asdict(self._config) if self._config else {}
-        args = contents(arrays, np.asarray(found), data, metrics, config)
+        args = contents(step, arrays, np.asarray(found), data, metrics, config)
         try:
             self._manager.save(step, args=args, force=True)
         except Exception as error:

@@ -27,6 +27,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, UInt32
 
+from gcl_jax import config
+from gcl_jax.config import TrainConfig
 from gcl_jax.errors import DataError
 
 # Errors that say nothing about the files: too little memory, or somebody else's files.
@@ -111,10 +113,16 @@ def _alike() -> Iterator[None]:
 
 
 def contents(
-    arrays: Mapping[str, jax.Array], found: np.ndarray, data: dict, metrics: dict, config: dict
+    step: int,
+    arrays: Mapping[str, jax.Array],
+    found: np.ndarray,
+    data: dict,
+    metrics: dict,
+    config: dict,
 ) -> ocp.args.Composite:
     """What orbax has to write for `Saved` to read; `found`: uint32 digests of `arrays`."""
     about = {
+        "step": step,
         "data": data,
         "metrics": metrics,
         "config": config,
@@ -216,7 +224,23 @@ def unsealed(folder: Path) -> dict:
         values, checksum = {}, ""
     if checksum != _checksum(values):
         raise Damaged("about/metadata is not what was written")
+    if folder.name != str(step := values.get("step", folder.name)):
+        raise Damaged(f"it is a copy of step {step}")
     return values
+
+
+def sealed_config(workdir: Path) -> TrainConfig | None:
+    """The configuration that the newest undamaged checkpoint of a run tells, if one does.
+
+    Raises:
+        ConfigError: it has keys that there are not, or needs what cannot be imported.
+    """
+    steps = (int(x.name) for x in (workdir / "checkpoints").glob("*") if x.name.isdecimal())
+    for step in sorted(steps, reverse=True):
+        with contextlib.suppress(Damaged):
+            if values := unsealed(workdir / "checkpoints" / str(step))["config"]:
+                return config.of_values(values)
+    return None
 
 
 def _checksum(values: dict) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gcl_jax import config, distributed, runs
+from gcl_jax import distributed, runs
 from gcl_jax.config import DataConfig, local_path, output_path
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embed import exports
@@ -37,7 +37,7 @@ def embed_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
     # Whatever can be wrong with the arguments is told before jax and the model are loaded.
     exports.check(args.export)
-    trained, data = config.load(args.workdir / "config.json").data, None
+    trained, data = runs.load_config(args.workdir).data, None
     if args.store or args.query_fields or args.document_fields:
         data = DataConfig(
             store=str(args.store or trained.store),

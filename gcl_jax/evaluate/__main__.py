@@ -16,12 +16,12 @@ the whole corpus of its split exactly, top 1000.
 
 import argparse
 
-from gcl_jax import config, distributed, runs
+from gcl_jax import distributed, runs
 from gcl_jax.config import local_path, output_path
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.evaluate import results
 from gcl_jax.registry import load_extensions
-from gcl_jax.stores import one_store
+from gcl_jax.runs import load_config, one_store
 
 # What each way of calling the command has of its own.
 RANKED = ("max_queries", "write_runs", "groups", "group_by")
@@ -38,7 +38,7 @@ def of_workdir(args: argparse.Namespace) -> str:
     if args.classify is None:
         one_store([args.workdir])
     else:
-        config.load(args.workdir / "config.json")
+        load_config(args.workdir)
 
     from gcl_jax.evaluate import classify, ranked
 

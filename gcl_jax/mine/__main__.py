@@ -30,8 +30,7 @@ from gcl_jax.config import local_path, output_path
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
 from gcl_jax.errors import DataError, reported_in_one_line
 from gcl_jax.mine.mining import Mining, mine_negatives
-from gcl_jax.runs import NEWEST
-from gcl_jax.stores import one_store
+from gcl_jax.runs import NEWEST, one_store
 
 SIDES = {"documents": ("document",), "queries": ("query",), "both": ("document", "query")}
 

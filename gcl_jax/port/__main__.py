@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def export_run(args: argparse.Namespace) -> None:
     # What may be missing is told before jax and the model are loaded.
-    config.load(args.workdir / "config.json")
+    runs.load_config(args.workdir)
     if args.format == "run":
         config.check_workdir(args.out)
         _require_unused(args.out, "--out")

@@ -1,11 +1,8 @@
 """Curves laid out as SVG: what a report draws."""
 
-import contextlib
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -33,15 +30,6 @@ class Chart:
     lines: list[Line]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of metrics.jsonl, without a line that a kill cut short; none if it is missing."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append({k: math.nan if x is None else x for k, x in json.loads(line).items()})
-    return rows
 
 
 def nice_ticks(low: float, high: float, count: int = 5) -> np.ndarray:

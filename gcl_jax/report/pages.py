@@ -1,6 +1,7 @@
 """What report.html and comparison.html show: evaluations, curves of the training, and test queries
 with what runs find for them, with pictures."""
 
+import dataclasses
 import datetime
 import json
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any, NamedTuple
 import jinja2
 import numpy as np
 
-from gcl_jax import config
+from gcl_jax import logs
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.data.transforms import thumbnail
@@ -18,10 +19,9 @@ from gcl_jax.errors import DataError, UserError
 from gcl_jax.evaluate.judgements import Judgements, load_judgements
 from gcl_jax.evaluate.metrics import evaluate_rankings
 from gcl_jax.evaluate.results import compare
-from gcl_jax.report.charts import compared_charts, interval_chart, read_metrics, training_charts
-from gcl_jax.runs import load_run, parameters_digest
+from gcl_jax.report.charts import compared_charts, interval_chart, training_charts
+from gcl_jax.runs import load_config, load_run, one_store, parameters_digest
 from gcl_jax.search.searcher import SearchIndex, fields_of_kind
-from gcl_jax.stores import one_store
 
 RESULTS_PER_QUERY = 10
 TYPICAL_PER_SPLIT = 3
@@ -104,7 +104,7 @@ def read_run(name: str, workdir: Path, store: RankedStore, splits: Sequence[str]
     Raises:
         ConfigError, DataError: `workdir` is no run, or was not evaluated.
     """
-    cfg = store.resolve(config.load(workdir / "config.json"))
+    cfg = store.resolve(load_config(workdir))
     splits = splits or cfg.eval.splits
     return EvaluatedRun(
         name,
@@ -112,7 +112,7 @@ def read_run(name: str, workdir: Path, store: RankedStore, splits: Sequence[str]
         cfg,
         {split: read_evaluation(workdir, split) for split in splits},
         {split: read_sample(workdir, cfg, store, split) for split in splits},
-        read_metrics(workdir / "metrics.jsonl"),
+        logs.read_metrics(workdir / "metrics.jsonl"),
     )
 
 
@@ -120,8 +120,8 @@ def read_evaluation(workdir: Path, split: str) -> dict[str, Any]:
     """WORKDIR/eval/SPLIT.json. Raises `DataError` if it is missing or damaged."""
     path = workdir / "eval" / f"{split}.json"
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError):
         command = f"python -m gcl_jax.evaluate --workdir={workdir}"
         raise DataError(f"{path} is missing or damaged; run `{command}` first") from None
 
@@ -289,7 +289,7 @@ def one_run(workdir: Path) -> dict[str, Any]:
     return {
         "name": run.name,
         "essentials": essentials(run, store, parameters),
-        "config_json": (workdir / "config.json").read_text(),
+        "config_json": json.dumps(dataclasses.asdict(load_config(workdir)), indent=2),
         "evaluations": list(run.evaluations.values()),
         "split_notes": SPLIT_NOTES,
         "charts": training_charts(run.curves, list(ndcg)),
@@ -306,7 +306,7 @@ def settings_that_differ(runs: Sequence[EvaluatedRun]) -> dict[str, list[str]]:
         parts = (flat(v, f"{key}.{name}" if key else name) for name, v in value.items())
         return {name: text for part in parts for name, text in part.items()}
 
-    flats = [flat(json.loads((r.workdir / "config.json").read_text()), "") for r in runs]
+    flats = [flat(dataclasses.asdict(load_config(r.workdir)), "") for r in runs]
     keys = dict.fromkeys(key for one in flats for key in one)
     table = {key: [one.get(key, "–") for one in flats] for key in keys}
     return {key: values for key, values in table.items() if len(set(values)) > 1}

@@ -13,11 +13,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gcl_jax import config
 from gcl_jax.config import local_path, output_path
 from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_run
+from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store
 from gcl_jax.search.searcher import (
     SearchIndex,
     as_results,
@@ -26,7 +25,6 @@ from gcl_jax.search.searcher import (
     one_line,
     save_images,
 )
-from gcl_jax.stores import one_store
 
 # Arguments that only one of the two ways to search has; the page asks for its own.
 SERVED = {"port": "--port"}
@@ -83,7 +81,7 @@ def search_run(args: argparse.Namespace) -> None:
             raise UserError(f"several --{name} go with --serve only")
     (workdir,), (checkpoint,) = args.workdir, args.checkpoint or [NEWEST]
     store = one_store([workdir])
-    cfg = store.resolve(config.load(workdir / "config.json"))
+    cfg = store.resolve(load_config(workdir))
     kinds = {
         field: store.queries.fields[field] for field, w in cfg.data.query_fields.items() if w > 0
     }

@@ -15,7 +15,6 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate.ranked import evaluate_in_training
-from gcl_jax.report.charts import read_metrics
 from gcl_jax.train.monitor import Monitor, Trace, diagnosis
 from gcl_jax.train.setup import alone_in, less_memory, make_training, start_or_continue
 from gcl_jax.validation import validate
@@ -142,5 +141,5 @@ def _train(
                     checkpointer.save(step, state, batches.get_state(), summaries)
                 if signum and step < steps:
                     raise Interrupted(signum, step)
-    rows = read_metrics(workdir / "metrics.jsonl")
+    rows = logs.read_metrics(workdir / "metrics.jsonl")
     return rows[-1] if rows else {}

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import re
 import socket
@@ -34,6 +33,7 @@ from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.models.layers import Numerics
+from gcl_jax.runs import load_config, require_sealed
 from gcl_jax.sharding import Params
 from gcl_jax.stores import open_store
 from gcl_jax.train.flags import RESUMABLE
@@ -150,9 +150,8 @@ def less_memory(training: Training) -> str:
 def _options(cfg: Any) -> dict[str, Any]:
     """{key: value} of what may not differ from process to process."""
     own = ("data.num_workers", "data.cached_records")
-    get = functools.partial(functools.reduce, lambda part, name: getattr(part, name, None))
     keys = [one.key for one in config.described() if one.key not in own]
-    return {f"config.{key}": get(key.split("."), cfg) for key in keys}
+    return {f"config.{key}": config.value(cfg, key) for key in keys}
 
 
 def text_lengths(cfg: TrainConfig, store: RankedStore) -> dict[str, dict[str, int]]:
@@ -276,7 +275,8 @@ def start_or_continue(
             f"{workdir} holds an imported model, which no training continues; choose another "
             f"--workdir and set --config.init_from={workdir}"
         )
-    started = config.load(workdir / "config.json")
+    started = load_config(workdir)
+    require_sealed(started, workdir)
     check_same_run(cfg, started, workdir, latest, resume_changes)
     cfg.init_from = started.init_from
     restored = checkpointer.restore(abstract_state(cfg, training.tx, training.mesh))
