@@ -4,13 +4,25 @@
 """
 
 import importlib.util
+import re
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from gcl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
-from gcl_jax.models.presets import preset
+from gcl_jax.config import (
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TextConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from gcl_jax.models.layers import attention
+from gcl_jax.models.presets import PRESETS, preset
 from gcl_jax.plan import planner
 from gcl_jax.plan.topology import CUDA_PLUGINS, open_topology
+from gcl_jax.sharding import make_mesh
 
 pytestmark = [
     pytest.mark.slow,
@@ -55,3 +67,44 @@ def test_default_settings_fit_and_compute_no_product_twice(name, batch, gib):
     assert plan.temporaries <= gib * 2**30
     once = plan.tower_flops - batch * attention_flops(cfg.model) + plan.loss_flops
     assert 0.97 * once < plan.work.flops < 1.01 * once
+
+
+def test_each_preset_trains():
+    """jax refuses what its cuDNN attention cannot when it is traced."""
+    seen = set()
+    for name in PRESETS:
+        model = preset(name)
+        text = model.text
+        seen.add((text.context_length, text.width // text.heads, text.causal))
+        if vision := model.vision:
+            patches = (vision.image_size // vision.patch_size) ** 2
+            seen.add((patches + (vision.pool == "tok"), vision.head_width, False))
+    assert {(257, 64, False), (77, 64, True), (257, 88, False)} <= seen
+    for t, channels, is_causal in seen:
+        q = k = v = jax.ShapeDtypeStruct((2, t, 2, channels), jnp.bfloat16)
+
+        def summed(q, k, v, is_causal=is_causal):
+            options = {"is_causal": is_causal, "lengths": None, "implementation": "cudnn"}
+            return jnp.sum(attention(q, k, v, **options).astype(jnp.float32))
+
+        traced = jax.jit(jax.grad(summed, (0, 1, 2))).trace(q, k, v)
+        assert "dot_product_attention_bwd" in str(traced.jaxpr)
+
+
+SMALL = {"width": 128, "layers": 2}
+
+
+@pytest.mark.parametrize(("fsdp", "chunks"), [(1, 2), (8, 1)])
+def test_attention_stays_on_its_device(fsdp, chunks):
+    """Eight GPUs, batch split or parameters too; in chunks, which each device has of its own."""
+    vision = VisionConfig(image_size=48, patch_size=16, **SMALL)
+    text = TextConfig(context_length=13, heads=2, vocab_size=512, **SMALL)
+    model = ModelConfig(embed_dim=64, vision=vision, text=text)
+    cfg, data = resolved(model, batch_size=64, grad_cache_chunks=chunks)
+    cfg.mesh.fsdp = fsdp
+    topology = open_topology("h100:8")
+    mesh = make_mesh(cfg.mesh, 64, topology.devices)
+    compiled = planner.lower(cfg, data, mesh)[0].compile(compiler_options=topology.compiler_options)
+    kernels = re.findall(r"bf16\[(\d+),[^=]* custom-call\(.*__cudnn\$fmha", compiled.as_text())
+    assert kernels
+    assert set(kernels) == {str(64 // 8 // chunks)}
