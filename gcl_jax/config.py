@@ -45,9 +45,9 @@ class Option:
     def bounds(self) -> str:
         """Such as "0 or more, below 1"; empty if there are none."""
         if self.at_least is not None and self.at_most is not None:
-            return f"from {self.at_least:g} to {self.at_most:g}"
-        ends = [(self.at_least, "{:g} or more"), (self.above, "above {:g}")]
-        ends += [(self.at_most, "at most {:g}"), (self.below, "below {:g}")]
+            return f"from {self.at_least:.12g} to {self.at_most:.12g}"
+        ends = [(self.at_least, "{:.12g} or more"), (self.above, "above {:.12g}")]
+        ends += [(self.at_most, "at most {:.12g}"), (self.below, "below {:.12g}")]
         return ", ".join(words.format(end) for end, words in ends if end is not None)
 
 
@@ -89,13 +89,15 @@ class VisionConfig:
 
     family: str = option("vit", "the kind of tower", registry.VISION_TOWERS)
     image_size: int = option(
-        224, "width and height of the input in pixels", at_least=1, at_most=8192
+        224, "width and height of the input in pixels", at_least=1, at_most=2**13
     )
-    patch_size: int = option(32, "width and height of a patch in pixels", at_least=1)
-    width: int = option(768, "channels of a token", at_least=1)
-    layers: int = option(12, "residual blocks", at_least=1)
-    head_width: int = option(64, "channels of an attention head", at_least=1)
-    mlp_ratio: float = option(4.0, "hidden channels of a block's MLP, in widths", above=0)
+    patch_size: int = option(32, "width and height of a patch in pixels", at_least=1, at_most=2**13)
+    width: int = option(768, "channels of a token", at_least=1, at_most=2**16)
+    layers: int = option(12, "residual blocks", at_least=1, at_most=2**10)
+    head_width: int = option(64, "channels of an attention head", at_least=1, at_most=2**16)
+    mlp_ratio: float = option(
+        4.0, "hidden channels of a block's MLP, in widths", above=0, at_most=64
+    )
     act: str = option("gelu", "activation of the MLPs", ACTIVATIONS)
     norm_eps: float = option(1e-5, "added to the variance in layer norms", above=0)
     pool: str = option(
@@ -120,12 +122,16 @@ class TextConfig:
         "types and masked padding (bert: BERT, RoBERTa, XLM-RoBERTa)",
         registry.TEXT_TOWERS,
     )
-    context_length: int = option(77, "the most tokens of a text; more are cut off", at_least=3)
-    vocab_size: int = option(49408, "rows of the token table", at_least=1)
-    width: int = option(512, "channels of a token", at_least=1)
-    heads: int = option(8, "attention heads", at_least=1)
-    layers: int = option(12, "residual blocks", at_least=1)
-    mlp_ratio: float = option(4.0, "hidden channels of a block's MLP, in widths", above=0)
+    context_length: int = option(
+        77, "the most tokens of a text; more are cut off", at_least=3, at_most=2**16
+    )
+    vocab_size: int = option(49408, "rows of the token table", at_least=1, at_most=2**24)
+    width: int = option(512, "channels of a token", at_least=1, at_most=2**16)
+    heads: int = option(8, "attention heads", at_least=1, at_most=2**16)
+    layers: int = option(12, "residual blocks", at_least=1, at_most=2**10)
+    mlp_ratio: float = option(
+        4.0, "hidden channels of a block's MLP, in widths", above=0, at_most=64
+    )
     act: str = option("gelu", "activation of the MLPs", ACTIVATIONS)
     norm_eps: float = option(1e-5, "added to the variance in layer norms", above=0)
     causal: bool = option(True, "a token attends to itself and the tokens before it alone")
@@ -140,10 +146,12 @@ class TextConfig:
         "projection to the embedding (mlp: open_clip's for Hugging Face towers)",
         ("linear", "linear_bias", "mlp", "none"),
     )
-    max_positions: int = option(512, "rows of a BERT's position table", at_least=1)
-    first_position: int = option(0, "the first of them that a text uses", at_least=0)
-    token_types: int = option(2, "rows of a BERT's type table; texts use the first", at_least=1)
-    pad_id: int = option(0, "token id of a BERT's padding", at_least=0)
+    max_positions: int = option(512, "rows of a BERT's position table", at_least=1, at_most=2**20)
+    first_position: int = option(0, "the first of them that a text uses", at_least=0, at_most=2**20)
+    token_types: int = option(
+        2, "rows of a BERT's type table; texts use the first", at_least=1, at_most=2**16
+    )
+    pad_id: int = option(0, "token id of a BERT's padding", at_least=0, at_most=2**24)
     tokenizer: str = option(
         "clip", "clip, or a folder or hub id with a Hugging Face tokenizer", path=True
     )
@@ -159,7 +167,7 @@ class TextConfig:
 class ModelConfig:
     """Two towers into one embedding space; `vision` None is a text-only model."""
 
-    embed_dim: int = option(512, "dimensions of an embedding", at_least=1)
+    embed_dim: int = option(512, "dimensions of an embedding", at_least=1, at_most=2**16)
     vision: VisionConfig | None = dataclasses.field(default_factory=VisionConfig)
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
@@ -187,6 +195,7 @@ class ModelConfig:
         "above 0, every linear map of the blocks gets a low-rank update, and only these and the "
         "logit scale are trained",
         at_least=0,
+        at_most=2**16,
     )
     lora_alpha: float = option(16.0, "the updates are multiplied by lora_alpha / lora_rank")
 
@@ -213,7 +222,9 @@ class DataConfig:
     )
     min_crop_area: float = option(0.9, "smallest share of an image in a crop", above=0, at_most=1)
     max_score: float = option(100.0, "the best score that a pair can have", at_least=1)
-    num_workers: int = option(0, "processes that read data; 0: threads of this one", at_least=0)
+    num_workers: int = option(
+        0, "processes that read data; 0: threads of this one", at_least=0, at_most=2**10
+    )
     cached_records: int = option(
         0, "documents, and queries, that stay decoded in memory", at_least=0
     )
@@ -234,7 +245,7 @@ class DataConfig:
         "hard negatives: 'store' (given with the data), or a folder that gcl_jax.mine wrote",
         path=True,
     )
-    num_negatives: int = option(1, "hard negatives of a pair in a batch", at_least=1)
+    num_negatives: int = option(1, "hard negatives of a pair in a batch", at_least=1, at_most=2**10)
     text_negatives: str = option(
         "none",
         "hard negatives made of a query's words: two swap places, or one is another query's",
@@ -269,7 +280,9 @@ class OptimConfig:
     epochs: float = option(5.0, "times that training visits each pair", at_least=0)
     examples: int = option(0, "pairs to train on, in place of epochs", at_least=0)
     steps: int = option(0, "steps to train, in place of both", at_least=0)
-    batch_size: int = option(256, "pairs of a step, on all devices together", at_least=1)
+    batch_size: int = option(
+        256, "pairs of a step, on all devices together", at_least=1, at_most=2**24
+    )
     optimizer: str = option(
         "adamw", "adamw, or another of optax by its name there: lion, muon, adafactor, sgd, ..."
     )
@@ -340,7 +353,10 @@ class ListMLEConfig:
     """The objective listmle."""
 
     levels: int = option(
-        10, "loss weights in (0, 1] are cut into so many; documents of one level tie", at_least=1
+        10,
+        "loss weights in (0, 1] are cut into so many; documents of one level tie",
+        at_least=1,
+        at_most=100,
     )
 
 
@@ -348,7 +364,7 @@ class ListMLEConfig:
 class RinceConfig:
     """The objective rince."""
 
-    levels: int = option(4, "loss weights in (0, 1] are cut into so many", at_least=1)
+    levels: int = option(4, "loss weights in (0, 1] are cut into so many", at_least=1, at_most=100)
     spread: float = option(
         2.0, "temperature at the lowest level, in units of the model's own at the best", at_least=1
     )
@@ -469,8 +485,8 @@ class EvalConfig:
     every: int = option(0, "steps between evaluations in training; 0: none", at_least=0)
     max_queries: int = option(2000, "the most queries that are sampled", at_least=1)
     max_queries_in_training: int = option(500, "the same, in training", at_least=1)
-    top_k: int = option(1000, "documents that are ranked for a query", at_least=1)
-    batch_size: int = option(256, "records that are embedded at once", at_least=1)
+    top_k: int = option(1000, "documents that are ranked for a query", at_least=1, at_most=2**20)
+    batch_size: int = option(256, "records that are embedded at once", at_least=1, at_most=2**20)
     embed_dim: int = option(
         0, "leading dimensions of the embeddings to use, in search too; 0: all", at_least=0
     )

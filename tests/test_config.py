@@ -68,8 +68,8 @@ def test_unknown_preset_and_key_and_missing_file(tmp_path):
         ("loss.objectives.fused", -1.0, "weight of 0 or more"),
         ("loss.objectives.gcl", float("nan"), "weight of 0 or more"),
         ("loss.listnet.temperature", -0.1, "0 or more"),
-        ("loss.listmle.levels", 0, "1 or more"),
-        ("loss.rince.levels", 0, "1 or more"),
+        ("loss.listmle.levels", 0, "from 1 to 100"),
+        ("loss.rince.levels", 0, "from 1 to 100"),
         ("loss.rince.spread", 0.5, "1 or more"),
         ("loss.one_to_k.text_to_text", -0.5, "0 or more"),
         ("loss.hard_negatives.max_margin", -1.0, "0 or more"),
@@ -91,6 +91,20 @@ def test_what_cannot_work_is_refused_by_name(key, value, message):
         validate(cfg)
     assert f"config.{key}" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+SIZES = [one for one in config.described() if one.key.startswith("model.") and one.type is int]
+
+
+@pytest.mark.parametrize("one", SIZES, ids=lambda one: one.key)
+def test_absurd_sizes_are_refused(one):
+    """At once: 10**12 layers took forever."""
+    for size in (10**12, 2**31 - 1):
+        cfg = TrainConfig()
+        *path, name = one.key.split(".")
+        setattr(functools.reduce(getattr, path, cfg), name, size)
+        with pytest.raises(ConfigError, match=rf"config\.{one.key}={size} must be from \d+ to \d+"):
+            validate(cfg)
 
 
 def test_an_option_of_an_objective_without_weight_is_refused():

@@ -629,3 +629,9 @@ def test_a_run_goes_on_though_its_config_and_a_line_of_its_metrics_are_damaged(
     assert gcl_jax.train(cfg, tmp_path) == last
     assert "metrics.jsonl: 1 broken line is left out" in capsys.readouterr().err
     assert (tmp_path / "config.json").read_bytes() == good
+
+
+def test_a_model_larger_than_the_memory_is_refused_before_the_first_step(cfg):
+    cfg.model.text.width, cfg.model.text.layers = 2**16, 2**10
+    with pytest.raises(ConfigError, match=r"optimizer take .* GiB, and this machine has .* GiB"):
+        make_training(cfg)

@@ -249,6 +249,8 @@ def records_without_fields(cfg: TrainConfig, store: RankedStore) -> list[str]:
     lines = []
     for side, weights in cfg.data.weights.items():
         fields = [field for field, weight in weights.items() if weight > 0]
+        if len(fields) == len(store.kinds[side]) > 1:
+            continue  # `prepare` takes no record without any
         missing = store.info["provenance"]["missing"][side]
         count, total = min(missing[field] for field in fields), len(store.records[side])
         names = " or ".join(fields)

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import re
 import socket
 import sys
@@ -75,13 +76,15 @@ def make_training(cfg: TrainConfig) -> Training:
         )
     parameters = abstract_model(cfg.model)[1]
     # An unknown name or pattern is told before data are opened, which may take minutes.
-    optim.make_optimizer(cfg.optim, 1, parameters)
+    tx = optim.make_optimizer(cfg.optim, 1, parameters)
     store, asked = open_store(cfg.data.store), cfg.data.train_split
     cfg = store.resolve(cfg)
     # Else GPUs would wait for each other in programs that differ.
     kernel = Numerics.of(cfg.model, jax.default_backend()).attention
     distributed.require_alike({"the code": distributed.code(), "what attends": kernel})
     distributed.require_alike(_options(cfg))
+    mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
+    require_memory(cfg, tx, mesh)
     split = cfg.data.train_split
     if not asked and HELD_OUT.match(split):
         raise ConfigError(
@@ -108,7 +111,6 @@ def make_training(cfg: TrainConfig) -> Training:
         )
     steps = optim.total_steps(cfg.optim, epoch)
     tx = optim.make_optimizer(cfg.optim, steps, parameters)
-    mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     train_step = make_train_step(cfg, tx, mesh)
     check_data(cfg, pair_weights(cfg, pairs))
     constants = {}
@@ -145,6 +147,18 @@ def less_memory(training: Training) -> str:
         f"--config.optim.batch_size below {cfg.optim.batch_size}, which alone changes the result; "
         "`python -m gcl_jax.plan` says without the device what fits"
     )
+
+
+def require_memory(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> None:
+    """Raises `ConfigError` if the state alone is more than the memory of a machine that trains on
+    its CPUs: the system would end the process, where other devices say that they are full."""
+    needed = sharding.bytes_per_device(abstract_state(cfg, tx, mesh)) * jax.local_device_count()
+    has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if jax.default_backend() == "cpu" and needed > has:
+        raise ConfigError(
+            f"config.model: parameters and optimizer take {needed / 2**30:.3g} GiB, and this "
+            f"machine has {has / 2**30:.3g} GiB; lower its sizes"
+        )
 
 
 def _options(cfg: Any) -> dict[str, Any]:
