@@ -447,6 +447,12 @@ class LossConfig:
         " always",
         ("auto", *DTYPES),
     )
+    kernel: str = option(
+        "xla",
+        "what adds up a tile of logits: XLA, or two kernels of our own for GPUs, by Triton, which "
+        "have not run on one yet and are compared with XLA before they are used",
+        ("xla", "triton"),
+    )
     matryoshka_dims: tuple[int, ...] = option(
         (), "the loss is the mean over these leading dimensions of the embeddings", at_least=1
     )

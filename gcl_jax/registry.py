@@ -135,8 +135,8 @@ OBJECTIVES = Registry(
     "objective",
     {
         "gcl": "gcl_jax.losses.contrastive",
-        "sigmoid": "gcl_jax.losses.sigmoid",
-        "bixse": "gcl_jax.losses.sigmoid",
+        "sigmoid": "gcl_jax.losses.contrastive",
+        "bixse": "gcl_jax.losses.contrastive",
         "listnet": "gcl_jax.losses.listwise",
         "listmle": "gcl_jax.losses.listwise",
         "rince": "gcl_jax.losses.listwise",

@@ -1,8 +1,9 @@
-"""Training steps compiled for an H100 that is not here: what they hold and compute.
+"""Programs compiled for an H100 that is not here: what they hold, compute, read and write.
 
 `make test-gpu-compile` runs these in an environment of its own, with jax's CUDA plugin.
 """
 
+import functools
 import importlib.util
 import re
 
@@ -12,17 +13,22 @@ import pytest
 
 from gcl_jax.config import (
     DataConfig,
+    MeshConfig,
     ModelConfig,
     OptimConfig,
     TextConfig,
     TrainConfig,
     VisionConfig,
 )
+from gcl_jax.losses.contrastive import gcl_loss
+from gcl_jax.losses.pairs import KnownWeights, PairRows
 from gcl_jax.models.layers import attention
 from gcl_jax.models.presets import PRESETS, preset
 from gcl_jax.plan import planner
+from gcl_jax.plan.hlo import Program, read_program
 from gcl_jax.plan.topology import CUDA_PLUGINS, open_topology
-from gcl_jax.sharding import make_mesh
+from gcl_jax.plan.work import read_work
+from gcl_jax.sharding import batch_sharding, make_mesh, replicated
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,6 +37,12 @@ pytestmark = [
         reason="needs jax's CUDA plugin (the [cuda] extra)",
     ),
 ]
+
+# Names, loops, and what only holds others.
+STARTS_NOTHING = {
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call",
+    "conditional", "after-all",
+}  # fmt: skip
 
 
 def resolved(model: ModelConfig, **options) -> tuple[TrainConfig, planner.Data]:
@@ -108,3 +120,60 @@ def test_attention_stays_on_its_device(fsdp, chunks):
     kernels = re.findall(r"bf16\[(\d+),[^=]* custom-call\(.*__cudnn\$fmha", compiled.as_text())
     assert kernels
     assert set(kernels) == {str(64 // 8 // chunks)}
+
+
+def compiled_loss(batch: int, devices: int = 1, search_steps: int = 0, **options):
+    """The compiled (value, gradients) of `gcl_loss` with 512 dimensions in bfloat16; known weights
+    of lists of up to 2^`search_steps` documents, if any."""
+    target = open_topology(f"h100:{devices}")
+    mesh = make_mesh(MeshConfig(), batch, target.devices)
+    array = lambda sharding, dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    of_pairs = functools.partial(array, batch_sharding(mesh))
+    number = array(replicated(mesh), jnp.float32)
+    kinds = jnp.float32, jnp.bool_, jnp.int32, jnp.int32
+    rows = PairRows(*(of_pairs(kind, batch) for kind in kinds))
+    known = None
+    if search_steps:
+        table = (jnp.int32, 78_001), (jnp.int32, 3_930_000), (jnp.float32, 3_930_000)
+        arrays = (array(replicated(mesh), *one) for one in table)
+        known = KnownWeights(*arrays, search_steps=search_steps)
+
+    def loss(queries, documents, scale, rows, known):
+        return gcl_loss(queries, documents, scale, rows, mesh=mesh, known=known, **options)
+
+    embeddings = of_pairs(jnp.bfloat16, batch, 512)
+    lowered = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))).lower(
+        embeddings, embeddings, number, rows, known
+    )
+    return lowered.compile(compiler_options=target.compiler_options)
+
+
+def kernels_started(program: Program) -> int:
+    return sum(
+        times
+        for name, times in program.runs.items()
+        for one in program.computations[name]
+        if one.opcode not in STARTS_NOTHING and not one.opcode.endswith("-done")
+    )
+
+
+@pytest.mark.parametrize(
+    ("kernel", "traffic", "started", "held"), [("triton", 12, 100, 0.7), ("xla", 45, 650, 0.6)]
+)
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+def test_the_loss_of_32768_pairs(kernel, traffic, started, held):
+    """GiB read and written, kernels, GiB of temporary memory."""
+    compiled = compiled_loss(32_768, kernel=kernel)
+    program = read_program(compiled.as_text())
+    assert read_work(program).memory < traffic * 2**30
+    assert kernels_started(program) <= started
+    assert compiled.memory_analysis().temp_size_in_bytes < held * 2**30
+
+
+@pytest.mark.parametrize("kernel", ["xla", "triton"])
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend")
+def test_the_loss_of_known_targets_has_no_loop_of_unknown_length(kernel):
+    """Also of lists that are looked up in several turns, on several devices."""
+    text = compiled_loss(8192, devices=8, search_steps=9, kernel=kernel).as_text()
+    loops = [line for line in text.splitlines() if " while(" in line]
+    assert all("known_trip_count" in line for line in loops)

@@ -14,13 +14,12 @@ from test_targets import scored_batch
 from gcl_jax import registry
 from gcl_jax.config import LossConfig, ObjectivesConfig, TrainConfig
 from gcl_jax.errors import ConfigError, DataError
-from gcl_jax.losses.contrastive import gcl_loss_reference
+from gcl_jax.losses.contrastive import bixse_losses, gcl_loss_reference, sigmoid_losses
 from gcl_jax.losses.listwise import listmle_losses, listnet_losses, rince_losses
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.multi_field import loss_flops, multi_field_loss
 from gcl_jax.losses.objectives import check_config, check_data, objective
 from gcl_jax.losses.pairs import KnownWeights, Softmax
-from gcl_jax.losses.sigmoid import bixse_losses, sigmoid_losses
 from gcl_jax.registry import OBJECTIVES
 
 N = 16

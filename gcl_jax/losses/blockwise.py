@@ -58,7 +58,7 @@ def tile_statistics(
     columns: Embedded,
     seen: Any,
     nothing: Callable[[jax.Array | None], Any],
-    size: int,
+    size: tuple[int, int],
     order: Int[Array, " m"] | None = None,
 ) -> tuple[Any, Any]:
     """(`seen` and what the `columns` add to it, statistics of the columns).
@@ -67,7 +67,7 @@ def tile_statistics(
         tile: rows and columns -> what the tile adds to the statistics of each.
         seen: statistics of the rows so far.
         nothing: statistics of columns, given their numbers, before any tile.
-        size: the most rows and the most columns of a tile.
+        size: the most rows, and the most columns, of a tile.
         order: in which to take the columns; as they come by default.
     """
     n = len(rows.embedding)
@@ -83,28 +83,28 @@ def tile_statistics(
         column_seen, seen = jax.lax.scan(over_rows, nothing(block.pairs.number), (row_blocks, seen))
         return seen, column_seen
 
-    row_blocks = _blocks(rows, size)
-    places, back = _column_places(len(columns.embedding), size, order)
-    seen, of_columns = jax.lax.scan(over_columns, _blocks(seen, size), places)
+    row_blocks = _blocks(rows, size[0])
+    places, back = _column_places(len(columns.embedding), size[1], order)
+    seen, of_columns = jax.lax.scan(over_columns, _blocks(seen, size[0]), places)
     return _joined(seen, slice(n)), _joined(of_columns, back)
 
 
 def tile_gradients(
-    tile: Callable[[Embedded, Any, Embedded, Any], Float[Array, "n m"]],
+    tile: Callable[[Embedded, Any, Embedded, Any], tuple[Float[Array, "n m"], Float[Array, ""]]],
     rows: Embedded,
     of_rows: Any,
     columns: Embedded,
     of_columns: Any,
     so_far: tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]],
     logit_scale: Float[Array, ""],
-    size: int,
+    size: tuple[int, int],
     order: Int[Array, " m"] | None = None,
 ) -> tuple[tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]], Float[Array, "m d"]]:
     """(gradients by rows, scale and bias, added to `so_far`; gradients by the columns), in float32.
 
     Args:
-        tile: rows and columns and the statistics of each -> P, the gradients by their logits
-            logit_scale * X Y^T + bias, of rows X and columns Y.
+        tile: rows and columns and the statistics of each -> (P, sum P), P the gradients by their
+            logits logit_scale * X Y^T + bias, of rows X and columns Y.
     """
 
     def over_columns(sums, places):
@@ -113,22 +113,22 @@ def tile_gradients(
         def over_rows(carry, inputs):
             (dx, by_scale, by_bias), dy = carry
             i, rows, of_rows = inputs
-            p = tile(rows, of_rows, block, of_block)
+            p, of_bias = tile(rows, of_rows, block, of_block)
             py = product(p.astype(block.embedding.dtype), block.embedding)
             dx = dx.at[i].add(logit_scale * py)
             by_scale += jnp.sum(py * rows.embedding)
             dy += product(p.T.astype(rows.embedding.dtype), rows.embedding)
-            return ((dx, by_scale, by_bias + p.sum()), dy), None
+            return ((dx, by_scale, by_bias + of_bias), dy), None
 
         carry = sums, jnp.zeros_like(block.embedding, jnp.float32)
         (sums, dy), _ = jax.lax.scan(over_rows, carry, row_blocks)
         return sums, logit_scale * dy
 
-    row_blocks = _blocks((rows, of_rows), size)
+    row_blocks = _blocks((rows, of_rows), size[0])
     row_blocks = jnp.arange(len(row_blocks[0].embedding)), *row_blocks
-    places, back = _column_places(len(columns.embedding), size, order)
+    places, back = _column_places(len(columns.embedding), size[1], order)
     dx, by_scale, by_bias = so_far
-    start = _blocks(dx, size), by_scale, by_bias
+    start = _blocks(dx, size[0]), by_scale, by_bias
     (dx, by_scale, by_bias), dy = jax.lax.scan(over_columns, start, places)
     return (_joined(dx, slice(len(rows.embedding))), by_scale, by_bias), _joined(dy, back)
 

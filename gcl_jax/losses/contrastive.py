@@ -6,6 +6,10 @@ With L2-normalised rows L (queries) and R (documents), Z = logit_scale * L R^T:
 
 `gcl_loss_reference` is the formula on one device and the oracle of the tests; `gcl_loss` and
 `gcl_losses` are the same number on any mesh, in memory linear in N.
+
+In the sigmoid losses every (query, document) of the global batch is a yes-or-no question of its
+own. Both need a learned bias of the logits, which starts negative, as most answers are "no". As in
+SigLIP the sum over all documents is divided by the number of queries, not of combinations.
 """
 
 import functools
@@ -21,7 +25,7 @@ from gcl_jax.errors import ConfigError, first_line
 from gcl_jax.losses.blockwise import product
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.objectives import objective
-from gcl_jax.losses.pairs import MASKED, KnownWeights, PairRows, Softmax, Tile
+from gcl_jax.losses.pairs import MASKED, KnownWeights, PairRows, Softmax, Sum, Tile
 
 # Arrays of numpy and jax, numbers, nested lists: checked here, with errors of one line.
 ArrayLike = Any
@@ -62,6 +66,7 @@ def gcl_loss(
     mask_duplicates: bool = False,
     form: str = "auto",
     block_size: int | None = None,
+    kernel: str = "xla",
 ) -> Float[Array, ""]:
     """The score-weighted contrastive loss of N pairs, query i with document i, in memory linear in
     N. Differentiable by the embeddings, the scale and the bias, in reverse mode (`jax.grad`);
@@ -80,7 +85,7 @@ def gcl_loss(
             -sum_ij T_ij * (log softmax_rows + log softmax_cols)_ij / (2 sum T).
         weight_norm: "none"; "mean" or "sum" divide w by its mean or sum over the valid rows.
         mask_duplicates: other pairs of the same query or document leave the denominators.
-        form, block_size: see `Logits`.
+        form, block_size, kernel: see `Logits`.
 
     Raises:
         ConfigError: an unknown choice; arrays that do not fit each other or the mesh; a call within
@@ -96,7 +101,7 @@ def gcl_loss(
     if queries.shape[:1] == (0,):
         raise ConfigError("there is no pair: queries are empty")
     mesh, rows = _chosen_mesh(mesh, queries), _pair_rows(weights, queries)
-    options = mesh, mask_duplicates, form, block_size
+    options = mesh, mask_duplicates, form, block_size, kernel
     try:
         return _jitted_loss(queries, documents, *scalars, rows, known, weight_norm, options)
     except TypeError as error:
@@ -182,3 +187,44 @@ def normalizer(
     total_weight = jnp.maximum(total_weight, 1e-30)
     by_norm = {"none": pairs, "mean": total_weight, "sum": total_weight * pairs}
     return 2 * (total_weight if known else by_norm[weight_norm])
+
+
+@objective("sigmoid", needs_bias=True)
+def sigmoid_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
+    """Weighted sigmoid loss of each term (SigLIP, arXiv 2303.15343, is that of constant weights):
+
+    -1/N sum_ij [labelled_ij T_ij log sigmoid(Z_ij) + (1 - labelled_ij) log sigmoid(-Z_ij)]
+    """
+
+    def cell(tile: Tile) -> Float[Array, "n m"]:
+        no = jnp.where(tile.labelled, 0.0, jax.nn.softplus(tile.logits))
+        return tile.targets * jax.nn.softplus(-tile.logits) + no
+
+    return _per_query(logits, cell)
+
+
+@objective("bixse", needs_bias=True, needs_grades=True)
+def bixse_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
+    """Binary cross-entropy with graded targets of each term (BiXSE, arXiv 2508.06781):
+
+    -1/N sum_ij [T_ij log sigmoid(Z_ij) + (1 - T_ij) log sigmoid(-Z_ij)], T in [0, 1]
+    """
+
+    def cell(tile: Tile) -> Float[Array, "n m"]:
+        return jax.nn.softplus(tile.logits) - tile.targets * tile.logits
+
+    return _per_query(logits, cell)
+
+
+def _per_query(logits: Logits, cell) -> list[Float[Array, ""]]:
+    """The sum of `cell` over all members, divided by the number of valid queries."""
+
+    def reductions(tile: Tile, axis: int) -> list[Sum]:
+        # One question for each combination, counted where its query is.
+        return [Sum(jnp.where(tile.members, cell(tile), 0.0))] if axis == 1 else []
+
+    sums = logits.sums(reductions)
+    return [
+        one.rows[0].total.sum() / jnp.maximum(term.rows.valid.sum(), 1)
+        for term, one in zip(logits.terms, sums, strict=True)
+    ]

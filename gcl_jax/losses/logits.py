@@ -17,6 +17,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 from jaxtyping import Array, Float
 
 from gcl_jax.errors import ConfigError
+from gcl_jax.losses import kernels
 from gcl_jax.losses.blockwise import (
     Embedded,
     Gather,
@@ -70,6 +71,8 @@ class Logits:
         form: "gather" copies all documents to every device, "ring" hands them from device to
             device, "auto" gathers while the copies stay below `GATHER_LIMIT` bytes.
         block_size: the most rows and columns of a tile; None is what fits the mesh's devices.
+        kernel: "xla", or "triton" for those of `kernels`, which take ids of 32 bits; they are only
+            interpreted, and without a mesh, where there is no GPU.
 
     Raises:
         ConfigError: an unknown form; shapes that do not fit each other or the mesh.
@@ -87,6 +90,7 @@ class Logits:
     mask_duplicates: bool = False
     form: str = "auto"
     block_size: int | None = None
+    kernel: str = "xla"
 
     def __post_init__(self):
         _check(self)
@@ -111,8 +115,14 @@ class Logits:
         everywhere = jnp.float32(self.scale), jnp.float32(self.bias), self.known
         axes = () if self.mesh is None else self.mesh.axis_names
         transport = TRANSPORTS[form](axes)
-        size = self.block_size or fitting_block_size(_device(self.mesh))
-        options = _Options(reductions, names, self.mask_duplicates, transport, size)
+        device = _device(self.mesh)
+        size = self.block_size or fitting_block_size(device)
+        kernel, sizes = self.kernel, ((size, size), (size, size))
+        if kernel != "xla":
+            kernel = "triton" if device.platform == "gpu" else "interpret"
+            if self.block_size is None and self.known is None:
+                sizes = (4 * size, 4 * size), (4 * size, size)
+        options = _Options(reductions, names, self.mask_duplicates, transport, sizes, kernel)
         of_device = functools.partial(_sums, options)
         if self.mesh is None:
             return of_device(*arrays, *everywhere)
@@ -137,13 +147,16 @@ def _device(mesh: Mesh | AbstractMesh | None) -> Any:
 
 
 class _Options(NamedTuple):
-    """names: for each term, those of its queries and of its documents."""
+    """names: for each term, those of its queries and of its documents. sizes: the most rows and
+    columns of a tile whose statistics, and of one whose gradients are made; the kernels hold
+    nothing of the one and bfloat16 of the other."""
 
     reductions: Reductions
     names: tuple[tuple[str, str], ...]
     mask_duplicates: bool
     transport: Gather | Ring
-    block_size: int
+    sizes: tuple[tuple[int, int], tuple[int, int]]
+    kernel: str
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,20 +177,33 @@ def _sums(
 def _forward(options, queries, documents, rows, columns, scale, bias, known):
     sides = [Embedded(queries[q], r) for (q, _), r in zip(options.names, rows, strict=True)]
 
-    def tile(rows, columns):
-        one = _tile(rows, columns, scale, bias, known, options)
+    def block(raw, rows, columns, found, everywhere):
+        one = _tile(raw, rows, columns, found, everywhere, options)
         return reduced(one, 1, options.reductions), reduced(one, 0, options.reductions)
+
+    def whole(rows, columns):
+        found = _found(rows, columns, known)
+        return block(_raw(rows, columns), rows.pairs, columns.pairs, found, (scale, bias))
+
+    def tile(rows, columns):
+        if options.kernel == "xla":
+            return whole(rows, columns)
+        found = _found(rows, columns, known)
+        sides = [(side.embedding, side.pairs) for side in (rows, columns)]
+        start = lambda pairs: no_row(pairs.number)
+        everywhere = jax.lax.pcast((scale, bias), options.transport.axes, to="varying")
+        return kernels.statistics(block, start, *sides, found, everywhere, options.kernel)
 
     def sweep(visitors, seen):
         order, others = _columns(visitors, known, options)
         swept = [
-            tile_statistics(tile, side, other, so_far, no_column, options.block_size, order)
+            tile_statistics(tile, side, other, so_far, no_column, options.sizes[0], order)
             for side, other, so_far in zip(sides, others, seen, strict=True)
         ]
         return [of_rows for of_rows, _ in swept], [of_columns for _, of_columns in swept]
 
     visitors = documents, columns
-    shapes = jax.eval_shape(tile, sides[0], _columns(visitors, known, options)[1][0])
+    shapes = jax.eval_shape(whole, sides[0], _columns(visitors, known, options)[1][0])
     no_row, no_column = (functools.partial(nothing_yet, like) for like in shapes)
     of_rows, of_columns, residual = options.transport.forward(
         sweep,
@@ -192,9 +218,10 @@ def _forward(options, queries, documents, rows, columns, scale, bias, known):
 def _backward(options, residual, cotangents):
     sides, of_rows, documents, residual, scale, bias, known = residual
 
-    def tile(rows, of_rows, columns, of_columns):
-        """The gradient by a tile's logits: of its sums, the tops given, times their cotangents."""
-        one = _tile(rows, columns, scale, bias, known, options)
+    def block(raw, rows, columns, found, everywhere):
+        """The gradient by a block's logits: of its sums, the tops given, times their cotangents."""
+        (rows, of_rows), (columns, of_columns) = rows, columns
+        one = _tile(raw, rows, columns, found, everywhere, options)
 
         def weighted(logits):
             seen = one._replace(logits=logits)
@@ -206,13 +233,24 @@ def _backward(options, residual, cotangents):
 
         return jax.grad(weighted)(one.logits)
 
+    def tile(rows, of_rows, columns, of_columns):
+        found = _found(rows, columns, known)
+        known_of = (rows.pairs, of_rows), (columns.pairs, of_columns)
+        if options.kernel == "xla":
+            p = block(_raw(rows, columns), *known_of, found, (scale, bias))
+            return p, p.sum()
+        embeddings = rows.embedding, columns.embedding
+        sides = zip(embeddings, known_of, strict=True)
+        everywhere = jax.lax.pcast((scale, bias), options.transport.axes, to="varying")
+        return kernels.gradients(block, *sides, found, everywhere, options.kernel)
+
     def sweep(visitors, of_visitors, so_far):
         order, others = _columns(visitors, known, options)
         swept = []
         for i, other in enumerate(others):
             of_side = of_rows[i], cotangents[i].rows
             given = sides[i], of_side, other, of_visitors[i], so_far[i]
-            swept.append(tile_gradients(tile, *given, scale, options.block_size, order))
+            swept.append(tile_gradients(tile, *given, scale, options.sizes[1], order))
         by_document = _by_name((d for _, d in options.names), (y for _, y in swept))
         return [x for x, _ in swept], by_document
 
@@ -255,13 +293,21 @@ def _columns(visitors, known: KnownWeights | None, options: _Options):
     ]
 
 
-def _tile(rows: Embedded, columns: Embedded, scale, bias, known, options: _Options) -> Tile:
-    logits = scale * product(rows.embedding, columns.embedding.T) + bias
-    found = None
-    if known is not None:
-        ids = rows.pairs.query_id, columns.pairs.document_id
-        found = known.in_tile(*ids, columns.pairs.valid)
-    return Tile(logits, rows.pairs, columns.pairs, found, options.mask_duplicates)
+def _raw(rows: Embedded, columns: Embedded) -> Float[Array, "n m"]:
+    return product(rows.embedding, columns.embedding.T)
+
+
+def _found(rows: Embedded, columns: Embedded, known: KnownWeights | None):
+    """The weights of a tile's combinations, if they are looked up."""
+    if known is None:
+        return None
+    ids = rows.pairs.query_id, columns.pairs.document_id
+    return known.in_tile(*ids, columns.pairs.valid)
+
+
+def _tile(raw, rows: PairRows, columns: PairRows, found, everywhere, options: _Options) -> Tile:
+    scale, bias = everywhere
+    return Tile(scale * raw + bias, rows, columns, found, options.mask_duplicates)
 
 
 _sums.defvjp(_forward, _backward)
@@ -274,6 +320,10 @@ def _check(logits: Logits) -> None:
 
     form, choices = logits.form, ("auto", *TRANSPORTS)
     require(form in choices, f"loss.form={form!r} must be one of {choices}")
+    kernel, known_kernels = logits.kernel, ("xla", "triton")
+    require(kernel in known_kernels, f"loss.kernel={kernel!r} must be one of {known_kernels}")
+    here = logits.mesh is None or kernel == "xla" or _device(logits.mesh).platform == "gpu"
+    require(here, f"loss.kernel={kernel!r} is of GPUs; use 'xla'")
     for name in ("scale", "bias"):
         shape = jnp.shape(getattr(logits, name))
         require(shape == (), f"logit_{name} must be one number, not of shape {shape}")
@@ -310,6 +360,10 @@ def _check(logits: Logits) -> None:
                 require(
                     actual == (n, *words),
                     f"{name} of the pairs has shape {actual}; {n} embeddings need ({n},)",
+                )
+                require(
+                    logits.kernel == "xla" or not words,
+                    f"{name} has 64 bits: loss.kernel={logits.kernel!r} takes ids of 32",
                 )
                 require(
                     logits.known is None or not words,

@@ -10,17 +10,20 @@ merged embeddings as their one term.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from gcl_jax.config import DataConfig, LossConfig, TrainConfig
+from gcl_jax.errors import first_line
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.objectives import Merged, Negatives, asked
-from gcl_jax.losses.pairs import PairRows, Softmax, Sum, Tile
+from gcl_jax.losses.pairs import KnownWeights, PairRows, Softmax, Sum, Tile
 from gcl_jax.models.clip import merge_fields, truncated
 
 Embeddings = Mapping[str, Mapping[str, Any]]
@@ -40,6 +43,50 @@ def pair_term_weights(loss: LossConfig, data: DataConfig) -> dict[tuple[str, str
 def product_dtype(cfg: TrainConfig) -> str:
     """Of the embeddings in products of the loss."""
     return cfg.model.dtype if cfg.loss.dtype == "auto" else cfg.loss.dtype
+
+
+def checked_kernel(cfg: TrainConfig, mesh: Mesh) -> str:
+    """`cfg.loss.kernel` if, on a small batch, it gives this process what "xla" gives; else "xla",
+    with a warning. Devices that are not here are taken at their word."""
+    wanted, platform = cfg.loss.kernel, mesh.devices.flat[0].platform
+    if wanted == "xla" or (platform == "gpu" and jax.default_backend() != "gpu"):
+        return wanted
+    try:
+        found = "it is of GPUs" if platform != "gpu" else _difference(cfg)
+    except Exception as error:  # whatever its compiler says
+        found = first_line(error)
+    if found:
+        warnings.warn(f"loss.kernel={wanted} is not used, but xla: {found}", stacklevel=2)
+    return "xla" if found else wanted
+
+
+def _difference(cfg: TrainConfig, pairs: int = 300, dim: int = 96) -> str:
+    """In what the losses and gradients of the two kernels differ, if they do."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, pairs, dim))
+    sides = jnp.asarray(x / np.linalg.norm(x, axis=2, keepdims=True), product_dtype(cfg))
+    ids, weight = rng.integers(pairs // 2, size=(2, pairs)).astype(np.int32), rng.random(pairs)
+    rows = PairRows(jnp.asarray(weight), jnp.asarray(weight > 0.1), *jnp.asarray(ids)).completed()
+    known = None
+    if cfg.loss.targets == "known":
+        known = KnownWeights.of_pairs(ids[0], ids[1], weight.astype(np.float32))
+    functions = [one.function for one in asked(cfg.loss).values() if not one.of_merged]
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.value_and_grad
+    def total(sides, kernel):
+        query, document = ({"": x} for x in sides)
+        options = {"known": known, "mask_duplicates": cfg.loss.mask_duplicates, "kernel": kernel}
+        logits = Logits(query, document, 20.0, [Term("", "", rows)], bias=-5.0, **options)
+        return sum(function(logits, cfg.loss)[0] for function in functions)
+
+    for name, right, ours in zip(
+        ("loss", "gradient"), total(sides, "xla"), total(sides, cfg.loss.kernel), strict=True
+    ):
+        apart = float(jnp.linalg.norm(ours - right) / jnp.linalg.norm(right))
+        if not apart < 1e-2:
+            return f"on {pairs} pairs the {name} is {apart:.2g} apart from xla's"
+    return ""
 
 
 def loss_flops(cfg: TrainConfig) -> float:
@@ -146,6 +193,7 @@ def merged_batch(
         mask_duplicates=loss.mask_duplicates,
         form=loss.form,
         dtype=loss.dtype,
+        kernel=loss.kernel,
     )
 
 
@@ -194,6 +242,7 @@ def in_batch_accuracy(
     merged = dataclasses.replace(
         merged_batch(embeddings, batch, jnp.float32(1), loss, data, mesh),
         dtype="float32",
+        kernel="xla",
         mask_duplicates=True,
     )
 

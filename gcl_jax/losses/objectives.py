@@ -115,6 +115,7 @@ class Merged:
     mask_duplicates: bool = False
     form: str = "auto"
     dtype: str = "auto"
+    kernel: str = "xla"
 
     def logits(
         self,
@@ -133,6 +134,7 @@ class Merged:
             mesh=self.mesh,
             mask_duplicates=self.mask_duplicates,
             form=self.form,
+            kernel=self.kernel,
             **options,
         )
 

@@ -271,6 +271,12 @@ class SoftmaxSums:
         top = jax.lax.pmax(self.top, axes)
         return SoftmaxSums(top, *jax.lax.psum(self._below(top), axes))
 
+    def over_parts(self) -> "SoftmaxSums":
+        """Of arrays (parts, n), merged over the parts."""
+        top = self.top.max(0)
+        below = jax.vmap(lambda part: part._below(top))(self)
+        return SoftmaxSums(top, *(x.sum(0) for x in below))
+
     def _below(self, top: Float[Array, " n"]) -> tuple[Float[Array, " n"], ...]:
         """(rest, weight, gap) if `top` were the maximum."""
         rise = top - self.top
@@ -291,6 +297,9 @@ class Total:
 
     def over_devices(self, axes: tuple[str, ...]) -> "Total":
         return Total(jax.lax.psum(self.total, axes))
+
+    def over_parts(self) -> "Total":
+        return Total(self.total.sum(0))
 
 
 # What to add up over axis 1 (for each row) or axis 0 (for each column) of a tile.

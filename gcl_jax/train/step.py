@@ -23,6 +23,7 @@ from gcl_jax.data.sampling import pair_weights
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.multi_field import (
+    checked_kernel,
     in_batch_accuracy,
     multi_field_loss,
     over_dims,
@@ -106,7 +107,7 @@ def make_train_step(
     vision = cfg.model.vision
     drops_patches = vision is not None and vision.patch_dropout > 0
     objective = over_dims(multi_field_loss, cfg.loss.matryoshka_dims)
-    loss = dataclasses.replace(cfg.loss, dtype=product_dtype(cfg))
+    loss = dataclasses.replace(cfg.loss, dtype=product_dtype(cfg), kernel=checked_kernel(cfg, mesh))
     settings = {"loss": loss, "data": cfg.data, "mesh": mesh}
 
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, Metrics]:
