@@ -33,7 +33,7 @@ pause=${PAUSE:-60}
 scratch=$(mktemp -d)
 now="" # what is known of the slice
 heard="" # whether gcloud has ever told
-training="" # process id of the gcloud that trains, while it does
+training="" # set while gcloud trains, in the background
 
 # What gcloud knows of "queued-resources" or of "tpu-vm" ($1): the fields $2, or NONE. A call that
 # fails says nothing about the slice, and is made again.
@@ -196,11 +196,11 @@ run() {
   local code=0
   # In the background, where Ctrl-C does not cut the connection. gcloud makes a call whose
   # connection has broken again: then the first one's process is still there.
+  training=1
   on_all "$end_training
     echo \$\$ > gcl_jax.pid; cd gcl_jax
     exec .venv/bin/python -m gcl_jax.train $(printf '%q ' "$@")" &
-  training=$!
-  wait "$training" || code=$?
+  wait "$!" || code=$?
   training=""
   return "$code"
 }
@@ -243,7 +243,7 @@ interrupted() {
   if [[ -n $training ]]; then
     say "the training saves and ends (once more: it goes on alone)"
     on_all "$end_training" || say "error: not all hosts could be told"
-    wait "$training" || true
+    [[ -z ${!:-} ]] || wait "$!" || true
   fi
   exit 130
 }

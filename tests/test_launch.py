@@ -432,7 +432,7 @@ class Cloud:
         )
 
     def end(self, script):
-        self.out, self.said = script.communicate(timeout=60)
+        self.out, self.said = script.communicate(timeout=PATIENCE_SECONDS)
         self.code = script.returncode
         assert self.lines("violations") == []
         told = "billed while it is there" in self.said

@@ -412,9 +412,9 @@ def test_two_trainings_in_one_workdir_are_refused(cfg, tmp_path):
 
 def test_the_training_of_another_host_is_watched(tmp_path, monkeypatch, capsys):
     """Whether its lock is still refreshed; here its process goes by another host's name."""
-    monkeypatch.setattr(setup, "LEASE_SECONDS", 1.5)
+    monkeypatch.setattr(setup, "LEASE_SECONDS", 4)
     lock = tmp_path / "lock"
-    with held(tmp_path, 1.5):
+    with held(tmp_path, 4):
         fields = lock.read_text().splitlines()
         own = [line for line in fields if line.startswith("host=")]
         lock.write_text(lock.read_text().replace(own[0], "host=elsewhere"))

@@ -217,7 +217,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
         lock = filelock.SoftFileLease(
             workdir / "lock",
             lease_duration=LEASE_SECONDS,
-            poll_interval=1,
+            poll_interval=0.5,
             on_compromise=lambda _: print(
                 f"warning: {workdir}/lock is lost: another training may run there", file=sys.stderr
             ),
@@ -241,7 +241,7 @@ def alone_in(workdir: Path) -> Iterator[None]:
 def _taken(lock: filelock.SoftFileLease, workdir: Path) -> str:
     """Acquires `lock`; if another training holds it, says so instead."""
     with contextlib.suppress(filelock.Timeout):
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1)  # one look finds that an owner is dead, another takes over
         return ""
     owner = lock.owner
     there = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
