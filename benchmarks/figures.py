@@ -88,10 +88,14 @@ def step_rows(figures: dict) -> Iterable[Row]:
     for row in figures["rows"]:
         ours = row["kinds"]["ours"]
         mfu = f", MFU {ours['mfu']:.0%}" if ours["mfu"] else ""
+        what = f"training step, {row['model']}, {row['batch']} pairs, {row['dtype']}"
+        rate = f"{ours['pairs_per_second']:.3g} pairs/s{mfu}"
+        if not row["ratios"]:
+            yield Row(what, rate, "")
         for kind, ratios in row["ratios"].items():
             yield Row(
-                f"training step, {row['model']}, {row['batch']} pairs, {row['dtype']}",
-                f"{ours['pairs_per_second']:.3g} pairs/s{mfu}",
+                what,
+                rate,
                 f"open_clip, {kind}: {row['kinds'][kind]['pairs_per_second']:.3g} pairs/s",
                 statistics.median(ratios),
             )
@@ -133,17 +137,19 @@ def data_rows(figures: dict) -> Iterable[Row]:
         "",
     )
     if pipeline := figures.get("pipeline"):
+        other = pipeline.get("torch_pairs_per_core_second")
+        beside = f"PyTorch DataLoader: {other} pairs/s" if other else ""
         yield Row(
             f"decode, crop, tokenise, batch at {pipeline['image_size']} px, one core",
             f"{pipeline['gcl_jax_pairs_per_core_second']} pairs/s",
-            f"PyTorch DataLoader: {pipeline['torch_pairs_per_core_second']} pairs/s",
-            pipeline["ratio"],
+            beside,
+            pipeline.get("ratio"),
         )
         yield Row(
             f"the same from a store of --image_size={pipeline['reduced_image_size']}",
             f"{pipeline['gcl_jax_reduced_pairs_per_core_second']} pairs/s",
-            f"the same DataLoader: {pipeline['torch_pairs_per_core_second']} pairs/s",
-            pipeline["ratio_reduced"],
+            beside,
+            pipeline.get("ratio_reduced"),
         )
 
 
@@ -158,6 +164,9 @@ def metrics_rows(figures: dict) -> Iterable[Row]:
         )
 
 
+RIVALS = {"faiss": "FAISS", "torch": "PyTorch"}
+
+
 def search_rows(figures: dict) -> Iterable[Row]:
     size = f"{figures['queries']:,} queries x {figures['documents']:,} x {figures['dim']}"
     for name, seconds in figures["seconds"].items():
@@ -165,7 +174,7 @@ def search_rows(figures: dict) -> Iterable[Row]:
             yield Row(
                 f"exact top {figures['k']:,}, {size}, {figures['dtype']}",
                 f"{figures['seconds']['gcl_jax']:.3g} s",
-                f"{'FAISS' if name == 'faiss' else 'its matrix products alone'}: {seconds:.3g} s",
+                f"{RIVALS.get(name, 'its matrix products alone')}: {seconds:.3g} s",
                 seconds / figures["seconds"]["gcl_jax"],
             )
 
@@ -194,6 +203,53 @@ SPEED = {
     "search": Benchmark(("--repeats=3",), search_rows),
     "startup": Benchmark(("--repeats=3",), startup_rows),
 }
+
+
+def memory_rows(figures: dict) -> Iterable[Row]:
+    batch = f"{figures['batch']:,} pairs"
+    cells = (batch, "") if figures["kind"] == "ours" else ("", f"open_clip, eager: {batch}")
+    yield Row(f"largest batch in bfloat16, of {figures['of']:,} tried", *cells)
+
+
+def train_rows(figures: dict) -> Iterable[Row]:
+    steps = f"{figures['step']} steps"
+    yield Row("the demo, first step", f"{figures['first step']:.3g} s", "at most 20 s")
+    yield Row(f"the demo, {steps}", f"{figures['train']:.3g} s", "at most 90 s")
+
+
+def check_rows(figures: dict) -> Iterable[Row]:
+    for case, found in figures.items():
+        worst = max(found, key=found.get) if "error" not in found else ""
+        yield Row(f"check, {case}", f"{worst} off by {found[worst]:.1e}" if worst else "fails", "")
+
+
+CARD: dict[str, Callable[[dict], Iterable[Row]]] = {
+    "check": check_rows,
+    "loss": loss_rows,
+    "step": step_rows,
+    "memory": memory_rows,
+    "train": train_rows,
+    "search": search_rows,
+    "loader": data_rows,
+}
+
+
+def card() -> str:
+    """What benchmarks/card.py found on a card, if its figures are here."""
+    if not (HERE / "card.json").exists():
+        return "No run of `benchmarks/card.py` on a card is kept in the repository yet."
+    lines = []
+    for name, run in load("card").items():
+        stage, _, part = name.partition(", ")
+        rows = CARD.get(stage)
+        on = f"{run['device']}, jax {run['jax']}, {run['commit']}"
+        if run["error"]:
+            lines.append([name, run["error"].replace("|", "/"), "", "", on])
+        elif rows:
+            for row in rows(run["figures"]):
+                ratio = f"{row.ratio:.2f}" if row.ratio else ""
+                lines.append([f"{part}: {row.what}", row.ours, row.other, ratio, on])
+    return markdown(["what", "gcl_jax", "compared with", "ratio", "on"], lines)
 
 
 def speed() -> str:
@@ -432,6 +488,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "plans": plans,
     "meshes": meshes,
     "scaling": scaling,
+    "card": card,
 }
 
 

@@ -5,7 +5,7 @@ work (decode, random resized crop, tokenise, stack) in the same run:
     python benchmarks/data.py --pairs=20000 --documents=2000 --images --pipeline
 
 All run in this process, in turns. A rate is pairs per second of processor time, so per core,
-whatever the number of threads. Needs the [parity] extra.
+whatever the number of threads. PyTorch is of the [parity] extra; without it, ours runs alone.
 """
 
 import csv
@@ -17,9 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
 
 from gcl_jax.config import DataConfig, ModelConfig, OptimConfig, TrainConfig, VisionConfig
 from gcl_jax.data.pipeline import train_batches
@@ -29,7 +27,15 @@ from gcl_jax.data.tokenizer import load_tokenizer
 MIN_AREA = 0.9
 
 
-class PlainPairs(Dataset):
+try:
+    import torch
+    from torch.utils.data import DataLoader
+except ImportError as error:
+    torch = None
+    print(f"no DataLoader to compare with: {error}")
+
+
+class PlainPairs:
     """Pairs of `folder`/pairs.csv as anybody would read them."""
 
     def __init__(self, folder: Path, image_size: int, context_length: int):
@@ -85,7 +91,7 @@ def rate(batches: Iterator, count: int, batch_size: int) -> float:
     return count * batch_size / (settle() - began)
 
 
-def forever(loader: DataLoader) -> Iterator:
+def forever(loader) -> Iterator:
     while True:
         yield from loader
 
@@ -93,11 +99,13 @@ def forever(loader: DataLoader) -> Iterator:
 def compare(folder: Path, stores: dict[str, Path], image_size: int, repeats: int) -> dict:
     """Figures of all, and the median of the ratios to PyTorch's; batches of 64, `repeats` turns of
     4. Of `stores`, "gcl_jax" has the image files as they are."""
-    torch.set_num_threads(1)
     batch_size, count = 64, 4
     model = ModelConfig(vision=VisionConfig(image_size=image_size))
-    plain = PlainPairs(folder, image_size, model.text.context_length)
-    contestants = {"torch": forever(DataLoader(plain, batch_size=batch_size, shuffle=True))}
+    contestants = {}
+    if torch:
+        torch.set_num_threads(1)
+        plain = PlainPairs(folder, image_size, model.text.context_length)
+        contestants["torch"] = forever(DataLoader(plain, batch_size=batch_size, shuffle=True))
     for name, store in stores.items():
         cfg = TrainConfig(
             model=model,
@@ -113,11 +121,14 @@ def compare(folder: Path, stores: dict[str, Path], image_size: int, repeats: int
             if turn:  # The first one loads what is loaded once.
                 rates[name].append(measured)
     figures: dict = {"image_size": image_size}
-    figures["torch_pairs_per_core_second"] = round(statistics.median(rates["torch"]))
+    if torch:
+        figures["torch_pairs_per_core_second"] = round(statistics.median(rates["torch"]))
     for name in stores:
         contestants[name].close()
-        ratios = [ours / plain for ours, plain in zip(rates[name], rates["torch"], strict=True)]
         figures[f"{name}_pairs_per_core_second"] = round(statistics.median(rates[name]))
+        if not torch:
+            continue
+        ratios = [ours / plain for ours, plain in zip(rates[name], rates["torch"], strict=True)]
         figures["ratio" + name.removeprefix("gcl_jax")] = round(statistics.median(ratios), 2)
         extremes = [round(min(ratios), 2), round(max(ratios), 2)]
         figures["ratio_min_max" + name.removeprefix("gcl_jax")] = extremes

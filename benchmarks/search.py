@@ -77,7 +77,7 @@ def torch_search(documents: np.ndarray, k: int, dtype: str) -> Callable[[np.ndar
 def products_alone(documents: np.ndarray, dtype: str) -> Callable[[np.ndarray], None]:
     """The floor: all scores, none looked at. On a GPU a block at a time, so many times over."""
     on_cpu = jax.default_backend() == "cpu"
-    size = 4096 if on_cpu else 32_768
+    size = min(4096 if on_cpu else 32_768, len(documents))
     starts = range(0, len(documents) - size + 1, size)
     blocks = [jnp.asarray(documents[s : s + size], dtype) for s in (starts if on_cpu else [0])]
     multiply = jax.jit(
