@@ -401,6 +401,12 @@ exit "$code"
 """
 
 
+def heard():
+    """In the child: signals that a background job ignores, bash could not trap."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_DFL)
+
+
 class Cloud:
     """launch/tpu_vm.sh under a stub gcloud; what must never be is checked after every call."""
 
@@ -429,6 +435,7 @@ class Cloud:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=heard,
         )
 
     def end(self, script):
