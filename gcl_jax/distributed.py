@@ -340,11 +340,14 @@ def _count(name: str) -> int | None:
 
 
 def keep_compiled() -> None:
-    """Keeps what takes more than a second to compile in `$JAX_COMPILATION_CACHE_DIR`, by default
-    `~/.cache/gcl_jax` (or below `$XDG_CACHE_HOME`). `JAX_ENABLE_COMPILATION_CACHE=false` is jax's
-    way to do without."""
+    """Keeps what is compiled in `$JAX_COMPILATION_CACHE_DIR`, by default `~/.cache/gcl_jax` (or
+    below `$XDG_CACHE_HOME`): small programs too, of which a start has dozens, unless
+    `$JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS` says otherwise. jax's way to do without is
+    `JAX_ENABLE_COMPILATION_CACHE=false`."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(caches / "gcl_jax"))
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

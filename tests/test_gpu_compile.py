@@ -9,6 +9,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gcl_jax.config import (
@@ -28,6 +29,8 @@ from gcl_jax.plan import planner
 from gcl_jax.plan.hlo import Program, read_program
 from gcl_jax.plan.topology import CUDA_PLUGINS, open_topology
 from gcl_jax.plan.work import read_work
+from gcl_jax.search import mesh_search
+from gcl_jax.search.index import TILE
 from gcl_jax.sharding import batch_sharding, make_mesh, replicated
 
 pytestmark = [
@@ -177,3 +180,31 @@ def test_the_loss_of_known_targets_has_no_loop_of_unknown_length(kernel):
     text = compiled_loss(8192, devices=8, search_steps=9, kernel=kernel).as_text()
     loops = [line for line in text.splitlines() if " while(" in line]
     assert all("known_trip_count" in line for line in loops)
+
+
+def test_search_selects_and_never_sorts():
+    """2,000,000 documents of 512 dimensions, the best 100, 2,048 queries: the program that every
+    chunk and every tile of queries goes through, and that of the search page's few queries."""
+    target = open_topology("h100:1")
+    mesh = jax.sharding.Mesh(np.array(target.devices), ("data",))
+
+    def of(shape, dtype, *spec):
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    lanes, kept, number = mesh_search.LANES[0], mesh_search.KEPT, of((), jnp.int32)
+    chunk = of((mesh_search.CHUNK, 512), jnp.bfloat16, "data")
+    for queries in (TILE, mesh_search.FEW):
+        best = tuple(of((queries, lanes, kept), x, None, "data") for x in (jnp.float32, jnp.int32))
+        asked = of((queries, 512), jnp.bfloat16)
+        lowered = mesh_search._merge_chunk.lower(best, asked, chunk, number, number, mesh)
+        compiled = lowered.compile(compiler_options=target.compiler_options)
+        program = read_program(compiled.as_text())
+        calls = [one for one in program.by_name.values() if one.opcode == "custom-call"]
+        (product,) = (one for one in calls if "__cublas" in one.line)
+        dtypes = [program.by_name[name].arrays[0].dtype for name in product.operands]
+        assert dtypes == ["bf16", "bf16"]
+        assert sum("__gpu$TopK" in one.line for one in calls) == 2
+        assert not any(one.opcode == "sort" for one in program.by_name.values())
+        assert compiled.memory_analysis().temp_size_in_bytes < 0.3 * 2**30
+        assert read_work(program).memory < (5 if queries == TILE else 1) * 2**30

@@ -33,7 +33,7 @@ from gcl_jax.data.store import RankedStore, write_checksums
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, DataError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.evaluate.ranked import evaluate_workdir
+from gcl_jax.evaluate.ranked import evaluate_in_training, evaluate_workdir
 from gcl_jax.models import clip, flops
 from gcl_jax.port import __main__ as port
 from gcl_jax.registry import SCHEDULES
@@ -63,6 +63,29 @@ def final_params(cfg, workdir):
     with Checkpointer(workdir, cfg.checkpoint) as checkpointer:
         assert checkpointer.latest_step() == cfg.optim.steps
         return jax.device_get(checkpointer.restore_params(clip.abstract_params(cfg.model, mesh)))
+
+
+def test_compilations_are_counted(cfg, tmp_path, capsys):
+    """At the first step, at the end and in every line; an evaluation takes one program to merge
+    fields, not one for each operation."""
+    cfg.optim.steps = 1
+    last = train(cfg, tmp_path / "run")
+    assert last["programs_compiled"] >= 1
+    assert last["compile_seconds"] > 0
+    said = re.findall(
+        r"^(.*): (\d+) programs compiled, (\d+) more kept", capsys.readouterr().err, re.M
+    )
+    assert [name for name, *_ in said] == ["first step", "in all"]
+    assert sum(map(int, said[0][1:])) <= last["programs_compiled"] <= sum(map(int, said[1][1:]))
+    run = load_run(tmp_path / "run")
+    embedder = Embedder(run.cfg, run.params, run.mesh)
+    jax.clear_caches()
+    with monitor.Compilations() as compiled:
+        evaluate_in_training(run.cfg, run.store, embedder)
+    assert 0 < compiled.programs <= 7
+    with monitor.Compilations() as compiled:
+        evaluate_in_training(run.cfg, run.store, embedder)
+    assert compiled.programs == 0
 
 
 def test_out_of_memory_says_what_to_change(cfg, tmp_path, monkeypatch):
@@ -173,7 +196,9 @@ def test_the_rate_logged_is_that_of_the_clock(cfg, tmp_path, monkeypatch, log_ev
     parts = {"cfg": cfg, "steps": 40, "flops": 3e12, "schedule": lambda step: passes(0.7, 1.0)}
     writer = SimpleNamespace(restart=lambda step: None, write=lambda step, x: lines.append(x))
     bar = logs.progress(40, unit="step", description="train", quiet=True)
-    watched = monitor.Monitor(SimpleNamespace(**parts), tmp_path, writer, bar)
+    watched = monitor.Monitor(
+        SimpleNamespace(**parts), tmp_path, writer, bar, monitor.Compilations()
+    )
     watched.start_at(0)
     metrics = {"loss": np.float32(1), "gradient_norm": np.float32(1), "skipped_steps": np.int32(0)}
     for step in range(1, 41):
@@ -206,7 +231,9 @@ def test_the_time_left_is_that_of_steady_steps(cfg, tmp_path, monkeypatch):
         bar = tqdm.tqdm(total=1000, mininterval=10, file=io.StringIO())
         bar._time = lambda: now[0]
         bar.start_t = bar.last_print_t = now[0]
-        watched = monitor.Monitor(SimpleNamespace(**parts), tmp_path, writer, bar)
+        watched = monitor.Monitor(
+            SimpleNamespace(**parts), tmp_path, writer, bar, monitor.Compilations()
+        )
         watched.start_at(start)
         now[0] += 100
         for step in range(start + 1, start + 20):

@@ -2,14 +2,14 @@
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from gcl_jax import distributed, logs
 from gcl_jax.config import TrainConfig
@@ -29,9 +29,9 @@ class FieldEmbeddings:
     def merged(self, weights: Mapping[str, float]) -> Float[np.ndarray, "n e"]:
         """Rows of length 1, the weighted sum of the fields that `weights` names; a record that has
         none of them is a row of zeros."""
-        fields = {name: jnp.asarray(self.fields[name]) for name in weights}
-        present = {name: jnp.asarray(self.present[name]) for name in weights}
-        return np.asarray(merge_fields(fields, present, weights))
+        fields = {name: self.fields[name] for name in weights}
+        present = {name: self.present[name] for name in weights}
+        return np.asarray(_merged(fields, present, tuple(weights.items())))
 
     def searched(self, weights: Mapping[str, float]) -> dict[str, Float[np.ndarray, "n e"]]:
         """ "merged", as `weights` say, and if they name several fields each of these alone."""
@@ -43,6 +43,13 @@ class FieldEmbeddings:
             {name: x[rows] for name, x in self.fields.items()},
             {name: x[rows] for name, x in self.present.items()},
         )
+
+
+@functools.partial(jax.jit, static_argnames="weights")
+def _merged(fields, present, weights: tuple[tuple[str, float], ...]) -> Float[Array, "n e"]:
+    """`merge_fields` as one program."""
+    ordered = {name: fields[name] for name, _ in weights}  # as jax sorts them
+    return merge_fields(ordered, present, dict(weights))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.evaluate.ranked import evaluate_in_training
-from gcl_jax.train.monitor import Monitor, Trace, diagnosis
+from gcl_jax.train.monitor import Compilations, Monitor, Trace, diagnosis
 from gcl_jax.train.setup import alone_in, less_memory, make_training, start_or_continue
 from gcl_jax.validation import validate
 
@@ -70,12 +70,16 @@ def train(
     logs.quiet_libraries()
     workdir = config.local_path(workdir)
     config.check_workdir(workdir)
-    with alone_in(workdir):
-        return _train(cfg, workdir, profile, resume_changes)
+    with alone_in(workdir), Compilations() as compiled:
+        return _train(cfg, workdir, profile, resume_changes, compiled)
 
 
 def _train(
-    cfg: TrainConfig, workdir: Path, profile: range, resume_changes: Collection[str]
+    cfg: TrainConfig,
+    workdir: Path,
+    profile: range,
+    resume_changes: Collection[str],
+    compiled: Compilations,
 ) -> dict[str, float]:
     training = make_training(cfg)
     cfg, batches, steps = training.cfg, training.batches, training.steps
@@ -99,8 +103,9 @@ def _train(
             logs.MetricWriter(workdir, cfg.wandb, settings, quiet=not first) as writer,
             Trace(workdir, profile) as trace,
         ):
-            monitor = Monitor(training, workdir, writer, bar)
+            monitor = Monitor(training, workdir, writer, bar, compiled)
             monitor.start_at(step)
+            finished = step >= steps
             while step < steps:
                 # The step before is still running: meanwhile the next batch is fetched and sent.
                 with monitor.waiting():
@@ -141,5 +146,7 @@ def _train(
                     checkpointer.save(step, state, batches.get_state(), summaries)
                 if signum and step < steps:
                     raise Interrupted(signum, step)
+        if not finished:
+            distributed.announce(f"in all: {compiled}")
     rows = logs.read_metrics(workdir / "metrics.jsonl")
     return rows[-1] if rows else {}

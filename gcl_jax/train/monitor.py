@@ -37,6 +37,35 @@ class _Dispatched(NamedTuple):
     rows: Batch
 
 
+class Compilations:
+    """What this process compiles in the context: how many `programs`, how many of them were `kept`
+    in the compile cache before, and the `seconds` that took."""
+
+    def __init__(self) -> None:
+        self.programs, self.kept, self.seconds = 0, 0, 0.0
+
+    def __enter__(self) -> "Compilations":
+        jax.monitoring.register_event_duration_secs_listener(self._took)
+        jax.monitoring.register_event_listener(self._happened)
+        return self
+
+    def __exit__(self, *_) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._took)
+        jax.monitoring.unregister_event_listener(self._happened)
+
+    def _took(self, event: str, duration_secs: float, **_) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            self.programs += 1
+            self.seconds += duration_secs
+
+    def _happened(self, event: str, **_) -> None:
+        self.kept += event == "/jax/compilation_cache/cache_hits"
+
+    def __str__(self) -> str:
+        made = self.programs - self.kept
+        return f"{made} programs compiled, {self.kept} more kept from before: {self.seconds:.1f} s"
+
+
 class Monitor:
     """Logs every `log_every` steps, and the last; notes every step that was skipped.
 
@@ -49,9 +78,15 @@ class Monitor:
     """
 
     def __init__(
-        self, training: Training, workdir: Path, writer: logs.MetricWriter, bar: tqdm.tqdm
+        self,
+        training: Training,
+        workdir: Path,
+        writer: logs.MetricWriter,
+        bar: tqdm.tqdm,
+        compiled: Compilations,
     ):
         self._training, self._workdir, self._writer, self._bar = training, workdir, writer, bar
+        self._compiled = compiled
         self._spikes = SpikeAlarm(training.cfg.nonfinite)
         self._pending: _Dispatched | None = None
         self.nonfinite: list[int] = []
@@ -108,6 +143,7 @@ class Monitor:
         if self._bar.n == self._started:  # the step that was compiled says nothing of the others
             self._bar.n = self._bar.initial = self._bar.last_print_n = step
             self._bar.unpause()
+            distributed.announce(f"\nfirst step: {self._compiled}")
         else:
             self._bar.update(step - self._bar.n)
         if not (math.isfinite(loss) and math.isfinite(norm)):
@@ -151,6 +187,8 @@ class Monitor:
             "data_wait": self._waited / seconds,
             "teraflops_per_device": speed / 1e12,
             "peak_memory_gib": peak_memory() / 2**30,
+            "programs_compiled": self._compiled.programs,
+            "compile_seconds": self._compiled.seconds,
         }
         if chip := find_chip(jax.local_devices()[0].device_kind):
             scalars["mfu"] = speed / chip.flops
