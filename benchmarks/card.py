@@ -457,6 +457,7 @@ def main() -> None:
         name, *rest = args.part
         PARTS[name](lambda figures: save_json(out, figures), *rest)
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the part ends, too
     if failed := run(args.stages, out, args.small, args.again):
         raise SystemExit("\n".join(["", "not measured:", *failed]))
 
