@@ -4,8 +4,8 @@ from pathlib import Path
 
 import jax
 import pytest
-from fuzzing import CELLS, run
 
+from fuzz.fuzzing import CELLS, run
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.state import abstract_state
 from gcl_jax.config import described

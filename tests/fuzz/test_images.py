@@ -9,9 +9,9 @@ import random
 
 import numpy as np
 import pytest
-from fuzzing import damaged, run
 from PIL import Image
 
+from fuzz.fuzzing import damaged, run
 from gcl_jax.config import PreprocessConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.data.transforms import (

@@ -5,8 +5,8 @@ import json
 import random
 
 import pytest
-from fuzzing import CELLS, damaged, run
 
+from fuzz.fuzzing import CELLS, damaged, run
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate import trec
 

@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from fuzzing import damaged, run
 
+from fuzz.fuzzing import damaged, run
 from gcl_jax.data.store import CHECKSUMS, RankedStore
 from gcl_jax.errors import DataError
 

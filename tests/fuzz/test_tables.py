@@ -16,8 +16,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fuzzing import CELLS, damaged, run
 
+from fuzz.fuzzing import CELLS, damaged, run
 from gcl_jax.data.store import RankedStore
 
 # In formats that know more than texts.

@@ -6,9 +6,9 @@ import random
 import tarfile
 
 import pytest
-from fuzzing import CELLS, damaged, run
 from PIL import Image
 
+from fuzz.fuzzing import CELLS, damaged, run
 from gcl_jax.data.store import RankedStore
 
 KINDS = (tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE, tarfile.DIRTYPE)

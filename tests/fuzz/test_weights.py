@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import damaged, run
 from safetensors.numpy import load_file, save_file
 from towers import SMALL, random_params, save_wordpiece
 
+from fuzz.fuzzing import damaged, run
 from gcl_jax.port.pretrained import export_pretrained
 
 VALUES = [None, True, False, 0, 1, -1, 2, 7, 0.5, -0.5, 1e400, 10**12, 10**30, "", "x", "16", "tok"]
