@@ -445,7 +445,7 @@ def test_the_config_is_checked(cfg):
     with pytest.raises(ConfigError, match=r"data\.text_negatives='shuffle' must be one of"):
         validation.validate(cfg)
     cfg.data.text_negatives, cfg.data.num_negatives = "none", 0
-    with pytest.raises(ConfigError, match=r"data\.num_negatives=0 must be 1 or more"):
+    with pytest.raises(ConfigError, match=r"data\.num_negatives=0 must be from 1 to 1024"):
         validation.validate(cfg)
 
 
