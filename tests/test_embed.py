@@ -483,8 +483,8 @@ def test_the_digest_tells_parameters_apart_but_not_meshes(workdir):
 
 @pytest.mark.usefixtures("no_towers")
 def test_exports_read_back(workdir, monkeypatch, tmp_path):
-    faiss = pytest.importorskip("faiss")
-    usearch = pytest.importorskip("usearch.index")
+    faiss = pytest.importorskip("faiss", reason="needs the [search] extra")
+    usearch = pytest.importorskip("usearch.index", reason="needs the [search] extra")
     monkeypatch.setattr("gcl_jax.embed.exports.ROWS_AT_A_TIME", 10)
     out = tmp_path / "vectors"
     exports = ("--export=parquet", "--export=faiss", "--export=usearch")

@@ -12,7 +12,7 @@ from gcl_jax import stores
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare import __main__ as prepare
-from gcl_jax.prepare.source import Source, Split
+from gcl_jax.prepare.source import BadRows, Source, Split, make_source
 from gcl_jax.registry import SOURCES, extensions
 
 CODE = """
@@ -162,3 +162,11 @@ def test_what_a_source_gives_is_checked(tmp_path, broken, message):
     with pytest.raises(DataError, match=message):
         stores.write_store(Broken(**broken), tmp_path / "store")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_source_without_a_method_is_refused():
+    class NoSplits(Source):
+        documents = queries = Broken.documents
+
+    with pytest.raises(DataError, match=r"source .*NoSplits has no splits$"):
+        make_source(NoSplits, {}, BadRows())

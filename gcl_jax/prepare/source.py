@@ -4,6 +4,7 @@ A reader that meets a row that cannot be used reports a `RowError` to a `BadRows
 stops at once (`strict`) or notes the row and lets the reader go on (`skip`).
 """
 
+import abc
 import collections
 import contextlib
 import dataclasses
@@ -188,7 +189,7 @@ class Split:
     ground_truth: Mapping[str, Pairs] = dataclasses.field(default_factory=dict)
 
 
-class Source:
+class Source(abc.ABC):
     """What can become a store: `documents`, `queries` and `splits` are its own, the rest may be.
 
     Register the class, or a function that makes one, in `gcl_jax.SOURCES`: its parameters are then
@@ -202,19 +203,19 @@ class Source:
     query_fields: dict[str, str]
     document_fields: dict[str, str]
 
+    @abc.abstractmethod
     def documents(self) -> Iterable[Item]:
         """Dicts of `id` and every field: str for a text, encoded bytes for an image, empty where
         it is missing. Pairs and corpora name records by their position here. Documents and queries
         are read to their ends before any other method is called."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def queries(self) -> Iterable[Item]:
         """Likewise."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def splits(self) -> dict[str, Split]:
         """Trained on is "train", or the first not held out, unless the configuration says."""
-        raise NotImplementedError
 
     def corpora(self) -> dict[str, np.ndarray]:
         """{name: positions of documents} that queries search."""
@@ -243,7 +244,13 @@ def arguments_of(make: Callable[..., Source]) -> dict[str, inspect.Parameter]:
 
 
 def make_source(make: Callable[..., Source], given: Mapping[str, Any], bad_rows: BadRows) -> Source:
-    """That of a registered class or function, with the arguments `given`."""
+    """That of a registered class or function, with the arguments `given`.
+
+    Raises:
+        DataError: a class without one of the methods that each source must have.
+    """
+    if missing := sorted(getattr(make, "__abstractmethods__", ())):
+        raise DataError(f"source {make.__qualname__} has no {', '.join(missing)}")
     takes = "bad_rows" in inspect.signature(make).parameters
     return make(**given, bad_rows=bad_rows) if takes else make(**given)
 

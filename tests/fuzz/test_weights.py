@@ -99,7 +99,7 @@ def test_odd_weights(rng, models, tmp_path, tiny_store):
 
 
 def test_damaged_weights(rng, models, tmp_path, tiny_store):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     folder = shutil.copytree(rng.choice(models), tmp_path / "model")
     (path,) = folder.glob("*.safetensors")
     if rng.random() < 0.5:
