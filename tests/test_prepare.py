@@ -6,6 +6,7 @@ import datetime
 import decimal
 import io
 import json
+import pickle
 import shutil
 import struct
 import subprocess
@@ -67,6 +68,7 @@ def test_images_of_a_store_are_reduced_never_enlarged(tmp_path, tiny_config):
     assert "images: 8 pixels on the shorter side, or fewer" in prepare.summary(small)
     assert "images: " not in prepare.summary(store)
     assert run("small", "--image_size=8").digest == small.digest != store.digest
+    assert pickle.loads(pickle.dumps(small.documents)).image_size == 8  # as workers see it
     for size in ("9", None):
         with pytest.raises(DataError, match="exists already"):
             run("small", *([f"--image_size={size}"] if size else []))

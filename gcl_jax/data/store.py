@@ -80,7 +80,7 @@ class Records:
     """Documents or queries of a store; `records[i]` is a dict of `id` (str) and the fields: str for
     text, encoded bytes for an image; empty when the field is missing."""
 
-    image_size = 0  # `prepare --image_size`
+    image_size = 0  # of `prepare --image_size`; 0 where images are as they came
 
     def __init__(self, directory: Path, fields: dict[str, str], image_size: int = 0):
         self.fields, self.image_size = fields, image_size
@@ -149,7 +149,8 @@ class Records:
         return self.id_column.to_pylist()
 
     def __getstate__(self) -> dict:
-        return {"fields": self.fields, "_directory": self._directory}
+        kept = ("fields", "image_size", "_directory")
+        return {name: getattr(self, name) for name in kept}
 
 
 class RankedStore:
