@@ -10,7 +10,6 @@ merged embeddings as their one term.
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from gcl_jax import distributed
 from gcl_jax.config import DataConfig, LossConfig, TrainConfig
 from gcl_jax.errors import first_line
 from gcl_jax.losses.logits import Logits, Term
@@ -56,8 +56,11 @@ def checked_kernel(cfg: TrainConfig, mesh: Mesh) -> str:
     except Exception as error:  # whatever its compiler says
         found = first_line(error)
     if found:
-        warnings.warn(f"loss.kernel={wanted} is not used, but xla: {found}", stacklevel=2)
-    return "xla" if found else wanted
+        distributed.announce(f"warning: loss.kernel={wanted} is not used, but xla: {found}")
+    used = "xla" if found else wanted
+    # Else GPUs would wait for each other in programs that differ.
+    distributed.require_alike({"the kernel that loss.kernel comes to": used})
+    return used
 
 
 def _difference(cfg: TrainConfig, pairs: int = 300, dim: int = 96) -> str:

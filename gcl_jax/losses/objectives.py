@@ -98,8 +98,8 @@ class Merged:
 
     rows: `valid` where both sides have a field. query_fields, query_present: each query field's own
     embeddings (n, d), and where there is one. negatives: by side, "query" or "document". key: for
-    objectives that draw random numbers. dtype: of embeddings in products; "auto" is
-    their own. The others: as in `Logits`.
+    objectives that draw random numbers. dtype: of embeddings in products; "auto" is their own. The
+    others: as in `Logits`.
     """
 
     queries: Float[Any, "n d"]
