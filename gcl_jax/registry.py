@@ -140,10 +140,10 @@ OBJECTIVES = Registry(
         "listnet": "gcl_jax.losses.listwise",
         "listmle": "gcl_jax.losses.listwise",
         "rince": "gcl_jax.losses.listwise",
-        "one_to_k": "gcl_jax.losses.one_to_k",
-        "hard_negatives": "gcl_jax.losses.hard_negatives",
-        "fused": "gcl_jax.losses.fused_mixed",
-        "mixed": "gcl_jax.losses.fused_mixed",
+        "one_to_k": "gcl_jax.losses.of_merged",
+        "hard_negatives": "gcl_jax.losses.of_merged",
+        "fused": "gcl_jax.losses.of_merged",
+        "mixed": "gcl_jax.losses.of_merged",
     },
 )
 METRICS = Registry(

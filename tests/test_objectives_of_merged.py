@@ -15,10 +15,13 @@ from test_targets import DOCUMENTS, QUERIES, compiled, scored_batch
 
 from gcl_jax.config import HardNegativesConfig, LossConfig, MixedConfig, OneToKConfig
 from gcl_jax.losses.contrastive import gcl_loss_reference
-from gcl_jax.losses.fused_mixed import fused_loss, mixed_loss
-from gcl_jax.losses.hard_negatives import hard_negatives_loss
 from gcl_jax.losses.objectives import Merged, Negatives
-from gcl_jax.losses.one_to_k import one_to_k_loss
+from gcl_jax.losses.of_merged import (
+    fused_loss,
+    hard_negatives_loss,
+    mixed_loss,
+    one_to_k_loss,
+)
 
 N, LANGUAGES, HARD = 16, 3, 3
 SCALE = np.float32(15.0)
