@@ -160,6 +160,7 @@ SOURCES = Registry(
         "marqo_gs": "gcl_jax.prepare.marqo_gs",
         "webdataset": "gcl_jax.prepare.captions",
         "folder": "gcl_jax.prepare.captions",
+        "photos": "gcl_jax.prepare.photos",
         "emoji": "gcl_jax.prepare.emoji",
         "emoji_languages": "gcl_jax.prepare.emoji",
     },

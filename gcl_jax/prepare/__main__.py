@@ -16,6 +16,11 @@ images below --data with captions. Captions have no scores: every pair has the b
   python -m gcl_jax.prepare --out=stores/web --source=webdataset --data shards/*.tar
   python -m gcl_jax.prepare --out=stores/art --source=folder --data=DIR --captions=captions.csv
 
+--source=photos: a benchmark, 12,000 photographs of CIFAR-10 and queries that say what is seen, from
+the folder --data, or fetched by TFDS.
+
+  python -m gcl_jax.prepare --out=stores/photos --source=photos --data=cifar-10-batches-bin
+
 A source of your own is a class or function in a module of yours (docs/data.md), by its name or by
 its place:
 
@@ -109,7 +114,8 @@ def make_parser() -> argparse.ArgumentParser:
         type=local_path,
         nargs="+",
         metavar="PATH",
-        help="of marqo_gs and folder the folder, of webdataset tar files or folders of them",
+        help="of marqo_gs, folder and photos the folder, of webdataset tar files or folders of "
+        "them",
     )
     add(
         "--image_root",

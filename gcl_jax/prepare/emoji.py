@@ -2,7 +2,6 @@
 makes; `emoji_tables/LICENSES.md` names every source."""
 
 import functools
-import hashlib
 import zlib
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gcl_jax.data.store import Pairs
-from gcl_jax.prepare.source import Source, Split
+from gcl_jax.prepare.source import Source, Split, lot
 from gcl_jax.registry import SOURCES
 
 TABLES = Path(__file__).with_name("emoji_tables")
@@ -125,12 +124,10 @@ class EmojiLanguagesSource(_Bundled):
 
     def corpora(self) -> dict[str, np.ndarray]:
         drawings: dict[str, list[int]] = {}
-        for row in sorted(
-            range(len(self._documents)), key=lambda i: _lot(self._documents[i]["id"])
-        ):
+        for row in sorted(range(len(self._documents)), key=lambda i: lot(self._documents[i]["id"])):
             drawings.setdefault(self._documents[row]["emoji"], []).append(row)
         seen, new_drawings, new_emoji = [], [], []
-        for place, emoji in enumerate(sorted(drawings, key=_lot)):
+        for place, emoji in enumerate(sorted(drawings, key=lot)):
             first, *others = drawings[emoji]
             if place % 5 == 0:
                 new_emoji += [first, *others]
@@ -149,8 +146,3 @@ class EmojiLanguagesSource(_Bundled):
 def _row_numbers(ids: pa.ChunkedArray, order: pa.ChunkedArray) -> np.ndarray:
     """int32: where in `order` each of `ids` stands."""
     return pc.index_in(ids.cast(pa.string()), value_set=order.combine_chunks()).to_numpy()
-
-
-def _lot(text: str) -> bytes:
-    """A draw that is the same everywhere and for ever, unlike that of a random generator."""
-    return hashlib.sha256(text.encode()).digest()

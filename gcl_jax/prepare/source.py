@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import enum
+import hashlib
 import inspect
 import json
 import os
@@ -258,6 +259,11 @@ def make_source(make: Callable[..., Source], given: Mapping[str, Any], bad_rows:
 def code_checksum(defined: Any) -> str:
     """That of the file in which a class or a function stands."""
     return f"{zlib.crc32(Path(inspect.getfile(defined)).read_bytes()):08x}"
+
+
+def lot(text: str) -> bytes:
+    """A draw that is the same everywhere and for ever, unlike that of a random generator."""
+    return hashlib.sha256(text.encode()).digest()
 
 
 def load_image(cell: str | bytes, root: Path, confined: bool = False) -> bytes:
