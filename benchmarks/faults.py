@@ -280,7 +280,7 @@ def full_disk(args: argparse.Namespace, reference: Path) -> dict | None:
         return None
     try:
         run = Run(disk / "run", args)
-        run.end(2)
+        run.end(74)
         last = run.errors().splitlines()[-1]
         require("No space left on device" in last, f"a full disk is not reported: {last}")
         saved = newest(disk / "run")

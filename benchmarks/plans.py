@@ -1,26 +1,35 @@
-"""Which CLIP fits where, and what it sends: `python benchmarks/plans.py`.
+"""What fits on which chip, and what it sends: `python benchmarks/plans.py`, or `make plans`.
 
-Compiles training steps for TPU slices that are not here (needs the [tpu] extra), one process after
-the other; `python benchmarks/figures.py` then draws the tables of docs/pods.md. What
-benchmarks/plans.json has is not compiled again; delete it to start anew.
+Compiles training steps for chips that are not here, one process after the other, with the TPU's
+compiler ([tpu] extra) and NVIDIA's ([cuda] extra); rows whose compiler is missing are passed over,
+so that two environments may share the work. `python benchmarks/figures.py` then draws the tables
+of docs/pods.md. What --out has is not compiled again, unless --anew; it is written after each row.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import json
+import math
 import os
+import resource
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import tqdm
 
 HERE = Path(__file__).parent
-MODELS = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-bigG-14")
-TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:8x8x8", "v6e:16x16")
-BATCHES = (32768, 131072)
+# The devices of the first table: a slice of 16 devices, and a host of GPUs.
+DEVICES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v7x:2x2x2")
+DEVICES += ("a100:8", "h100:8", "h200:8", "b200:8")
+# Pairs on a device of 16 GiB with which the search for the most begins.
+FIRST = {"ViT-B-32": 256, "ViT-L-14": 32}
+PODS = ("v5e:4x4", "v5e:16x16", "v6e:16x16", "v4:4x4x4", "v5p:8x8x8", "v7x:4x4x4")
 UTILISATION = 0.4
+# Of one row, before any has been compiled.
+SECONDS = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,9 +42,39 @@ class Case:
     chunks: int = 1
     form: str = "gather"
 
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of `table`: `case` as it is, or what `search` makes of it."""
+
+    table: str
+    case: Case
+    search: str = ""
+
     @property
     def name(self) -> str:
-        return " ".join(str(value) for value in dataclasses.astuple(self))
+        case = self.case
+        return " ".join(map(str, [case.model, case.topology, case.batch, case.fsdp, case.form]))
+
+
+def rows() -> list[Row]:
+    found = []
+    for model in FIRST:
+        for topology in DEVICES:
+            # TPUs: the compiler crashes in haste on plain data parallelism.
+            case = Case(model, topology, 0, 1 if topology.endswith(":8") else 4, "dots")
+            found.append(Row("chips", case, "batch"))
+    for topology in PODS:
+        fsdp = 8 if topology == "v5p:8x8x8" else 16
+        for model in FIRST:
+            for batch in (32768, 131072):
+                if batch == 32768 or topology == "v5e:16x16":
+                    found.append(Row("pods", Case(model, topology, batch, fsdp), "chunks"))
+    found.append(Row("pods", Case("ViT-H-14", "v6e:16x16", 32768, 16), "chunks"))
+    forms = [("gather", 1), ("gather", 4), ("ring", 4), ("gather", 16)]
+    return found + [
+        Row("meshes", Case("ViT-B-32", "v5e:4x4", 4096, fsdp, form=form)) for form, fsdp in forms
+    ]
 
 
 def config(case: Case):
@@ -59,20 +98,46 @@ def opened(name: str, quick: bool):
     from gcl_jax.plan.topology import QUICK, open_topology
 
     topology = open_topology(name)
-    return topology._replace(compiler_options=topology.compiler_options | (QUICK if quick else {}))
+    if topology.platform != "tpu" or not quick:
+        return topology
+    return topology._replace(compiler_options=topology.compiler_options | QUICK)
 
 
 def compiled(case: Case, topology) -> dict:
     """All figures of one case."""
+    from gcl_jax.losses.blockwise import fitting_block_size
     from gcl_jax.plan import planner
 
     cfg, data = planner.resolve(config(case))
-    return planner.figures(cfg, planner.compile_plan(cfg, data, topology), topology, UTILISATION)
+    plan = planner.compile_plan(cfg, data, topology)
+    found = planner.figures(cfg, plan, topology, UTILISATION)
+    found["work"] = found["work"] and {name: found["work"][name] for name in ("flops", "memory")}
+    return found | {"tile": fitting_block_size(topology.devices[0])}
 
 
-def first_that_fits(case: Case, topology) -> tuple[Case, dict]:
-    """`case` with the parameters split over 16 chips (8 of an 8 x 8 x 8 slice) and the batch in 1,
-    2, 4, ... chunks."""
+def most_pairs(case: Case, topology) -> tuple[Case, dict]:
+    """The batch with the most pairs on each device, of the powers of two. What would need more than
+    the memory if all but the state grew with the batch is not tried."""
+    devices, best, failed = len(topology.devices), None, False
+    local = FIRST[case.model] * 2 ** max(0, round(math.log2(topology.memory / 2**34)))
+    while True:
+        case = dataclasses.replace(case, batch=local * devices)
+        found = compiled(case, topology)
+        if found["fits"]:
+            best = case, found
+            state = found["parameters"] + found["optimizer"]
+            room = (topology.memory - state) / (found["peak"] - state)
+            if failed or room < 2:
+                return best
+            local *= 2 ** int(math.log2(room))
+        else:
+            failed, local = True, local // 2
+            if not local or (best and local * devices == best[0].batch):
+                return best or (case, found)
+
+
+def fewest_chunks(case: Case, topology) -> tuple[Case, dict]:
+    """The batch in the first of 1, 2, 4, ... chunks that fits."""
     cfg = config(case)
     vision, text = cfg.model.vision, cfg.model.text
     tokens = (vision.image_size // vision.patch_size) ** 2 + 1
@@ -83,100 +148,93 @@ def first_that_fits(case: Case, topology) -> tuple[Case, dict]:
     while local // chunks * kept > topology.memory and chunks < local:
         chunks *= 2
     while True:
-        fsdp = 8 if topology.name == "v5p:8x8x8" else 16
-        case = dataclasses.replace(case, fsdp=fsdp, chunks=chunks)
+        case = dataclasses.replace(case, chunks=chunks)
         found = compiled(case, topology)
         if found["fits"] or chunks >= local:
             return case, found
         chunks *= 2
 
 
-def in_own_process(case: Case, search: bool) -> dict:
-    """{"case", "found", "quick"}. What the TPU compiler takes of memory, it keeps: one process for
-    each. In haste it crashes on some programs; these it compiles again, at leisure."""
-    command = [sys.executable, __file__, "--case", json.dumps(dataclasses.asdict(case))]
-    command += ["--search"] * search
+SEARCHES = {"": lambda case, topology: (case, compiled(case, topology))}
+SEARCHES |= {"batch": most_pairs, "chunks": fewest_chunks}
+
+
+def in_own_process(row: Row) -> dict:
+    """Its case and figures, or why there are none. What the TPU compiler takes of memory, it keeps:
+    one process for each. In haste it crashes on some programs; these it compiles at leisure."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    command = [sys.executable, __file__, "--row", json.dumps(dataclasses.asdict(row))]
     for quick in (True, False):
         done = subprocess.run(command + ["--quick"] * quick, capture_output=True, text=True)
         if done.returncode == 0:
-            return json.loads(done.stdout.splitlines()[-1]) | {"quick": quick}
+            used = resource.getrusage(resource.RUSAGE_CHILDREN)
+            seconds = used.ru_utime + used.ru_stime - before.ru_utime - before.ru_stime
+            found = json.loads(done.stdout.splitlines()[-1])
+            return {"table": row.table, "quick": quick, "seconds": round(seconds)} | found
         if done.returncode > 0:
             break
-    raise CompilerFailed(f"{case.name}: {done.stderr.strip().splitlines()[-1]}")
+    said = [line for line in done.stderr.splitlines() if line.strip()] or ["no word"]
+    return {"failed": said[-1].removeprefix("gcl_jax.errors.ConfigError: ")}
 
 
-class CompilerFailed(Exception):
-    """Not for lack of memory, which is a result."""
+def commit() -> str:
+    """The last one that changed the package."""
+    git = ["git", "-C", str(HERE.parent)]
+    last = [*git, "log", "-1", "--format=%h", "--", "gcl_jax"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", "gcl_jax"]).returncode
+    return subprocess.run(last, capture_output=True, text=True).stdout.strip() + "+" * changed
 
 
-class Results:
-    """Figures by case, kept in a file after each."""
-
-    def __init__(self, path: Path, bar):
-        self.path, self.bar = path, bar
-        self.known = json.loads(path.read_text()) if path.exists() else {}
-
-    def __call__(self, case: Case, search: bool = False) -> None:
-        name = f"{case.model} {case.topology} {case.batch}" if search else case.name
-        if name not in self.known:
-            self.bar.set_postfix_str(name)
-            self.known[name] = in_own_process(case, search)
-            self.path.write_text(json.dumps(self.known, indent=1) + "\n")
-
-
-def compared() -> list[Case]:
-    """Forms of the loss and meshes, on one slice."""
-    base = Case("ViT-B-32", "v5e:4x4", 4096)
-    change = dataclasses.replace
-    return [
-        base,
-        change(base, form="ring"),
-        change(base, fsdp=4),
-        change(base, fsdp=4, form="ring"),
-        change(base, fsdp=16),
-    ]
+LIMITS: dict[str, Callable[[Row], str]] = {
+    "tables": lambda row: row.table,
+    "chips": lambda row: row.case.topology.partition(":")[0],
+    "models": lambda row: row.case.model,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--topologies", default=",".join(TOPOLOGIES))
+    choices = {flag: list(dict.fromkeys(map(of, rows()))) for flag, of in LIMITS.items()}
+    for flag, known in choices.items():
+        parser.add_argument(f"--{flag}", default=",".join(known), help="those alone, by commas")
+    parser.add_argument("--anew", action="store_true", help="compile again what --out has")
     parser.add_argument("--out", type=Path, default=HERE / "plans.json")
-    parser.add_argument("--case", help=argparse.SUPPRESS)
-    parser.add_argument("--search", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.case:
+    if args.row:
         os.environ["JAX_PLATFORMS"] = "cpu"
-        case = Case(**json.loads(args.case))
-        topology = opened(case.topology, args.quick)
-        if args.search:
-            case, found = first_that_fits(case, topology)
-        else:
-            found = compiled(case, topology)
-        print(json.dumps({"case": dataclasses.asdict(case), "found": found}))
+        import jax
+
+        given = json.loads(args.row)
+        case, topology = Case(**given["case"]), opened(given["case"]["topology"], args.quick)
+        case, found = SEARCHES[given["search"]](case, topology)
+        print(
+            json.dumps({"case": dataclasses.asdict(case), "found": found, "jax": jax.__version__})
+        )
         return
-    models, topologies = args.models.split(","), args.topologies.split(",")
-    cells = [(m, t, b) for t in topologies for m in models for b in BATCHES]
-    total = len(cells) + len(compared())
-    with tqdm.tqdm(total=total, unit="row", dynamic_ncols=True) as bar:
-        find = Results(args.out, bar)
-        for case in compared():
-            with passed_over(bar):
-                find(case)
-        for cell in cells:
-            with passed_over(bar):
-                find(Case(*cell), search=True)
-
-
-@contextlib.contextmanager
-def passed_over(bar):
-    """One row, which the next run tries again if the compiler fails."""
-    try:
-        yield
-    except CompilerFailed as error:
-        bar.write(str(error))
-    bar.update()
+    for flag, there in choices.items():
+        if unknown := set(getattr(args, flag).split(",")) - set(there):
+            parser.error(f"--{flag}={','.join(unknown)}: there are {', '.join(there)}")
+    known = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {}
+    chosen = [
+        row
+        for row in rows()
+        if all(of(row) in getattr(args, flag).split(",") for flag, of in LIMITS.items())
+        and (args.anew or row.name not in known)
+    ]
+    usual = statistics.mean([one["seconds"] for one in known.values()] or [SECONDS])
+    minutes = sum(known.get(row.name, {"seconds": usual})["seconds"] for row in chosen) / 60
+    print(f"{len(chosen)} of {len(rows())} rows, about {minutes:.0f} minutes of a core")
+    with tqdm.tqdm(chosen, unit="row", dynamic_ncols=True) as bar:
+        for row in bar:
+            bar.set_postfix_str(row.name)
+            found = in_own_process(row)
+            if "failed" in found:
+                bar.write(f"{row.name}: {found['failed']}")
+                continue
+            known[row.name] = found | {"commit": commit()}
+            args.out.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ class UserError(argparse.ArgumentTypeError, ValueError):
     """Something in the input is wrong; the message is one line: what, and how to mend it. Raised by
     what reads an argument, argparse shows it too."""
 
+    exit_code = 2  # of commands
+
 
 class ConfigError(UserError):
     """A configuration that cannot work."""
@@ -21,6 +23,13 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """Input data that cannot be used; the message names the file and the row."""
+
+
+class StorageError(UserError):
+    """Storage failed while a training ran, which is no mistake of its configuration: the same
+    command goes on from the last checkpoint."""
+
+    exit_code = 74  # EX_IOERR
 
 
 def first_line(error: BaseException) -> str:
@@ -91,8 +100,8 @@ def out_of_memory(asked: float | None, there: float | None) -> str:
 @contextlib.contextmanager
 def reported_in_one_line() -> Iterator[None]:
     """Turns a `UserError`, what the operating system refuses, or a device without memory, into one
-    line on stderr and exit code 2; Ctrl-C into exit code 130. What the encoding of stdout lacks is
-    printed escaped."""
+    line on stderr and exit code 2 (a `UserError` has its own); Ctrl-C into exit code 130. What the
+    encoding of stdout lacks is printed escaped."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -101,12 +110,12 @@ def reported_in_one_line() -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (UserError, OSError) as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", UserError.exit_code))
     except RuntimeError as error:
         if (figures := memory_figures(error)) is None:
             raise
         print(f"error: {out_of_memory(*figures)}; use more or larger devices", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)

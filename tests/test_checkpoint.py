@@ -15,7 +15,7 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.saved import Saved
 from gcl_jax.checkpoints.state import TrainState, abstract_state, averaged_params
 from gcl_jax.config import CheckpointConfig, MeshConfig
-from gcl_jax.errors import ConfigError, DataError, UserError
+from gcl_jax.errors import ConfigError, DataError, StorageError
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.optim import make_optimizer
 from gcl_jax.train.setup import require_metric
@@ -406,10 +406,11 @@ def test_a_save_that_fails_says_so_in_one_line(little, small_files, capfd, notic
                 checkpointer.save(15, little_state(15), {})
 
     with pytest.raises(
-        UserError, match=r"cannot save a checkpoint in .*: File too large;"
+        StorageError, match=r"cannot save a checkpoint in .*: File too large;"
     ) as error:
         run()
     assert "\n" not in str(error.value)
+    assert error.value.exit_code == 74, "not a mistake of the configuration"
     assert capfd.readouterr().err == ""
     with Checkpointer(little, CheckpointConfig()) as checkpointer:
         assert checkpointer.latest_step() == 9

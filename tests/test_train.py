@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -31,7 +32,7 @@ from gcl_jax import config, logs, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.store import RankedStore, write_checksums
 from gcl_jax.embed.embedder import Embedder
-from gcl_jax.errors import ConfigError, DataError, UserError
+from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate.ranked import evaluate_in_training, evaluate_workdir
 from gcl_jax.models import clip, flops
@@ -41,7 +42,7 @@ from gcl_jax.report import __main__ as report
 from gcl_jax.runs import load_run
 from gcl_jax.stores import write_store
 from gcl_jax.train import monitor, setup
-from gcl_jax.train.loop import Interrupted, train
+from gcl_jax.train.loop import Interrupted, train, worth_a_restart
 from gcl_jax.train.setup import alone_in, make_training
 from gcl_jax.validation import validate
 
@@ -86,6 +87,41 @@ def test_compilations_are_counted(cfg, tmp_path, capsys):
     with monitor.Compilations() as compiled:
         evaluate_in_training(run.cfg, run.store, embedder)
     assert compiled.programs == 0
+
+
+def test_storage_that_fails_after_the_first_step_is_no_mistake_of_the_user(
+    cfg, tmp_path, monkeypatch, capsys
+):
+    """Exit code 2 before the first step, as for a wrong path; 74 after it."""
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    def code(place, name):
+        def fails(*_, **__):
+            raise full
+
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fails)
+            with pytest.raises(SystemExit) as end, reported_in_one_line():
+                train(cfg, tmp_path / "run")
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("error: [Errno 28] No space left on device: 'metrics.jsonl'")
+        assert ("the same command continues" in said) == (end.value.code == 74)
+        return end.value.code
+
+    cfg.optim.steps = 1
+    assert code(config, "save") == 2
+    assert code(Checkpointer, "save") == 74
+    for steps, error in ((1, BrokenPipeError), (0, FileNotFoundError)):
+        with pytest.raises(error), worth_a_restart(lambda steps=steps: steps):
+            raise error("x")
+
+
+def test_what_is_not_installed_is_told_before_data_are_opened(cfg, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    cfg.model.text.pool = "last"
+    cfg.model.text.tokenizer, cfg.data.store = "intfloat/e5-large-v2", str(tmp_path / "none")
+    with pytest.raises(ConfigError, match=r'needs transformers: pip install -e "\.\[text\]"'):
+        train(cfg, tmp_path / "run")
 
 
 def test_out_of_memory_says_what_to_change(cfg, tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ from gcl_jax.checkpoints.saved import (
 from gcl_jax.checkpoints.state import TrainState
 from gcl_jax.config import CheckpointConfig, TrainConfig, check_workdir
 from gcl_jax.distributed import announce, is_first
-from gcl_jax.errors import DataError, UserError
+from gcl_jax.errors import DataError, StorageError
 from gcl_jax.sharding import Params
 
 T = TypeVar("T")
@@ -154,7 +154,7 @@ class Checkpointer:
         donated. `metrics`: of the evaluation at this step, if there was one.
 
         Raises:
-            UserError: this save or the one before it failed; earlier checkpoints are intact.
+            StorageError: this save or the one before it failed; earlier checkpoints are intact.
         """
         if step not in self._manager.all_steps():
             self._write(step, named(state), data_state, dict(metrics or {}))
@@ -289,8 +289,8 @@ class Checkpointer:
         if saving is not None and (error := saving.exception()):
             raise self._failure(error) from error
 
-    def _failure(self, error: BaseException) -> UserError:
-        return UserError(
+    def _failure(self, error: BaseException) -> StorageError:
+        return StorageError(
             f"cannot save a checkpoint in {self.directory}: {first_cause(error)}; those in it are "
             "intact"
         )

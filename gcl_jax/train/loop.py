@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import jax
@@ -13,7 +13,7 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.state import abstract_state, averaged_params
 from gcl_jax.config import TrainConfig
 from gcl_jax.embed.embedder import Embedder
-from gcl_jax.errors import ConfigError, UserError
+from gcl_jax.errors import ConfigError, StorageError, UserError, in_one_line
 from gcl_jax.evaluate.ranked import evaluate_in_training
 from gcl_jax.train.monitor import Compilations, Monitor, Trace, diagnosis
 from gcl_jax.train.setup import alone_in, less_memory, make_training, start_or_continue
@@ -30,6 +30,20 @@ class Interrupted(Exception):
 
 class NonFiniteRun(UserError):
     """Step after step the loss or its gradients were not finite."""
+
+
+@contextlib.contextmanager
+def worth_a_restart(steps: Callable[[], int]) -> Iterator[None]:
+    """What the operating system refuses once steps are done becomes a `StorageError`: before the
+    first, a path is more likely to be wrong than storage."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, BrokenPipeError) or not steps():
+            raise
+        raise StorageError(
+            f"{in_one_line(error)}; the same command continues from the last checkpoint"
+        ) from error
 
 
 def train(
@@ -57,6 +71,7 @@ def train(
     Raises:
         ConfigError, DataError: bad configuration or data; another training runs in `workdir`.
         NonFiniteRun: step after step the loss or its gradients were not finite.
+        StorageError: storage failed after the first step; the same call continues.
         Interrupted: SIGINT or SIGTERM came; everything is saved. (In the main thread alone.)
     """
     if not isinstance(cfg, TrainConfig):
@@ -84,9 +99,10 @@ def _train(
     training = make_training(cfg)
     cfg, batches, steps = training.cfg, training.batches, training.steps
     cfg.extensions = tuple(dict.fromkeys((*cfg.extensions, *registry.extensions)))
-    first = distributed.is_first()
+    first, step = distributed.is_first(), 0
     # Unclosed, the threads that prefetch from an endless data set outlive the training.
     with (
+        worth_a_restart(lambda: step),
         sharding.in_memory(lambda: less_memory(training)),
         contextlib.closing(batches),
         distributed.StopSignals() as signals,  # a repeated signal must not end the last save

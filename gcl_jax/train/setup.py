@@ -27,6 +27,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import longest_texts, padded_length, sampled_pairs, train_batches
 from gcl_jax.data.sampling import pair_weights, pairs_per_epoch, records_without_fields
 from gcl_jax.data.store import HELD_OUT, RankedStore
+from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, did_you_mean
 from gcl_jax.evaluate import metrics
 from gcl_jax.losses.objectives import check_data
@@ -75,8 +76,10 @@ def make_training(cfg: TrainConfig) -> Training:
             "'auto'"
         )
     parameters = abstract_model(cfg.model)[1]
-    # An unknown name or pattern is told before data are opened, which may take minutes.
-    tx = optim.make_optimizer(cfg.optim, 1, parameters)
+    # An unknown name or pattern, and what is not installed, are told before data are opened, which
+    # may take minutes.
+    tx, text = optim.make_optimizer(cfg.optim, 1, parameters), cfg.model.text
+    load_tokenizer(text.tokenizer, text.context_length, text.clean)
     store, asked = open_store(cfg.data.store), cfg.data.train_split
     cfg = store.resolve(cfg)
     # Else GPUs would wait for each other in programs that differ.
