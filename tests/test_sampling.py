@@ -11,7 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gcl_jax.config import DataConfig, OptimConfig, TrainConfig
-from gcl_jax.data.sampling import pair_order, pairs_per_epoch, sampled, unique_order
+from gcl_jax.data.sampling import (
+    advice,
+    pair_order,
+    pairs_per_epoch,
+    repeated_rows,
+    sampled,
+    unique_order,
+)
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import ConfigError
 
@@ -144,6 +151,44 @@ def test_a_batch_of_more_rows_than_pairs_is_refused(options):
     with pytest.raises(ConfigError, match=r"batch_size=4 is more than the 3 pairs of split 'all'"):
         stream(pairs_of([0, 1, 2]), 4, **options)
     assert stream(pairs_of([0, 1, 2]), 3, **options)[1] == 3
+
+
+@pytest.mark.parametrize(
+    ("count", "data"),
+    [
+        (31, {}),
+        (31, {"pairs_per_query": 2}),
+        (32, {"pairs_per_query": 3}),
+        (31, {"sampler": "score"}),
+        (31, {"sampler": "score", "unique_queries": True}),
+        (31, {"unique_queries": True}),
+    ],
+)
+def test_rows_that_repeat_a_pair_of_their_batch_are_foreseen(count, data):
+    size, batches = 16, 1000 if data else 200
+    pairs = pairs_of(np.arange(count) // 2, 1.0 + np.arange(count) % 7)
+    rows = taken(stream(pairs, size, **data)[0], 0, size * batches).reshape(batches, size)
+    found = size - np.mean([len(set(row.tolist())) for row in rows])
+    cfg = TrainConfig(data=DataConfig(**data), optim=OptimConfig(batch_size=size))
+    assert found == pytest.approx(repeated_rows(cfg, pairs), rel=0.15)
+
+
+def test_a_run_that_learns_less_than_it_might_is_told_so():
+    cfg = TrainConfig(optim=OptimConfig(batch_size=10, warmup_steps=50))
+    assert advice(cfg, pairs_of(np.arange(500)), steps=51) == []
+    (line,) = advice(cfg, pairs_of(np.arange(500)), steps=50)
+    assert line.startswith("config.optim.warmup_steps=50: the warm-up never ends in 50 steps")
+    (line,) = advice(cfg, pairs_of(np.arange(499)), steps=51)
+    assert line.startswith("an epoch is 49.9 steps")
+    cfg.optim.batch_size = 200
+    few, again = advice(cfg, pairs_of(np.arange(499)), steps=51)
+    assert few.startswith("an epoch is 2.5 steps")
+    assert again.startswith("5.35 of the 200 rows")
+    assert "its own negative" in again
+    cfg.loss.targets = "known"
+    assert "its own negative" not in advice(cfg, pairs_of(np.arange(499)), steps=51)[1]
+    cfg.data.unique_queries = True
+    assert len(advice(cfg, pairs_of(np.arange(499)), steps=51)) == 1
 
 
 def test_pairs_are_drawn_in_proportion_to_their_scores():

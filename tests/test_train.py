@@ -354,7 +354,9 @@ def test_an_epoch_of_unique_queries_is_shorter(cfg, tmp_path, capsys, monkeypatc
     monkeypatch.setattr(RankedStore, "pairs", lambda self, split: skewed)
     cfg.data.unique_queries, cfg.optim.steps, cfg.optim.epochs = True, 0, 3
     train(cfg, tmp_path)
-    assert "unique_queries leaves 20 of 28 pairs out" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "unique_queries leaves 20 of 28 pairs out" in told
+    assert "warning: an epoch is 1 steps" in told
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 

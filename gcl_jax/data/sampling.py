@@ -38,6 +38,7 @@ _FORMULAS: dict[str, Callable[[np.ndarray, float], np.ndarray]] = {
     "log": lambda s, S: np.log2(1 + s) / np.log2(1 + S),
     "sqrt": lambda s, S: np.sqrt(s / S),
 }
+FEW_STEPS = 50  # of an epoch
 KINDS = (*_FORMULAS, "piecewise")
 
 
@@ -88,6 +89,43 @@ def pairs_per_epoch(cfg: TrainConfig, pairs: Pairs) -> int:
     if cfg.data.sampler == "score":
         return len(pairs)
     return size * _unique_batches(counts, size)
+
+
+def repeated_rows(cfg: TrainConfig, pairs: Pairs) -> float:
+    """How many rows of a batch, on average, hold a pair that it has already: scores draw it again,
+    or the batch reaches from one epoch into the next."""
+    size, n = cfg.optim.batch_size, len(pairs)
+    if cfg.data.unique_queries:
+        return 0.0
+    if cfg.data.sampler == "score":
+        share = np.asarray(pairs.score, np.float64) / np.sum(pairs.score, dtype=np.float64)
+        return float(size - (1 - (1 - share) ** size).sum())
+    # Of n / size batches one reaches over, by any number k of rows, k (size - k) / n of them again.
+    return size**3 / (6 * n**2) if n % size else 0.0
+
+
+def advice(cfg: TrainConfig, pairs: Pairs, steps: int) -> list[str]:
+    """A line for each thing in a run of so many `steps` that learns less than it might."""
+    size, lines = cfg.optim.batch_size, []
+    if steps <= cfg.optim.warmup_steps:
+        lines.append(
+            f"config.optim.warmup_steps={cfg.optim.warmup_steps}: the warm-up never "
+            f"ends in {steps} steps; a tenth of them is usual, {max(1, steps // 10)}"
+        )
+    epoch = pairs_per_epoch(cfg, pairs) / size
+    if epoch < FEW_STEPS:
+        lines.append(
+            f"an epoch is {epoch:.3g} steps: with so few pairs, a config.optim.batch_size below "
+            f"{size} gives more steps for the same work"
+        )
+    if (again := repeated_rows(cfg, pairs)) >= 1:
+        harmless = cfg.loss.targets == "known" or cfg.loss.mask_duplicates
+        lines.append(
+            f"{again:.3g} of the {size} rows of a batch repeat one of its pairs"
+            f"{'' if harmless else ', which is its own negative then'}; set "
+            "config.data.unique_queries, or a smaller config.optim.batch_size"
+        )
+    return lines
 
 
 class Blocks(grain.MapDataset):

@@ -25,7 +25,7 @@ from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import longest_texts, padded_length, sampled_pairs, train_batches
-from gcl_jax.data.sampling import pair_weights, pairs_per_epoch, records_without_fields
+from gcl_jax.data.sampling import advice, pair_weights, pairs_per_epoch, records_without_fields
 from gcl_jax.data.store import HELD_OUT, RankedStore
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, did_you_mean
@@ -113,6 +113,8 @@ def make_training(cfg: TrainConfig) -> Training:
             "each epoch, others every time"
         )
     steps = optim.total_steps(cfg.optim, epoch)
+    for line in advice(cfg, pairs, steps):
+        distributed.announce(f"warning: {line}")
     tx = optim.make_optimizer(cfg.optim, steps, parameters)
     train_step = make_train_step(cfg, tx, mesh)
     check_data(cfg, pair_weights(cfg, pairs))
