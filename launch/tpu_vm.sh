@@ -2,8 +2,8 @@
 # A Cloud TPU slice (VMs of its own, through queued resources), from request to removal:
 #   export NAME=b32 ZONE=us-west4-a ACCELERATOR=v5litepod-256 RUNTIME=v2-alpha-tpuv5-lite
 #   export CAPACITY=spot BUCKET=my-bucket
-#   launch/tpu_vm.sh train --config=configs/marqo_gs/vit_b32.py --workdir=/bucket/runs/b32 \
-#       --config.data.store=/bucket/stores/marqo_gs_full_10m
+#   export STORE=/bucket/stores/marqo_gs_full_10m WORKDIR=/bucket/runs/b32
+#   launch/tpu_vm.sh train --config=configs/marqo_gs/vit_b32.py
 #   launch/tpu_vm.sh delete
 # Commands:
 #   create        requests the slice and waits for it
@@ -13,8 +13,10 @@
 #   status        the state of the slice
 #   delete        gives the slice back, whatever its state
 # Variables:
+#   STORE, WORKDIR  the store and the folder of the run, on storage that all hosts see, or gs://...
 #   BUCKET        a Cloud Storage bucket, which becomes /bucket on all hosts
 #   SETUP         instead or besides: a command that mounts other storage on a host
+#   EXTRAS        what is installed: tpu,text,gcp (text: tokenizers of E5, XLM-R and SigLIP)
 #   CAPACITY      on-demand (default), spot, reserved, or flex-start, which lasts MAX_RUN (24h)
 #   CREATE_FLAGS  more flags for gcloud's create, such as --network=...
 #   PROJECT       gcloud's own by default
@@ -27,6 +29,7 @@ say() { echo "$*" >&2; }
 usage() { sed -n '2,/^set/{/^# \{0,1\}/s///p}' "$0" >&2; exit 2; }
 [[ $# -ge 1 ]] || usage
 : "${NAME:?names the slice}" "${ZONE:?such as us-west4-a}"
+case $1 in run | train) : "${STORE:?names the store}" "${WORKDIR:?names the folder of the run}" ;; esac
 [[ -z ${SPOT:-} ]] || { say "error: write CAPACITY=spot in place of SPOT=$SPOT"; exit 2; }
 place=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
 pause=${PAUSE:-60}
@@ -146,8 +149,8 @@ on_all() {
 # What a training needs of this machine. A training goes on with the commit that it began with.
 pack() {
   local changed
-  if [[ -z ${BUCKET:-}${SETUP:-} ]]; then
-    say "error: set BUCKET (or SETUP): all hosts need the store, and one place for --workdir"
+  if [[ -z ${BUCKET:-}${SETUP:-} && ! (${STORE:-} == *://* && ${WORKDIR:-} == *://*) ]]; then
+    say "error: set BUCKET (or SETUP), or STORE and WORKDIR to gs://...: all hosts must see them"
     return 2
   fi
   [[ ! -e $scratch/gcl_jax.tar.gz ]] || return 0
@@ -160,8 +163,8 @@ pack() {
 install() {
   local mount=""
   if [[ -n ${BUCKET:-} ]]; then
-    # Checkpoints are finished by renaming a folder, which gcsfuse otherwise refuses on buckets
-    # without a hierarchical namespace.
+    # On a flat bucket gcsfuse renames no folder with files otherwise, by which a checkpoint or a
+    # store may be finished.
     mount="command -v gcsfuse >/dev/null || {
       key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
       curl -fsS \$apt/doc/apt-key.gpg | sudo tee \$key >/dev/null
@@ -181,7 +184,7 @@ install() {
     on_all "set -e; mkdir -p gcl_jax; tar -xzf gcl_jax.tar.gz -C gcl_jax; cd gcl_jax
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --allow-existing --python=3.12
-    python3 -m uv pip install --quiet --editable '.[tpu,text]'
+    python3 -m uv pip install --quiet --editable $(printf '%q' ".[${EXTRAS:-tpu,text,gcp}]")
     $mount
     ${SETUP:-true}"
 }
@@ -193,13 +196,13 @@ end_training='if pid=$(cat gcl_jax.pid 2>/dev/null) &&
   fi'
 
 run() {
-  local code=0
+  local code=0 paths=("--config.data.store=$STORE" "--workdir=$WORKDIR")
   # In the background, where Ctrl-C does not cut the connection. gcloud makes a call whose
   # connection has broken again: then the first one's process is still there.
   training=1
   on_all "$end_training
     echo \$\$ > gcl_jax.pid; cd gcl_jax
-    exec .venv/bin/python -m gcl_jax.train $(printf '%q ' "$@")" &
+    exec .venv/bin/python -m gcl_jax.train $(printf '%q ' "${paths[@]}" "$@")" &
   wait "$!" || code=$?
   training=""
   return "$code"

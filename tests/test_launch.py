@@ -167,16 +167,17 @@ def test_jobsets_mount_the_bucket_that_one_variable_names(manifest):
     assert csi["bucketName"] == "${BUCKET}"
     assert "rename-dir-limit=200000" in csi["mountOptions"].split(",")
     (container,) = pod["containers"]
-    place = container["volumeMounts"][0]["mountPath"]
-    paths = [arg.partition("=")[2] for arg in container["args"] if "store" in arg or "dir" in arg]
-    assert len(paths) == 2
-    assert all(path.startswith(f"{place}/") for path in paths)
+    assert container["volumeMounts"][0]["mountPath"] == "/bucket"
+    assert container["args"][2:] == ["--config.data.store=${STORE}", "--workdir=${WORKDIR}"]
 
 
-def test_every_machine_gets_what_every_configuration_needs():
+@pytest.mark.parametrize("file", ["Dockerfile.cuda", "Dockerfile.tpu", "sky.yaml", "tpu_vm.sh"])
+def test_one_variable_says_which_extras_are_installed(file):
     """E5, XLM-R and SigLIP have tokenizers of transformers, the extra [text]."""
-    for file in ("Dockerfile.cuda", "Dockerfile.tpu", "sky.yaml", "tpu_vm.sh"):
-        assert re.search(r"--editable .\.\[(cuda|tpu),text\]", (LAUNCH / file).read_text()), file
+    text = (LAUNCH / file).read_text()
+    (default,) = re.findall(r"EXTRAS(?:: |=|:-)([a-z0-9,]+)", text)
+    assert default == f"{'tpu' if 'tpu' in file else 'cuda'},text,gcp"
+    assert re.search(r"--editable .*\.\[\$\{?EXTRAS", text)
 
 
 # A program that the commands of docs/pods.md call: notes its words, and what comes in by stdin.
@@ -207,7 +208,7 @@ def test_commands_of_the_page_run_as_printed(tmp_path):
     storage = f'[[ $1 != storage ]] || exec {recorder} "$@"\n'
     program(tmp_path, "gcloud", gcloud.replace("words=", f"{storage}words=", 1))
     environment = cloud.environment | {"PYTHON": "python"}
-    for name in ("NAME", "ZONE", "ACCELERATOR", "RUNTIME", "BUCKET"):
+    for name in ("NAME", "ZONE", "ACCELERATOR", "RUNTIME", "BUCKET", "STORE", "WORKDIR"):
         del environment[name]  # the page sets them
     for block in blocks:
         subprocess.run(
@@ -228,8 +229,8 @@ def test_commands_of_the_page_run_as_printed(tmp_path):
             assert words[3::2] == ["--env"] * len(given)
             task = yaml.safe_load((ROOT / words[2]).read_text())
             assert given.keys() <= task["envs"].keys()
-            sky = "python -m gcl_jax.train --config={CONFIG} --workdir=/bucket/runs/{RUN} {FLAGS}"
-            trainings.append(sky.format(**given).split())
+            sky = "python -m gcl_jax.train --config={CONFIG} --workdir={WORKDIR} "
+            trainings.append(f"{sky}--config.data.store={{STORE}}".format(**given).split())
         elif name == "kubectl" and given:
             assert words == ["apply", "-l", "accelerator=tpu", "-f", "-"]
             for manifest in yaml.safe_load_all(given):
@@ -259,17 +260,21 @@ def test_sky_starts_every_node_as_one_process(tmp_path):
     python.mkdir(parents=True)
     program(python, "python", '#!/bin/sh\nprintf "%s\\n" "$@"\n')
     given = {"SKYPILOT_NODE_IPS": "10.0.0.7\n10.0.0.8", "SKYPILOT_NUM_NODES": "2"}
-    given |= {"BUCKET": "bucket", "FLAGS": "--config.seed=1 --config.log_every=2"}
+    given |= {"FLAGS": "--config.seed=1 --config.log_every=2", "CONFIG": "configs/emoji_tiny.py"}
+    given |= {"BUCKET": "bucket", "STORE": "gs://b/a store", "WORKDIR": "/bucket/runs/demo"}
+    assert {name for name, value in task["envs"].items() if value is None} == {
+        *("BUCKET", "STORE", "WORKDIR", "CONFIG")
+    }
     environment = os.environ | task["envs"] | given | {"SKYPILOT_NODE_RANK": "1"}
     printed = subprocess.run(
         ["bash", "-euc", task["run"]], cwd=tmp_path, env=environment, capture_output=True, text=True
     ).stdout.splitlines()
     assert task["num_nodes"] == 2
-    assert task["envs"]["BUCKET"] is None, "to be given"
     assert printed == [
         "-m",
         "gcl_jax.train",
         "--config=configs/emoji_tiny.py",
+        "--config.data.store=gs://b/a store",
         "--workdir=/bucket/runs/demo",
         "--config.seed=1",
         "--config.log_every=2",
@@ -288,6 +293,8 @@ def slurm(tmp_path, srun, *flags, **variables):
         "PYTHON": sys.executable,
         "SLURM_SUBMIT_DIR": str(ROOT),
         "SLURM_JOB_ID": str(os.getpid()),  # jax makes a port of it
+        "STORE": "store",
+        "WORKDIR": "runs/a",
         **variables,
     }
     result = subprocess.run(
@@ -301,11 +308,11 @@ def slurm(tmp_path, srun, *flags, **variables):
     return result, log.read_text() if log.exists() else ""
 
 
-def test_slurm_script_trains_with_two_tasks(config_file, tmp_path):
-    workdir = tmp_path / "run"
+def test_slurm_script_trains_with_two_tasks(config_file, tiny_store, tmp_path):
+    workdir, store = tmp_path / "a run", str(tiny_store.directory)
     flags = ["--config.optim.steps=2", "--config.eval.every=0", "--config.checkpoint.every=2"]
     result, requeued = slurm(
-        tmp_path, SRUN, f"--config={config_file}", f"--workdir={workdir}", *flags
+        tmp_path, SRUN, f"--config={config_file}", *flags, STORE=store, WORKDIR=str(workdir)
     )
     assert result.returncode == 0, result.stderr
     assert result.stderr.count("starting from random parameters") == 1
@@ -427,6 +434,8 @@ class Cloud:
             "ACCELERATOR": "v5litepod-16",
             "RUNTIME": "v2-alpha-tpuv5-lite",
             "BUCKET": "bucket",
+            "STORE": "/bucket/store",
+            "WORKDIR": "/bucket/a b",
             "PAUSE": "0",
             "DELETE": "",
         }
@@ -593,21 +602,21 @@ FAILURES = {
 def test_tpu_script_survives(tmp_path, name):
     """No slice is lost while it is healthy, none is left without a word, none asked for twice."""
     script, kinds, code, word = FAILURES[name]
-    cloud = Cloud(tmp_path, **script).call("train", "--workdir=/bucket/a b")
+    cloud = Cloud(tmp_path, **script).call("train")
     assert cloud.code == code, cloud.said
     assert cloud.kinds == kinds.strip()
     assert word in cloud.said
 
 
 def test_tpu_script_gives_the_slice_back_if_asked(tmp_path):
-    cloud = Cloud(tmp_path, run="2").call("train", "--workdir=/bucket/a", DELETE="1")
+    cloud = Cloud(tmp_path, run="2").call("train", DELETE="1")
     assert (cloud.code, cloud.kinds) == (2, f"{TRAIN} delete")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_tpu_script_ends_the_training_when_it_is_told_to_stop(tmp_path, signum):
     cloud = Cloud(tmp_path, run="hang")
-    script = cloud.start("train", "--workdir=/bucket/a")
+    script = cloud.start("train")
     wait_for(tmp_path / "training")
     script.send_signal(signum)
     assert cloud.end(script).code == 130
@@ -616,7 +625,7 @@ def test_tpu_script_ends_the_training_when_it_is_told_to_stop(tmp_path, signum):
 
 def test_tpu_script_leaves_nothing_untold_when_interrupted_while_it_waits(tmp_path):
     cloud = Cloud(tmp_path, create="is WAITING_FOR_RESOURCES")
-    script = cloud.start("train", "--workdir=/bucket/a", PAUSE="0.1")
+    script = cloud.start("train", PAUSE="0.1")
     wait_for(tmp_path / "script.create")
     time.sleep(0.5)
     script.send_signal(signal.SIGINT)
@@ -652,9 +661,24 @@ def test_tpu_script_asks_for_the_capacity(tmp_path, variables, flags):
 
 @pytest.mark.parametrize("variables", [{"CAPACITY": "cheap"}, {"SPOT": "1"}, {"BUCKET": ""}])
 def test_tpu_script_refuses_before_anything_is_billed(tmp_path, variables):
-    cloud = Cloud(tmp_path).call("train", "--workdir=/bucket/a", **variables)
+    cloud = Cloud(tmp_path).call("train", **variables)
     assert (cloud.code, cloud.kinds) == (2, "")
     assert "error: " in cloud.said
+
+
+def test_tpu_script_needs_no_mount_for_paths_in_buckets(tmp_path):
+    paths = {"STORE": "gs://a/store", "WORKDIR": "gs://a/run"}
+    cloud = Cloud(tmp_path).call("train", BUCKET="", EXTRAS="tpu,x", **paths)
+    assert (cloud.code, cloud.kinds) == (0, TRAIN)
+    setup = (tmp_path / "last.setup").read_text()
+    assert "gcsfuse" not in setup
+    assert r"--editable .\[tpu\,x\]" in setup
+    assert (
+        "--config.data.store=gs://a/store --workdir=gs://a/run"
+        in (tmp_path / "last.run").read_text()
+    )
+    assert Cloud(tmp_path).call("train", STORE="").code == 1
+    assert "STORE: names the store" in Cloud(tmp_path).call("train", STORE="").said
 
 
 def test_tpu_script_ships_the_commit_and_names_what_is_not_in_it(tmp_path):
@@ -689,7 +713,7 @@ def test_tpu_script_ships_the_commit_and_names_what_is_not_in_it(tmp_path):
 
 def test_a_training_that_was_left_running_saves_before_the_next_starts(tmp_path):
     """What the script runs on a host, run here: gcloud repeats a call whose connection broke."""
-    Cloud(tmp_path, "ACTIVE").call("run", "--workdir=/bucket/a b")
+    Cloud(tmp_path, "ACTIVE").call("run", "--config.seed=1")
     command = (tmp_path / "last.run").read_text().removeprefix("--command=")
     (tmp_path / "gcl_jax/.venv/bin").mkdir(parents=True)
     program(
@@ -705,7 +729,8 @@ def test_a_training_that_was_left_running_saves_before_the_next_starts(tmp_path)
     second = start()
     assert first.wait(timeout=PATIENCE_SECONDS) == 143
     assert second.wait(timeout=PATIENCE_SECONDS) == 0
-    started = "-m gcl_jax.train --workdir=/bucket/a b"
+    started = "-m gcl_jax.train --config.data.store=/bucket/store --workdir=/bucket/a b"
+    started += " --config.seed=1"
     assert (tmp_path / "log").read_text().splitlines() == [started, "saved", started]
 
 
