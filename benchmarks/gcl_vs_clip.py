@@ -27,7 +27,7 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.evaluate.judgements import sample_judgements
 from gcl_jax.evaluate.ranked import judged_metrics
 from gcl_jax.evaluate.results import summary
-from gcl_jax.stores import open_store
+from gcl_jax.prepare.stores import open_store
 
 logging.getLogger("bm25s").setLevel(logging.WARNING)
 

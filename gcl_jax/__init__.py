@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from gcl_jax.evaluate.metrics import evaluate_run
     from gcl_jax.losses.contrastive import gcl_loss
     from gcl_jax.models.presets import preset
+    from gcl_jax.prepare.stores import open_store
     from gcl_jax.registry import (
         METRICS,
         OBJECTIVES,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         VISION_TOWERS,
     )
     from gcl_jax.search.index import Index
-    from gcl_jax.stores import open_store
 
 __all__ = [
     "METRICS",
@@ -63,7 +63,7 @@ _HOMES = {
     "from_pretrained": "embed.model",
     "gcl_loss": "losses.contrastive",
     "load": "embed.model",
-    "open_store": "stores",
+    "open_store": "prepare.stores",
     "preset": "models.presets",
 }
 

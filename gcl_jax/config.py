@@ -5,21 +5,18 @@ the command line, e.g. `--config.optim.lr=3e-4`. `python -m gcl_jax config` prin
 No jax: a wrong flag is answered before it loads.
 """
 
-import contextlib
 import copy
 import dataclasses
 import functools
 import json
 import math
-import os
-import re
 import typing
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gcl_jax import registry
-from gcl_jax.errors import ConfigError, UserError, naming
+from gcl_jax import paths, registry
+from gcl_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -639,81 +636,9 @@ def from_dict(kind: type, values: Any, key: str = "") -> Any:
     return kind(**made)
 
 
-_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one letter before the colon is a drive
-
-
-def local_path(text: str | os.PathLike) -> Path:
-    """The path on this machine that an argument names; `~` is the home directory.
-
-    Raises:
-        UserError: it is empty, or the address of something elsewhere.
-    """
-    name = os.fspath(text)
-    if not name or "\0" in name:
-        raise UserError(f"{name!r} is no path")
-    if found := _ADDRESS.match(name):
-        hint = "give a path on this machine"
-        if found[1] in ("gs", "s3"):
-            hint = "mount the bucket, as docs/pods.md shows, and give the path of that folder"
-        raise UserError(f"{name}: addresses ({found[1]}://) are not read or written; {hint}")
-    try:
-        return Path(name).expanduser()
-    except RuntimeError as error:  # ~nobody
-        raise UserError(f"{name}: {error}") from None
-
-
-def output_path(text: str | os.PathLike) -> Path:
-    """The `local_path` of what is to be made.
-
-    Raises:
-        UserError: a file where a folder is needed, or no permission to write there.
-    """
-    path = local_path(text)
-    try:
-        there = next(x for x in (path, *path.absolute().parents) if x.exists())
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    if there != path and not there.is_dir():
-        raise UserError(f"{path} cannot be made: {there} is a file")
-    # A folder that is there may be what is asked for, finished.
-    if not path.is_dir() and not os.access(there, os.W_OK):
-        raise UserError(f"{path} cannot be made: no permission to write to {there}")
-    return path
-
-
-def check_workdir(workdir: Path) -> None:
-    """Raises `UserError` unless a run can be written to `workdir`: orbax takes its path for a
-    pattern when it puts the parts of a checkpoint together, and then finds none."""
-    output_path(workdir)
-    if workdir.is_file():
-        raise ConfigError(f"{workdir} is a file; a run needs a directory")
-    path = str(workdir.absolute())
-    if found := "".join(dict.fromkeys(c for c in path if c in "[]*?\\")):
-        raise ConfigError(
-            f"{path}: checkpoints under a path with any of {' '.join(found)} could not be read "
-            "back; choose another name for the run's directory"
-        )
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Where to write a file that becomes `path` at the end: that is complete, or as it was."""
-    unfinished = path.with_name(f"{path.name}.incomplete")
-    with naming(path):
-        yield unfinished
-    unfinished.replace(path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes `value`, and makes the folder; the file is complete or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
-
-
 def save(cfg: TrainConfig, path: Path) -> None:
     """Writes `cfg` as JSON; the file is complete or as it was."""
-    write_json(path, dataclasses.asdict(cfg))
+    paths.write_json(path, dataclasses.asdict(cfg))
 
 
 def load(path: Path) -> TrainConfig:

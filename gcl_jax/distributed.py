@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
-from gcl_jax.errors import ConfigError, UserError, first_line, reported_in_one_line
+from gcl_jax.errors import ConfigError, UserError, first_line, reported_in_one_line, spelled
 
 FLAGS = {
     "coordinator": (str, "HOST:PORT of process 0 (default: $JAX_COORDINATOR_ADDRESS)"),
@@ -146,7 +146,7 @@ def is_first() -> bool:
 def announce(message: str) -> None:
     """One line on stderr, of process 0 alone."""
     if is_first():
-        print(message, file=sys.stderr)
+        print(spelled(message), file=sys.stderr)
 
 
 def require_alike(values: Mapping[str, object]) -> None:

@@ -3,11 +3,15 @@
 import argparse
 import contextlib
 import difflib
+import functools
 import io
 import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+
+# {what messages would say: what they say instead}; `paths` knows of copies of what is in buckets.
+SPELLED: dict[str, str] = {}
 
 
 class UserError(argparse.ArgumentTypeError, ValueError):
@@ -50,10 +54,15 @@ def to_install(extra: str) -> str:
     return f'pip install -e ".[{extra}]" in a clone of gcl_jax'
 
 
+def spelled(text: object) -> str:
+    """`text` with the addresses of what is in buckets, not the paths of their copies here."""
+    return functools.reduce(lambda said, x: said.replace(*x), SPELLED.items(), str(text))
+
+
 def in_one_line(error: object) -> str:
     """The message of an error, or any text, without line breaks, and without most of a word that no
     line can hold: what it quotes may have such."""
-    line = " ".join(filter(None, map(str.strip, str(error).splitlines())))
+    line = spelled(" ".join(filter(None, map(str.strip, str(error).splitlines()))))
     return re.sub(r"\S{1001,}", lambda word: f"{word[0][:60]}... ({len(word[0])} characters)", line)
 
 

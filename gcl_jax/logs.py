@@ -15,8 +15,8 @@ from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from gcl_jax.config import replacing
 from gcl_jax.errors import ConfigError
+from gcl_jax.paths import replacing
 
 
 def quiet_libraries() -> None:

@@ -15,7 +15,7 @@ from gcl_jax import config
 from gcl_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError, UserError
-from gcl_jax.stores import open_store
+from gcl_jax.prepare.stores import open_store
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh

@@ -15,10 +15,10 @@ from gcl_jax.config import (
     ObjectivesConfig,
     TrainConfig,
     described,
-    local_path,
     nested,
 )
 from gcl_jax.errors import ConfigError, UserError, require
+from gcl_jax.paths import path_of
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
 LARGEST = 2**31 - 1  # whole number: what a device counts with
@@ -72,7 +72,7 @@ def check(key: str, value: Any, one: Described) -> None:
     if option.path:
         for path in filter(None, [value] if isinstance(value, str) else value):
             try:
-                local_path(path)
+                path_of(path)
             except UserError as error:
                 raise ConfigError(f"config.{key}: {error}") from None
     weights = isinstance(value, dict)

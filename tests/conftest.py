@@ -37,8 +37,9 @@ from gcl_jax.config import (
 )
 from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.prepare.source import Source, Split
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.sharding import BATCH_AXES
-from gcl_jax.stores import write_store
+from tests.buckets import bucket, bucket_server  # noqa: F401
 
 MESHES = ((1, 1), (8, 1), (4, 2), (2, 4))
 

@@ -8,7 +8,7 @@ import pytest
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare import parts
-from gcl_jax.stores import write_store
+from gcl_jax.prepare.stores import write_store
 from tests.test_prepare import png, tree, write_table
 from tests.test_sources import marqo, write_layout_1, write_layout_2
 

@@ -84,7 +84,7 @@ def test_a_missing_run_is_told_before_jax_is_loaded(args, tmp_path):
 FIRST_VERSION = json.loads((Path(__file__).parent / "commands_0_1.json").read_text())
 
 
-ADDRESS = "gs://bucket/x"
+ADDRESS = "foo://bucket/x"
 # Every argument that names a file or a folder, and what else the command needs.
 PATHS = {
     "data inspect": [ADDRESS, "emoji --html="],
@@ -112,7 +112,7 @@ PATHS = {
 
 
 def test_addresses_are_refused_by_every_argument_that_names_a_path(tmp_path):
-    """At once, in one line, with what to do instead; today buckets have to be mounted."""
+    """At once, in one line, with what to do instead."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     lines = []
     for command, ends in PATHS.items():
@@ -123,7 +123,7 @@ def test_addresses_are_refused_by_every_argument_that_names_a_path(tmp_path):
             lines.append([f"gcl_jax.{module}", *words])
     with pytest.raises(AssertionError) as refused:
         commands.parse(tmp_path, lines, whole=True)
-    said = f"{ADDRESS}: addresses (gs://) are not read or written; mount the bucket"
+    said = f"{ADDRESS}: addresses of this kind (foo://) are not read or written; give a path"
     assert str(refused.value).count(said) == len(lines)
     assert "Traceback" not in str(refused.value)
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".txt"] == ["configs"]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from gcl_jax import config
+from gcl_jax import config, paths
 from gcl_jax.config import DataConfig, LossConfig, ObjectivesConfig, TrainConfig
 from gcl_jax.data.sampling import KINDS
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.losses.objectives import check_config
 from gcl_jax.models import presets
-from gcl_jax.stores import directory_of
+from gcl_jax.prepare.stores import directory_of
 from gcl_jax.train.flags import override, read_config, take_overrides
 from gcl_jax.validation import validate
 
@@ -304,9 +304,10 @@ def test_a_config_file_that_fails_is_answered_in_one_line(text, message, tmp_pat
     [
         ("", "'' is no path"),
         ("a\0b", "is no path"),
-        ("s3://b/x", "s3://b/x: addresses .s3://. are not read or written; mount the bucket"),
-        (Path("gs://b/x"), "gs:/b/x: addresses .gs://. are not read or written; mount the bucket"),
-        ("https://a.b/c", "give a path on this machine"),
+        (Path("gs://b/x"), "gs:/b/x is no address; write gs://BUCKET/PATH"),
+        ("gs://b//x", "gs://b//x is no address"),
+        ("s3://b/../x", "s3://b/../x is no address"),
+        ("https://a.b/c", "addresses of this kind .https://. are not read or written; give a path"),
         ("~nobody-of-that-name/x", "~nobody-of-that-name/x: "),
         ("file/x", "file/x cannot be made: .*file is a file"),
         ("x" * 300, "File name too long"),
@@ -316,22 +317,22 @@ def test_what_no_output_can_be_written_to_is_refused(tmp_path, monkeypatch, text
     (tmp_path / "file").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=said):
-        config.output_path(text)
+        paths.output_path(text)
 
 
 def test_paths_begin_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert config.output_path("~/new/x") == tmp_path / "new/x"
-    assert str(config.local_path("runs/run:1")) == "runs/run:1"
+    assert paths.output_path("~/new/x") == tmp_path / "new/x"
+    assert str(paths.local_path("runs/run:1")) == "runs/run:1"
     (tmp_path / "new").mkdir(mode=0o500)
-    assert config.output_path("~/new") == tmp_path / "new", "which may be finished"
+    assert paths.output_path("~/new") == tmp_path / "new", "which may be finished"
 
 
 def test_a_store_a_run_and_negatives_may_lie_at_home(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert directory_of("~/store") == tmp_path / "store"
-    with pytest.raises(ConfigError, match=r"config\.data\.negatives: gs://b: addresses"):
-        validate(TrainConfig(data=DataConfig(negatives="gs://b")))
-    with pytest.raises(ConfigError, match=r"config\.extensions: s3://b: addresses"):
-        validate(TrainConfig(extensions=("s3://b",)))
+    with pytest.raises(ConfigError, match=r"config\.data\.negatives: foo://b: addresses"):
+        validate(TrainConfig(data=DataConfig(negatives="foo://b")))
+    with pytest.raises(ConfigError, match=r"config\.extensions: foo://b: addresses"):
+        validate(TrainConfig(extensions=("foo://b",)))

@@ -17,7 +17,7 @@ from gcl_jax.data import __main__ as command
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.errors import DataError
 from gcl_jax.prepare import parts
-from gcl_jax.stores import write_store
+from gcl_jax.prepare.stores import write_store
 from tests.conftest import TinySource
 
 

@@ -27,10 +27,10 @@ from gcl_jax.errors import DataError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.mine import __main__ as mine
 from gcl_jax.models import clip
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.report import __main__ as report
 from gcl_jax.runs import load_run, parameters_digest
 from gcl_jax.search import __main__ as search
-from gcl_jax.stores import write_store
 
 
 @pytest.fixture(scope="module")
@@ -485,7 +485,7 @@ def test_the_digest_tells_parameters_apart_but_not_meshes(workdir):
 def test_exports_read_back(workdir, monkeypatch, tmp_path):
     faiss = pytest.importorskip("faiss", reason="needs the [search] extra")
     usearch = pytest.importorskip("usearch.index", reason="needs the [search] extra")
-    monkeypatch.setattr("gcl_jax.embed.exports.ROWS_AT_A_TIME", 10)
+    monkeypatch.setattr("gcl_jax.embed.__main__.ROWS_AT_A_TIME", 10)
     out = tmp_path / "vectors"
     exports = ("--export=parquet", "--export=faiss", "--export=usearch")
     call(monkeypatch, embed, workdir, f"--out={out}", *exports)

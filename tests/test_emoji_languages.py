@@ -10,7 +10,7 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError
 from gcl_jax.prepare.emoji import EmojiLanguagesSource
-from gcl_jax.stores import open_store
+from gcl_jax.prepare.stores import open_store
 from gcl_jax.train.flags import read_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"

@@ -12,8 +12,8 @@ from gcl_jax.embed.embedder import Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate.judgements import rescale_scores, sample_judgements
 from gcl_jax.evaluate.ranked import evaluate_splits, judged_metrics
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.search.index import exact_top_k
-from gcl_jax.stores import write_store
 
 
 def test_judgements_are_the_rescaled_pairs(tiny_store):

@@ -16,7 +16,7 @@ from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate import judgements, metrics, results
 from gcl_jax.evaluate.ranked import evaluate_splits
 from gcl_jax.prepare.source import Split
-from gcl_jax.stores import write_store
+from gcl_jax.prepare.stores import write_store
 
 QUERIES = ("cat", "red cat", " a  red\tcat ", "a very red cat", "", "一 猫", "cat", "cat")
 

@@ -11,6 +11,7 @@ ROOT = Path(gcl_jax.__file__).parent
 # and the door of every command, its own `__main__`, stand above all rooms.
 ROOMS = (
     "errors",
+    "paths",
     "registry",
     "config",
     "logs",
@@ -20,11 +21,10 @@ ROOMS = (
     "optim",
     "data",
     "validation",
-    "port",
     "losses",
     "checkpoints",
     "prepare",
-    "stores",
+    "port",
     "runs",
     "embed",
     "search",

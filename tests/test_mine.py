@@ -19,8 +19,8 @@ from gcl_jax.errors import DataError, UserError
 from gcl_jax.mine import __main__ as mine
 from gcl_jax.mine import mining
 from gcl_jax.mine.mining import Mining, mine_negatives
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.runs import load_run
-from gcl_jax.stores import write_store
 
 
 def make_problem(pairs=150, anchors=12, candidates=40, seed=0):

@@ -22,8 +22,8 @@ from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare.source import Split
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.sharding import to_global
-from gcl_jax.stores import write_store
 from gcl_jax.train import step
 from gcl_jax.train.loop import train
 from gcl_jax.train.step import cached_value_and_grad

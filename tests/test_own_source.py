@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gcl_jax import stores
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare import __main__ as prepare
+from gcl_jax.prepare import stores
 from gcl_jax.prepare.source import BadRows, Source, Split, make_source
 from gcl_jax.registry import SOURCES, extensions
 

@@ -13,7 +13,7 @@ from gcl_jax.data.sampling import records_without_fields
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.data.transforms import ImageTransform, decode_image
 from gcl_jax.errors import ConfigError
-from gcl_jax.stores import write_store
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.validation import validate
 
 

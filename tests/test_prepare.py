@@ -27,7 +27,7 @@ from gcl_jax.errors import DataError, UserError
 from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare import parts, records
 from gcl_jax.prepare.rows import read_rows
-from gcl_jax.stores import write_store
+from gcl_jax.prepare.stores import write_store
 from tests.conftest import TinySource
 
 FIELDS = "--query_fields=query --document_fields=image:image,title --id_column=id"

@@ -21,12 +21,12 @@ from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate.judgements import sample_judgements
 from gcl_jax.evaluate.results import compare
 from gcl_jax.logs import MetricWriter
+from gcl_jax.prepare.stores import open_store
 from gcl_jax.report import __main__ as report
 from gcl_jax.report import charts, pages
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
 from gcl_jax.search.searcher import SearchIndex
-from gcl_jax.stores import open_store
 
 SPLITS = ("in_domain", "novel_query", "novel_document", "zero_shot")
 

@@ -26,10 +26,10 @@ from gcl_jax.config import (
 from gcl_jax.errors import UserError
 from gcl_jax.models import clip
 from gcl_jax.prepare.source import Source
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
 from gcl_jax.search import searcher
-from gcl_jax.stores import write_store
 
 HOSTILE = '<script>alert("x")</script>\x1b[31m\n'
 

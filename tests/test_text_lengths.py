@@ -22,8 +22,8 @@ from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import abstract_model, merge
 from gcl_jax.models.flops import tower_flops, train_flops
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.registry import TEXT_TOWERS
-from gcl_jax.stores import write_store
 from gcl_jax.train import setup
 
 

@@ -37,10 +37,10 @@ from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate.ranked import evaluate_in_training, evaluate_workdir
 from gcl_jax.models import clip, flops
 from gcl_jax.port import __main__ as port
+from gcl_jax.prepare.stores import write_store
 from gcl_jax.registry import SCHEDULES
 from gcl_jax.report import __main__ as report
 from gcl_jax.runs import load_run
-from gcl_jax.stores import write_store
 from gcl_jax.train import monitor, setup
 from gcl_jax.train.loop import Interrupted, train, worth_a_restart
 from gcl_jax.train.setup import alone_in, make_training

@@ -36,9 +36,10 @@ from gcl_jax.checkpoints.saved import (
     unsealed,
 )
 from gcl_jax.checkpoints.state import TrainState
-from gcl_jax.config import CheckpointConfig, TrainConfig, check_workdir
+from gcl_jax.config import CheckpointConfig, TrainConfig
 from gcl_jax.distributed import announce, is_first
 from gcl_jax.errors import DataError, StorageError
+from gcl_jax.paths import check_workdir
 from gcl_jax.sharding import Params
 
 T = TypeVar("T")

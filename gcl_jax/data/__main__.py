@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from gcl_jax.config import output_path
 from gcl_jax.data.store import Pairs, RankedStore, Records, damaged_files, files_of
 from gcl_jax.data.transforms import thumbnail
-from gcl_jax.errors import reported_in_one_line
-from gcl_jax.stores import directory_of, open_store, trained_on
+from gcl_jax.errors import reported_in_one_line, spelled
+from gcl_jax.paths import output_path, replacing
+from gcl_jax.prepare.stores import directory_of, open_store, trained_on
 
 BINS = np.linspace(1, 100, 12)  # of width 9
 BAR = 40
@@ -56,10 +56,10 @@ def inspect(name: str, html: Path | None, samples: int, seed: int) -> None:
     """Prints the figures of the store and writes the page of samples."""
     store = open_store(name)
     splits = figures(store)
-    print(as_text(store, splits))
+    print(spelled(as_text(store, splits)))
     path = html or store.directory.with_name(f"{store.directory.name}.html")
     write_html(store, splits, path, max(0, samples), seed)
-    print(f"sample pairs: {path}")
+    print(f"sample pairs: {spelled(path)}")
 
 
 def verify(name: str) -> bool:
@@ -70,7 +70,7 @@ def verify(name: str) -> bool:
         print(line)
     if not damaged:
         sizes = [path.stat().st_size for path in files_of(directory).values()]
-        print(f"{directory}: all {len(sizes)} files ({sum(sizes)} bytes) are as written")
+        print(f"{spelled(directory)}: all {len(sizes)} files ({sum(sizes)} bytes) are as written")
     return not damaged
 
 
@@ -160,7 +160,8 @@ def write_html(
     page = environment.from_string(template.read_text("utf-8")).render(
         store=store, splits=splits, samples=drawn, provenance=store.info["provenance"]
     )
-    path.write_text(page, encoding="utf-8")
+    with replacing(path) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
 
 
 def _samples(

@@ -23,9 +23,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from gcl_jax.config import TrainConfig, local_path
+from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore, read_checksums
 from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.paths import local_path
 
 SIDES = ("query", "document")
 FILES = {"query": "negative_queries.npy", "document": "negative_documents.npy"}

@@ -31,14 +31,15 @@ import filelock
 import numpy as np
 
 from gcl_jax import logs
-from gcl_jax.config import TrainConfig, local_path
+from gcl_jax.config import TrainConfig
 from gcl_jax.errors import DataError, first_line
+from gcl_jax.paths import CHECKSUMS, digest_of, local_path, replacing
 
 VERSION = "1.1.0"
 SEPARATOR = "_{!@#~}_"  # Marqo-GS: its authors end every text of a query's key with it
 # Splits that nobody trains on unasked.
 HELD_OUT = re.compile(r"(val|valid|validation|dev|test|eval|holdout)(?![a-z])", re.IGNORECASE)
-CHECKSUMS = "checksums.sha256"  # as `sha256sum --check` reads it
+MANIFEST = "store.json"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -162,10 +163,10 @@ class RankedStore:
 
     def __init__(self, directory: str | Path):
         self.directory = local_path(directory)
-        manifest = self.directory / "store.json"
+        manifest = self.directory / MANIFEST
         if not manifest.is_file():
             raise DataError(
-                f"{self.directory} holds no store (no store.json); make one with "
+                f"{self.directory} holds no store (no {MANIFEST}); make one with "
                 "`python -m gcl_jax.prepare`"
             )
         try:
@@ -197,7 +198,7 @@ class RankedStore:
             path = self.directory / name
             with reading(path, self.directory):
                 path.stat()
-                if ".array_record" not in name and sha256(path) != digest:
+                if ".array_record" not in name and digest_of(path) != digest:
                     raise ValueError("its content has changed")
 
     @property
@@ -300,12 +301,6 @@ class RankedStore:
         return cfg
 
 
-def sha256(path: Path) -> str:
-    """The file's checksum in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def is_hidden(name: str) -> bool:
     """Whether a path below a folder, or in an archive, is what an operating system left there:
     .DS_Store, ._a.jpg, __MACOSX."""
@@ -330,9 +325,10 @@ def write_checksums(directory: Path) -> None:
     lines = []
     with _progress(directory, "checksums") as bar:
         for name, path in files_of(directory).items():
-            lines.append(f"{sha256(path)}  {name}\n")
+            lines.append(f"{digest_of(path)}  {name}\n")
             bar.update(path.stat().st_size)
-    (directory / CHECKSUMS).write_text("".join(lines), encoding="utf-8")
+    with replacing(directory / CHECKSUMS) as unfinished:
+        unfinished.write_text("".join(lines), encoding="utf-8")
 
 
 def read_checksums(directory: Path) -> dict[str, str]:
@@ -365,7 +361,7 @@ def damaged_files(directory: Path) -> list[str]:
                 if name not in present:
                     wrong.append(f"{name}: missing")
                     continue
-                if sha256(present[name]) != digest:
+                if digest_of(present[name]) != digest:
                     wrong.append(f"{name}: content has changed")
                 bar.update(present[name].stat().st_size)
             except OSError as error:

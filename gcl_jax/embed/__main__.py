@@ -3,24 +3,28 @@
 Makes a folder: `embeddings.npy` (memory-mappable, float32, rows of length 1), `ids.parquet` (the id
 of each row) and `manifest.json` (what they were made from). Without --out it is the one that
 evaluate, search and report read, in WORKDIR/embeddings. A call that was killed is continued by the
-same command.
+same command. Row, key or label i of every --export is row i of `embeddings.npy` and `ids.parquet`.
 """
 
 import argparse
+import importlib.util
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gcl_jax import distributed, runs
-from gcl_jax.config import DataConfig, local_path, output_path
+from gcl_jax import distributed, logs, runs
+from gcl_jax.config import DataConfig
 from gcl_jax.data.store import RankedStore
-from gcl_jax.embed import exports
-from gcl_jax.errors import UserError, reported_in_one_line
-from gcl_jax.stores import open_store
+from gcl_jax.errors import UserError, reported_in_one_line, spelled, to_install
+from gcl_jax.paths import local_path, output_path, replacing
+from gcl_jax.prepare.stores import open_store
 
 if TYPE_CHECKING:
     from gcl_jax.data.pipeline import Side
 
+ROWS_AT_A_TIME = 65_536  # of exports
 FOLDERS: "dict[Side, str]" = {"document": "documents", "query": "queries"}
 
 
@@ -36,7 +40,7 @@ def rows_of(store: RankedStore, side: "Side", split: str | None) -> np.ndarray:
 def embed_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
     # Whatever can be wrong with the arguments is told before jax and the model are loaded.
-    exports.check(args.export)
+    check_exports(args.export)
     trained, data = runs.load_config(args.workdir).data, None
     if args.store or args.query_fields or args.document_fields:
         data = DataConfig(
@@ -70,9 +74,86 @@ def embed_run(args: argparse.Namespace) -> None:
         if distributed.is_first():
             if kept:
                 cache.remove_stale(task)
-            print(f"{folder}: {len(rows)} {FOLDERS[side]}, {task.dim} dimensions", flush=True)
+            print(
+                f"{spelled(folder)}: {len(rows)} {FOLDERS[side]}, {task.dim} dimensions", flush=True
+            )
             for kind in args.export:
-                print(exports.export(folder, kind), flush=True)
+                print(spelled(export(folder, kind)), flush=True)
+
+
+def check_exports(kinds: list[str]) -> None:
+    """Raises `UserError` if what an export of `EXPORTS` needs is not installed."""
+    for kind in kinds:
+        *_, module, package = EXPORTS[kind]
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"--export={kind} needs the package {package}: pip install {package}, or "
+                + to_install("search")
+            )
+
+
+def export(folder: Path, kind: str) -> Path:
+    """Writes one of `EXPORTS` of the embeddings in `folder`, beside them, and returns its path."""
+    from gcl_jax.embed.vectors import EMBEDDINGS, IDS
+
+    write, name, *_ = EXPORTS[kind]
+    with replacing(folder / name) as unfinished:
+        write(np.load(folder / EMBEDDINGS, mmap_mode="r"), folder / IDS, unfinished)
+    return folder / name
+
+
+def _blocks(embeddings: np.ndarray, kind: str) -> Iterator[tuple[int, np.ndarray]]:
+    """Some rows at a time, and the number of the first."""
+    with logs.progress(len(embeddings), unit="records", description=kind) as bar:
+        for start in range(0, len(embeddings), ROWS_AT_A_TIME):
+            block = np.array(embeddings[start : start + ROWS_AT_A_TIME])
+            yield start, block
+            bar.update(len(block))
+
+
+def _parquet(embeddings: np.ndarray, ids: Path, path: Path) -> None:
+    """Columns `id` and `embedding`, lists of e float32 numbers."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    kind = pa.list_(pa.float32(), embeddings.shape[1])
+    schema = pa.schema({"id": pa.large_string(), "embedding": kind})
+    names = pq.read_table(ids, columns=["id"])["id"]
+    # Nothing compresses the bits of embeddings, and no two are alike.
+    with pq.ParquetWriter(path, schema, compression="none", use_dictionary=False) as writer:
+        for start, block in _blocks(embeddings, "parquet"):
+            column = pa.FixedSizeListArray.from_arrays(pa.array(block.ravel()), type=kind)
+            table = {"id": names.slice(start, len(block)), "embedding": column}
+            writer.write_table(pa.table(table, schema))
+
+
+def _faiss(embeddings: np.ndarray, _ids: Path, path: Path) -> None:
+    """`IndexFlatIP`: exact, by inner product."""
+    import faiss
+
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    for _, block in _blocks(embeddings, "faiss"):
+        index.add(block)
+    faiss.write_index(index, str(path))
+
+
+def _usearch(embeddings: np.ndarray, _ids: Path, path: Path) -> None:
+    """A graph (HNSW) for approximate search by inner product, float32."""
+    from usearch.index import Index
+
+    index = Index(ndim=embeddings.shape[1], metric="ip", dtype="f32")
+    for start, block in _blocks(embeddings, "usearch"):
+        index.add(np.arange(start, start + len(block)), block)
+    index.save(str(path))
+
+
+# For those who serve from something else: what writes each, the file's name, the module that it
+# needs, and the package that has it.
+EXPORTS: dict[str, tuple[Callable[[np.ndarray, Path, Path], None], str, str, str]] = {
+    "parquet": (_parquet, "embeddings.parquet", "pyarrow", "pyarrow"),
+    "faiss": (_faiss, "embeddings.faiss", "faiss", "faiss-cpu"),
+    "usearch": (_usearch, "embeddings.usearch", "usearch", "usearch"),
+}
 
 
 def main() -> None:
@@ -125,7 +206,7 @@ def main() -> None:
         "--export",
         action="append",
         default=[],
-        choices=tuple(exports.EXPORTS),
+        choices=tuple(EXPORTS),
         help="write the embeddings in this form, too; may be given again",
     )
     runs.add_checkpoint(parser)

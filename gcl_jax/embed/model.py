@@ -13,7 +13,7 @@ from jaxtyping import Float
 from PIL import Image
 
 from gcl_jax import logs, sharding
-from gcl_jax.config import DataConfig, MeshConfig, TrainConfig, local_path
+from gcl_jax.config import DataConfig, MeshConfig, TrainConfig
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import Records
 from gcl_jax.data.transforms import read_file
@@ -22,9 +22,10 @@ from gcl_jax.errors import DataError, UserError
 from gcl_jax.models.clip import abstract_params
 from gcl_jax.models.flops import Kinds
 from gcl_jax.models.presets import PRESETS
+from gcl_jax.paths import path_of
+from gcl_jax.prepare.stores import open_store
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 from gcl_jax.sharding import Params
-from gcl_jax.stores import open_store
 from gcl_jax.validation import validate
 
 ImageLike = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -356,5 +357,5 @@ def _path(name: str, value: Any) -> str:
         raise UserError(f"{name} must be a path, not {_described(value)}")
     if not os.fspath(value):
         raise UserError(f"{name} is empty")
-    local_path(value)
+    path_of(value)
     return os.path.expanduser(value)

@@ -29,17 +29,19 @@ from typing import BinaryIO
 import numpy as np
 from jax.experimental import multihost_utils
 
-from gcl_jax import distributed
-from gcl_jax.config import TrainConfig, write_json
+from gcl_jax import distributed, paths
+from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import Side
-from gcl_jax.data.store import RankedStore, is_locked, locked, read_checksums, sha256
+from gcl_jax.data.store import RankedStore, is_locked, locked, read_checksums
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
-from gcl_jax.embed.exports import EMBEDDINGS, IDS
 from gcl_jax.errors import DataError
+from gcl_jax.paths import digest_of, write_json
+from gcl_jax.prepare.stores import publish, vacant
 from gcl_jax.runs import parameters_digest
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+EMBEDDINGS, IDS = "embeddings.npy", "ids.parquet"
 # Work that a kill may cost.
 SECONDS_PER_NOTE = 5.0
 IDS_AT_A_TIME = 1 << 20
@@ -133,9 +135,7 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
         if first:
             verify(folder)
         return opened(folder)
-    building = folder.with_name(f"{folder.name}.incomplete")
-    if first:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+    building = paths.building(folder)
     with locked(building) if first else contextlib.nullcontext():
         done = _done(folder, building, manifest) if first else 0
         done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
@@ -150,12 +150,14 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
                 collections.deque(batches, maxlen=0)
         if first:
             made = building / "made"
-            if not folder.exists():
+            if vacant(folder):
                 _write_ids(task, made / IDS)
                 write_json(made / MANIFEST, manifest | {"checksums": _checksums(made)})
-                made.rename(folder)
+                publish(made, folder, last=MANIFEST)
             shutil.rmtree(building)
     multihost_utils.sync_global_devices("embedded")
+    if not first:
+        paths.fetch(folder)
     return opened(folder)
 
 
@@ -211,10 +213,10 @@ def _damaged(folder: Path, reason: object) -> DataError:
 
 def _checksums(folder: Path) -> dict[str, str]:
     """{array's file: its SHA-256}."""
-    paths = sorted(folder.rglob("*.npy"))
+    arrays = sorted(folder.rglob("*.npy"))
     with concurrent.futures.ThreadPoolExecutor() as threads:
-        found = list(threads.map(sha256, paths))
-    return {path.relative_to(folder).as_posix(): x for path, x in zip(paths, found, strict=True)}
+        found = list(threads.map(digest_of, arrays))
+    return {path.relative_to(folder).as_posix(): x for path, x in zip(arrays, found, strict=True)}
 
 
 def _is_same(folder: Path, manifest: dict) -> bool:
@@ -225,7 +227,7 @@ def _is_same(folder: Path, manifest: dict) -> bool:
 def _done(folder: Path, building: Path, manifest: dict) -> int:
     """How many records are done, in `folder` or so far in BUILDING/made, which is ready for the
     next."""
-    if folder.exists():
+    if not vacant(folder):
         if _is_same(folder, manifest):
             return manifest["records"]
         shutil.rmtree(building)
@@ -313,18 +315,18 @@ class EmbeddingCache:
         digest = parameters_digest(embedder.params)
         task = Task(cfg, store, "document", rows, self.step, digest, per_field=True)
         every = dataclasses.replace(task, rows=np.arange(len(store.documents)))
-        folders = [self.folder(task), self.folder(every)]
+        kept = [self.folder(task), self.folder(every)]
         found, problem = -1, ""
         if distributed.is_first():
-            found = next((i for i, folder in enumerate(folders) if _is_usable(folder)), -1)
-            problem = "" if found >= 0 else _cannot_write(folders[0].parent, task.bytes)
+            found = next((i for i, folder in enumerate(kept) if _is_usable(folder)), -1)
+            problem = "" if found >= 0 else _cannot_write(kept[0].parent, task.bytes)
         found, failed = multihost_utils.broadcast_one_to_all(np.array([found, bool(problem)]))
         if found >= 0:
-            return opened(folders[found])
+            return opened(kept[found])
         if failed:
             distributed.announce(f"warning: embeddings are not kept in {self.workdir}: {problem}")
             return Corpus.embedded(cfg, store, embedder, rows)
-        corpus = make(folders[0], task, embedder)
+        corpus = make(kept[0], task, embedder)
         if distributed.is_first():
             self.remove_stale(task)
         return corpus
@@ -359,7 +361,7 @@ class EmbeddingCache:
 
 def _is_usable(folder: Path) -> bool:
     """Whether it holds embeddings; damaged ones are removed, with a warning."""
-    if not folder.exists():
+    if vacant(folder):
         return False
     try:
         verify(folder)
@@ -371,10 +373,10 @@ def _is_usable(folder: Path) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """As one step: nobody finds half of it."""
+    """Nobody finds half of it: what has no manifest is no embeddings."""
     with contextlib.suppress(OSError):
-        removed = folder.rename(folder.with_name(f"{folder.name}.removed"))
-        shutil.rmtree(removed)
+        (folder / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(folder)
 
 
 def _cannot_write(folder: Path, size: int) -> str:

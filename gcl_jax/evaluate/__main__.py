@@ -17,9 +17,9 @@ the whole corpus of its split exactly, top 1000.
 import argparse
 
 from gcl_jax import distributed, runs
-from gcl_jax.config import local_path, output_path
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.evaluate import results
+from gcl_jax.paths import local_path, output_path
 from gcl_jax.registry import load_extensions
 from gcl_jax.runs import load_config, one_store
 

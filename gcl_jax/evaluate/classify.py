@@ -16,13 +16,13 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax import distributed
-from gcl_jax.config import write_json
 from gcl_jax.data.store import is_hidden, visible_files
 from gcl_jax.data.transforms import IMAGE_ENDINGS, read_file
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate.results import of_model, writing
+from gcl_jax.paths import write_json
 from gcl_jax.prepare.records import image_cell, text_cell
 from gcl_jax.prepare.rows import read_rows
 from gcl_jax.prepare.source import Place, RowError

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax import distributed
-from gcl_jax.config import TrainConfig, write_json
+from gcl_jax.config import TrainConfig
 from gcl_jax.data.sampling import records_without_fields
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
@@ -30,6 +30,7 @@ from gcl_jax.evaluate.judgements import (
     query_groups,
 )
 from gcl_jax.evaluate.results import SplitResult
+from gcl_jax.paths import write_json
 from gcl_jax.runs import NEWEST, load_run
 from gcl_jax.search.index import exact_top_k
 

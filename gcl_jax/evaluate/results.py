@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from gcl_jax.config import TrainConfig, replacing, write_json
+from gcl_jax.config import TrainConfig
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate import metrics, trec
 from gcl_jax.evaluate.judgements import group_members
+from gcl_jax.paths import replacing, write_json
 from gcl_jax.runs import parameters_digest
 
 # {key of `metrics.evaluate_rankings`: float64 (q,)}

@@ -24,10 +24,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from gcl_jax.config import replacing
 from gcl_jax.data import transforms
 from gcl_jax.data.store import SEPARATOR
 from gcl_jax.errors import DataError
+from gcl_jax.paths import replacing
 
 Kind = Literal["qrels", "run"]
 Table = Mapping[str, Mapping[str, float]]

@@ -25,11 +25,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from gcl_jax import distributed, runs
-from gcl_jax.config import local_path, output_path
+from gcl_jax import distributed, paths, runs
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
-from gcl_jax.errors import DataError, reported_in_one_line
+from gcl_jax.errors import DataError, reported_in_one_line, spelled
 from gcl_jax.mine.mining import Mining, mine_negatives
+from gcl_jax.paths import local_path, output_path
+from gcl_jax.prepare.stores import publish, vacant
 from gcl_jax.runs import NEWEST, one_store
 
 SIDES = {"documents": ("document",), "queries": ("query",), "both": ("document", "query")}
@@ -99,19 +100,19 @@ def write_mined(out: Path, negatives: dict[str, np.ndarray], note: dict) -> None
     Raises:
         DataError: `out` exists already.
     """
-    building = out.with_name(f"{out.name}.incomplete")
+    building = paths.building(out)
     shutil.rmtree(building, ignore_errors=True)
     folder = building / note["split"]
     folder.mkdir(parents=True)
     save_negatives(folder, negatives)
     (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", "utf-8")
     check_absent(out)
-    building.rename(out)
+    publish(building, out, last=f"{note['split']}/{NOTE}")
 
 
 def check_absent(out: Path) -> None:
     """Raises `DataError` when there is something at `out`."""
-    if out.exists():
+    if not vacant(out):
         raise DataError(f"{out} exists already; remove it or choose another --out")
 
 
@@ -185,7 +186,7 @@ def main() -> None:
             write_mined(args.out, negatives, note)
             for side, rows in negatives.items():
                 print(summary(side, rows, mining.num_negatives))
-            print(f"train on them with --config.data.negatives={shlex.quote(str(args.out))}")
+            print(f"train on them with --config.data.negatives={shlex.quote(spelled(args.out))}")
             print("  --config.loss.objectives.gcl=0 --config.loss.objectives.hard_negatives=1")
 
 

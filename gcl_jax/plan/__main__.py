@@ -8,12 +8,12 @@ if it does not.
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 
-from gcl_jax.config import TrainConfig, output_path
+from gcl_jax.config import TrainConfig
 from gcl_jax.errors import ConfigError, reported_in_one_line
+from gcl_jax.paths import output_path, write_json
 from gcl_jax.train import flags
 
 
@@ -54,7 +54,7 @@ def run(cfg: TrainConfig, args: argparse.Namespace) -> bool:
     print(planner.report(cfg, data, plan, topology, args.utilisation))
     if args.json:
         rows = planner.figures(cfg, plan, topology, args.utilisation)
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+        write_json(args.json, rows)
     return plan.fits
 
 

@@ -28,9 +28,9 @@ from gcl_jax.models.clip import abstract_model, with_shardings
 from gcl_jax.plan.hlo import Collective, read_collectives, read_program
 from gcl_jax.plan.topology import Topology
 from gcl_jax.plan.work import Work, read_work
+from gcl_jax.prepare.stores import open_store
 from gcl_jax.registry import SOURCES
 from gcl_jax.sharding import batch_sharding, bytes_per_device, make_mesh, replicated
-from gcl_jax.stores import open_store
 from gcl_jax.train.step import known_weights, make_train_step
 
 GIB, MIB = 2**30, 2**20

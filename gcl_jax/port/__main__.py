@@ -11,10 +11,11 @@ import sys
 import textwrap
 from pathlib import Path
 
-from gcl_jax import config, runs
-from gcl_jax.config import DataConfig, ModelConfig, TrainConfig, local_path, output_path
-from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line
+from gcl_jax import config, paths, runs
+from gcl_jax.config import DataConfig, ModelConfig, TrainConfig
+from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line, spelled
 from gcl_jax.models.presets import PRESETS
+from gcl_jax.paths import local_path, output_path
 from gcl_jax.validation import validate
 
 FORMATS = ("open_clip", "hugging_face", "safetensors", "run")
@@ -38,12 +39,12 @@ def import_model(args: argparse.Namespace) -> None:
     """Makes --workdir the run of a pretrained model, at step 0."""
     from gcl_jax import logs
     from gcl_jax.port.pretrained import load_pretrained, model_config
-    from gcl_jax.stores import open_store
+    from gcl_jax.prepare.stores import open_store
 
     logs.quiet_libraries()
     if args.context_length < 0:
         raise UserError(f"--context_length={args.context_length} must be above 0")
-    config.check_workdir(args.workdir)
+    paths.check_workdir(args.workdir)
     _require_unused(args.workdir, "--workdir")
     model = model_config(args.source, args.model, args.tokenizer, args.context_length)
     data = DataConfig(
@@ -63,7 +64,7 @@ def import_model(args: argparse.Namespace) -> None:
     if model.vision is not None:
         parts.append(f"images of {model.vision.image_size} pixels")
     parts.append(f"texts of up to {model.text.context_length} tokens by {model.text.tokenizer}")
-    print(f"{args.workdir}: {', '.join(parts)}")
+    print(f"{spelled(args.workdir)}: {', '.join(parts)}")
 
 
 def _require_unused(folder: Path, flag: str) -> None:
@@ -177,14 +178,14 @@ def main(argv: list[str] | None = None) -> None:
             import_model(args)
         else:
             export_run(args)
-            print(f"wrote {args.out}")
+            print(f"wrote {spelled(args.out)}")
 
 
 def export_run(args: argparse.Namespace) -> None:
     # What may be missing is told before jax and the model are loaded.
     runs.load_config(args.workdir)
     if args.format == "run":
-        config.check_workdir(args.out)
+        paths.check_workdir(args.out)
         _require_unused(args.out, "--out")
 
     from gcl_jax.port.pretrained import export_pretrained

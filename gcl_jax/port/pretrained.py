@@ -24,6 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from gcl_jax import paths
 from gcl_jax.config import ModelConfig, from_dict
 from gcl_jax.data.tokenizer import load_hugging_face
 from gcl_jax.errors import ConfigError, DataError, first_line, naming
@@ -38,6 +39,7 @@ from gcl_jax.port.hugging_face import (
     is_hub_id,
     locate,
 )
+from gcl_jax.prepare.stores import publish, vacant
 from gcl_jax.sharding import Params
 
 T = TypeVar("T")
@@ -279,7 +281,8 @@ def export_pretrained(
     params = jax.tree.map(np.asarray, params)
     library, naming, files = _contents(params, cfg, format)
     text, file = cfg.text, "open_clip_model" if format == "open_clip" else "model"
-    with _written_whole(Path(folder), overwrite) as made:
+    folder, weights_file = paths.output_path(folder), f"{file}.safetensors"
+    with _written_whole(folder, overwrite, weights_file) as made:
         weights = to_state_dict(params, cfg, naming)
         for path, values in files.items():
             (made / path).parent.mkdir(exist_ok=True)
@@ -290,11 +293,11 @@ def export_pretrained(
         elif format == "hugging_face":
             open_clip.write_tokenizer(made, text.context_length)
         # transformers asks for the format that the layouts are of.
-        save_file(weights, made / f"{file}.safetensors", metadata={"format": "pt"})
-        (made / f"{file}.safetensors").chmod(made.stat().st_mode & 0o666)  # not for us alone
+        save_file(weights, made / weights_file, metadata={"format": "pt"})
+        (made / weights_file).chmod(made.stat().st_mode & 0o666)  # not for us alone
         if torch_file and format == "open_clip":
             _save_torch(weights, made / "open_clip_pytorch_model.bin")
-        name = Path(folder).absolute().name
+        name = folder.absolute().name
         card = _model_card(cfg, name, library, fields or {}, metrics or {})
         (made / "README.md").write_text(card, "utf-8")
 
@@ -340,25 +343,22 @@ def _save_torch(weights: Mapping[str, np.ndarray], path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _written_whole(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """An empty folder that becomes `folder` when the block ends well, and is removed otherwise."""
+def _written_whole(folder: Path, overwrite: bool, last: str) -> Iterator[Path]:
+    """An empty folder that becomes `folder` when the block ends well, and is removed otherwise.
+    Readers miss the file `last` while it is not complete."""
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{folder} is no folder")
-    in_use = folder.is_dir() and any(folder.iterdir())
+    in_use = not vacant(folder) and any(folder.iterdir())
     if in_use and not overwrite:
         raise DataError(f"{folder} is not empty; choose another folder, or --overwrite")
     if in_use and not any((folder / name).is_file() for name in WEIGHT_FILES):
         raise DataError(f"{folder} holds no exported model, so it is not overwritten; remove it")
-    folder = folder.absolute()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    made, old = (folder.with_name(f".{folder.name}.{os.getpid()}.{end}") for end in ("new", "old"))
+    made = paths.building(folder)
+    made = made.with_name(f".{made.name}.{os.getpid()}")  # others may export to it, too
     made.mkdir()
     try:
         with naming(folder, SafetensorError, RuntimeError):
             yield made
-        if in_use:
-            folder.rename(old)
-        made.rename(folder)
+        publish(made, folder, last)
     finally:
-        for leftover in (made, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(made, ignore_errors=True)

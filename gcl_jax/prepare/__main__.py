@@ -43,12 +43,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gcl_jax.config import local_path, output_path
 from gcl_jax.data.store import VERSION
-from gcl_jax.errors import ConfigError, reported_in_one_line
+from gcl_jax.errors import ConfigError, reported_in_one_line, spelled
+from gcl_jax.paths import local_path, output_path
 from gcl_jax.prepare.source import BadRows, arguments_of, code_checksum, make_source
+from gcl_jax.prepare.stores import finished_store, trained_on, write_store
 from gcl_jax.registry import SOURCES, load_extensions
-from gcl_jax.stores import finished_store, trained_on, write_store
 
 FIELD_KINDS = ("text", "image")
 LOCAL_BEAM = "--direct_running_mode=multi_processing --direct_num_workers=0"  # a process per core
@@ -365,7 +365,7 @@ def summary(store) -> str:
 def main() -> None:
     args = make_parser().parse_args()
     with reported_in_one_line():
-        print(summary(prepare(args)))
+        print(spelled(summary(prepare(args))))
 
 
 if __name__ == "__main__":

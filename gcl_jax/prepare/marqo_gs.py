@@ -19,8 +19,9 @@ from typing import TextIO
 
 import numpy as np
 
-from gcl_jax.data.store import SEPARATOR, Pairs, sha256, visible_files
+from gcl_jax.data.store import SEPARATOR, Pairs, visible_files
 from gcl_jax.errors import DataError
+from gcl_jax.paths import digest_of
 from gcl_jax.prepare.records import TableRecords
 from gcl_jax.prepare.rows import (
     MAX_ENTRY,
@@ -211,7 +212,7 @@ def _checksums(directory: Path) -> dict[str, dict[str, str]]:
         for ending in (*(f"_gt_{kind}.json" for kind in _GROUND_TRUTH), "_queries.json"):
             path = _of_split(directory, split, ending).path
             if path.is_file():
-                found.setdefault(split, {})[path.name] = sha256(path)
+                found.setdefault(split, {})[path.name] = digest_of(path)
     return found
 
 

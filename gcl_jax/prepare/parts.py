@@ -18,10 +18,10 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 
 from gcl_jax import logs
-from gcl_jax.config import write_json
 from gcl_jax.data import store
 from gcl_jax.data.transforms import reduced_image
 from gcl_jax.errors import ConfigError, DataError, naming, to_install
+from gcl_jax.paths import write_json
 from gcl_jax.prepare.source import BadRows, Item, Loaded
 
 RECORDS_PER_PART = 50_000

@@ -7,8 +7,8 @@ and writes FIRST/comparison.html. The file stands alone: no script, nothing load
 
 import argparse
 
-from gcl_jax.config import local_path
-from gcl_jax.errors import reported_in_one_line
+from gcl_jax.errors import reported_in_one_line, spelled
+from gcl_jax.paths import local_path
 from gcl_jax.report.pages import write_report
 
 
@@ -27,7 +27,7 @@ def main() -> None:
     )
     args = parser.parse_args()
     with reported_in_one_line():
-        print(write_report(args.workdir))
+        print(spelled(write_report(args.workdir)))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from gcl_jax.errors import DataError, UserError
 from gcl_jax.evaluate.judgements import Judgements, load_judgements
 from gcl_jax.evaluate.metrics import evaluate_rankings
 from gcl_jax.evaluate.results import compare
+from gcl_jax.paths import replacing
 from gcl_jax.report.charts import compared_charts, interval_chart, training_charts
 from gcl_jax.runs import load_config, load_run, one_store, parameters_digest
 from gcl_jax.search.searcher import SearchIndex, fields_of_kind
@@ -390,11 +391,10 @@ def write_report(workdirs: Sequence[Path]) -> Path:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    if len(workdirs) == 1:
-        template, content = "report.html", one_run(workdirs[0])
-    else:
-        template, content = "comparison.html", several_runs(workdirs)
-    date = f"{datetime.date.today():%d %B %Y}".lstrip("0")
-    page = environment.get_template(template).render(date=date, **content)
-    (path := workdirs[0] / template).write_text(page, encoding="utf-8")
+    template = "comparison.html" if workdirs[1:] else "report.html"
+    content = several_runs(workdirs) if workdirs[1:] else one_run(workdirs[0])
+    content["date"] = f"{datetime.date.today():%d %B %Y}".lstrip("0")
+    page = environment.get_template(template).render(content)
+    with replacing(path := workdirs[0] / template) as unfinished:
+        unfinished.write_text(page, encoding="utf-8")
     return path

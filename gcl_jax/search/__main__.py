@@ -13,9 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from gcl_jax.config import local_path, output_path
 from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.paths import local_path, output_path
 from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store
 from gcl_jax.search.searcher import (
     SearchIndex,

@@ -13,6 +13,7 @@ from PIL import Image
 from gcl_jax.data.store import Records
 from gcl_jax.data.transforms import ImageError, ImageTransform, decode_image, open_image
 from gcl_jax.errors import DataError
+from gcl_jax.paths import replacing
 from gcl_jax.runs import NEWEST, Run, load_run
 
 Query = Mapping[str, str | bytes | np.ndarray]
@@ -160,11 +161,11 @@ def fields_of_kind(records: Records, record: Mapping[str, Any], kind: str) -> di
 
 def save_images(documents: Records, rows: np.ndarray, folder: Path, prefix: str) -> None:
     """Writes the images of the documents `rows` as stored: FOLDER/PREFIX-RANK-FIELD.TYPE."""
-    folder.mkdir(parents=True, exist_ok=True)
     for rank, row in enumerate(rows, 1):
         for field, encoded in fields_of_kind(documents, documents[row], "image").items():
             name = f"{prefix}-{rank:02}-{field}.{image_type(encoded)}"
-            (folder / name).write_bytes(encoded)
+            with replacing(folder / name) as unfinished:
+                unfinished.write_bytes(encoded)
 
 
 def as_results(documents: Records, scores: np.ndarray, rows: np.ndarray) -> list[dict]:

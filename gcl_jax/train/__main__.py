@@ -9,8 +9,8 @@ import argparse
 import sys
 
 from gcl_jax import distributed
-from gcl_jax.config import output_path
 from gcl_jax.errors import ConfigError, reported_in_one_line
+from gcl_jax.paths import output_path
 from gcl_jax.train import flags
 
 

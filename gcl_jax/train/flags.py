@@ -23,11 +23,11 @@ from gcl_jax.config import (
     ObjectivesConfig,
     TrainConfig,
     described,
-    local_path,
     nested,
 )
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.models.presets import preset
+from gcl_jax.paths import local_path
 from gcl_jax.validation import example, in_words, is_of, validate
 
 # How a model computes is not a matter of which model it is: a preset leaves these alone.

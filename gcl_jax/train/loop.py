@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from gcl_jax import config, distributed, logs, registry, sharding
+from gcl_jax import config, distributed, logs, paths, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.state import abstract_state, averaged_params
 from gcl_jax.config import TrainConfig
@@ -83,8 +83,8 @@ def train(
         raise ConfigError(f"workdir={workdir!r} must be the path of a directory")
     validate(cfg)
     logs.quiet_libraries()
-    workdir = config.local_path(workdir)
-    config.check_workdir(workdir)
+    workdir = paths.local_path(workdir)
+    paths.check_workdir(workdir)
     with alone_in(workdir), Compilations() as compiled:
         return _train(cfg, workdir, profile, resume_changes, compiled)
 

@@ -19,7 +19,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from gcl_jax import config, distributed, optim, sharding
+from gcl_jax import config, distributed, optim, paths, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
@@ -35,9 +35,9 @@ from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.models.layers import Numerics
+from gcl_jax.prepare.stores import open_store
 from gcl_jax.runs import load_config, require_sealed
 from gcl_jax.sharding import Params
-from gcl_jax.stores import open_store
 from gcl_jax.train.flags import RESUMABLE
 from gcl_jax.train.step import Metrics, known_weights, make_train_step
 
@@ -321,9 +321,9 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     abstract = abstract_params(cfg.model, mesh)
     wanted = traverse_util.flatten_dict(abstract, sep=".")
     optional = [n for n in wanted if n.endswith(LORA) or n.startswith("logit_")]
-    source, step = config.local_path(cfg.init_from), None
+    source, step = paths.local_path(cfg.init_from), None
     if not source.exists() and (found := re.fullmatch(r"(.+)@(\d+)", cfg.init_from)):
-        source, step = config.local_path(found[1]), int(found[2])
+        source, step = paths.local_path(found[1]), int(found[2])
     if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
         with Checkpointer(source, cfg.checkpoint, read_only=True) as checkpointer:
             return checkpointer.restore_params(abstract, optional, step)

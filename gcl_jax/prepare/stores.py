@@ -7,15 +7,31 @@ import operator
 import os
 import shutil
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
-from gcl_jax import config, logs
+from gcl_jax import config, logs, paths
 from gcl_jax.data import store
 from gcl_jax.data.negatives import save_negatives
-from gcl_jax.data.store import VERSION, Pairs, RankedStore
+from gcl_jax.data.store import MANIFEST, VERSION, Pairs, RankedStore
 from gcl_jax.errors import ConfigError, DataError, UserError, naming
+from gcl_jax.paths import (
+    NO_RENAMES,
+    UNFINISHED,
+    address,
+    alone_at,
+    digest_of,
+    filesystem,
+    last_of,
+    listing,
+    mark_copy,
+    md5_of,
+    replacing,
+    talking,
+    transfer,
+    twin_of,
+)
 from gcl_jax.prepare.parts import Part, PartsWriter
 from gcl_jax.prepare.source import BadRows, Source, arguments_of, make_source
 from gcl_jax.registry import SOURCES
@@ -42,7 +58,7 @@ def directory_of(name: str) -> Path:
     if not isinstance(name, str | os.PathLike):
         raise DataError(f"a store is named by its path or its source, not {name!r}")
     if name not in SOURCES or Path(name).is_dir():
-        return config.local_path(name)
+        return paths.local_path(name)
     make, bad_rows = SOURCES[name], BadRows()
     if needed := [k for k, p in arguments_of(make).items() if p.default is p.empty]:
         raise ConfigError(
@@ -50,13 +66,83 @@ def directory_of(name: str) -> Path:
             f"`python -m gcl_jax.prepare --source={name} ...` and name the directory of the store"
         )
     source = make_source(make, {}, bad_rows)
-    cache = Path(os.environ.get("GCL_JAX_CACHE", "~/.cache/gcl_jax")).expanduser()
     of_source = getattr(type(source), "fingerprint", Source.fingerprint)(source)
     fingerprint = f"{name}-{VERSION}-{of_source}"
-    directory = cache / fingerprint / name
+    directory = paths.cache_folder() / fingerprint / name
     if not directory.exists():
         write_store(source, directory, bad_rows, fingerprint=fingerprint)
     return directory
+
+
+def vacant(out: Path) -> bool:
+    """Whether nothing is at `out`, or what a `publish` left that was killed."""
+    twins = (twin for way in ("", "*/") for twin in out.glob(f"{way}.*{UNFINISHED}"))
+    return not out.exists() or any(not last_of(twin).exists() for twin in twins)
+
+
+def publish(made: Path, out: Path, last: str) -> None:
+    """The folder `made` becomes `out`, in place of what is there: complete, or without the file
+    `last`, by which readers know that it is complete. Where folders can be renamed that is one
+    step. Elsewhere its files are copied, and a call that was killed leaves `out` `vacant` and
+    `made` as it was: publish it again.
+    """
+    if not address(out):
+        try:
+            old = made.with_name(f"{made.name}.old")
+            if out.exists():
+                out.rename(old)
+            made.rename(out)
+        except OSError as error:
+            if error.errno not in NO_RENAMES:
+                raise
+        else:
+            shutil.rmtree(old, ignore_errors=True)
+            return
+    with alone_at(out):
+        _copy(made, out, last)
+        if address(out):
+            shutil.rmtree(out, ignore_errors=True)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            made.rename(out)
+        else:
+            shutil.rmtree(made)
+
+
+def _copy(made: Path, out: Path, last: str) -> None:
+    place, twin = address(out), twin_of(PurePath(last)).as_posix()
+    bucket = filesystem(place) if place else None
+    before = listing(place) if place else {}
+    found = (path for path in made.rglob("*") if path.is_file())
+    sizes = {path.relative_to(made).as_posix(): path.stat().st_size for path in found}
+    copied = (path for path in out.rglob("*") if path.is_file())
+    there = list(before) if place else [path.relative_to(out).as_posix() for path in copied]
+
+    def put(name: str) -> None:
+        if bucket is None:
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            with replacing(out / name) as copy:
+                shutil.copyfile(made / name, copy)
+        elif md5_of(before.get(name, {})) != digest_of(made / name, "md5"):
+            bucket.put_file(str(made / name), f"{place}/{name}")
+
+    def remove(name: str) -> None:
+        bucket.rm_file(f"{place}/{name}") if bucket else (out / name).unlink(missing_ok=True)
+
+    with talking(place):
+        (made / twin).touch()
+        put(twin)
+        for name in sorted(there, key=lambda name: name != last):
+            if name == last or name not in sizes.keys() | {twin}:
+                remove(name)
+                before.pop(name, None)
+        others = {name: size for name, size in sizes.items() if name not in (last, twin)}
+        transfer(place, "upload" if place else "copy", others, put)
+        put(last)
+        remove(twin)
+        (made / twin).unlink()
+    for name, about in listing(place).items() if place else ():
+        if about["size"] == sizes.get(name):
+            mark_copy(made / name, about)
 
 
 def trained_on(store: RankedStore) -> dict[str, str]:
@@ -72,12 +158,13 @@ def trained_on(store: RankedStore) -> dict[str, str]:
 
 
 def finished_store(out: Path, fingerprint: str) -> RankedStore | None:
-    """The store at `out` if it has this very `fingerprint`, None if there is nothing.
+    """The store at `out` if it has this very `fingerprint`, None if there is nothing, or what a
+    call left that was killed while it published.
 
     Raises:
         DataError: there is something else.
     """
-    if not out.exists():
+    if vacant(out):
         return None
     with contextlib.suppress(DataError):
         existing = RankedStore(out)
@@ -97,7 +184,7 @@ def write_store(
     image_size: int = 0,
 ) -> RankedStore:
     """Writes `source` to the directory `out`, which is complete or absent: it is built beside its
-    place, in OUT.incomplete, and renamed at the end. What `bad_rows` skipped is listed in
+    place, in OUT.incomplete, and published at the end. What `bad_rows` skipped is listed in
     OUT/skipped.jsonl. `workers` threads read and decode images; or the workers of an Apache Beam
     pipeline with the options `beam` (such as ["--runner=FlinkRunner"]) write the records,
     `documents()` and `queries()` being read twice then. With an `image_size`, images of more pixels
@@ -110,24 +197,23 @@ def write_store(
         DataError: `out` exists already, the source has bad rows, or no pairs.
         ConfigError: Apache Beam is asked for and not installed.
     """
-    out = config.output_path(out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    building = out.with_name(f"{out.name}.incomplete")
+    out = paths.output_path(out)
+    building = paths.building(out)
     with store.locked(building):
         try:
             if existing := finished_store(out, fingerprint):
                 shutil.rmtree(building)
                 return existing
             _keep_if_same(building, fingerprint)
-            bad_rows = bad_rows or BadRows()
-            with naming(building):
-                read = _write_records(source, building, bad_rows, workers, beam, image_size)
-                _write_rest(source, building / "store", bad_rows, read, fingerprint, image_size)
+            if not (building / "store" / store.CHECKSUMS).exists():
+                bad_rows = bad_rows or BadRows()
+                with naming(building):
+                    read = _write_records(source, building, bad_rows, workers, beam, image_size)
+                    _write_rest(source, building / "store", bad_rows, read, fingerprint, image_size)
         except UserError:
             shutil.rmtree(building)
             raise
-        shutil.rmtree(building / "parts")
-        (building / "store").rename(out)
+        publish(building / "store", out, last=MANIFEST)
         shutil.rmtree(building)
     return RankedStore(out)
 
@@ -230,7 +316,7 @@ def _write_rest(
         },
     }
     bad_rows.write(out / "skipped.jsonl")
-    (out / "store.json").write_text(json.dumps(info, indent=2) + "\n")
+    (out / MANIFEST).write_text(json.dumps(info, indent=2) + "\n")
     store.write_checksums(out)
 
 

@@ -1,0 +1,53 @@
+"""A bucket for tests: gcp-storage-emulator in a process of its own, `python -m tests.buckets`."""
+
+import subprocess
+import sys
+import threading
+import uuid
+
+import pytest
+
+from gcl_jax.paths import filesystem
+
+BUCKET = "bucket"
+
+
+@pytest.fixture(scope="session")
+def bucket_server():
+    """The environment of processes that are to see the bucket."""
+    command = [sys.executable, "-m", "tests.buckets"]
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}  # it tells of every request
+    with subprocess.Popen(command, text=True, **quiet) as server:
+        address = server.stdout.readline().strip()
+        yield {
+            "STORAGE_EMULATOR_HOST": address,
+            "TENSORSTORE_GCS_HTTP_URL": address,
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
+            "NO_GCE_CHECK": "true",
+        }
+        server.kill()
+
+
+@pytest.fixture
+def bucket(bucket_server, monkeypatch, tmp_path):
+    """The address of an empty folder in the bucket, of which no copies are here."""
+    for name, value in bucket_server.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GCL_JAX_CACHE", str(tmp_path / "cache"))
+    known = type(filesystem("gs://"))
+    known.clear_instance_cache()  # one may have spoken with Google
+    yield f"gs://{BUCKET}/{uuid.uuid4().hex}"
+    known.clear_instance_cache()
+
+
+def main():
+    from gcp_storage_emulator.server import create_server
+
+    server = create_server("localhost", 0, in_memory=True, default_bucket=BUCKET)
+    server.start()
+    print(f"http://localhost:{server._api._httpd.server_port}", flush=True)
+    threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
