@@ -351,20 +351,36 @@ def gcl_vs_clip_short() -> str:
     return markdown(["", *header], rows)
 
 
-def objectives(metric: str) -> str:
-    """All objectives beside GCL; a star where the paired interval excludes zero."""
+def beside(baseline: str, methods: dict, metric: str) -> list[list[str]]:
+    """A row a method; a star where the paired interval of the difference excludes zero."""
 
     def cell(method: str, x: dict) -> str:
-        text = f"{x['mean']:.3f} ±{x['deviation']:.3f}"
-        if method == "GCL":
+        text = f"{x['mean']:.3f}" + (f" ±{x['deviation']:.3f}" if len(x["seeds"]) > 1 else "")
+        if method == baseline:
             return text
         star = "*" if x["low"] > 0 or x["high"] < 0 else ""
         return f"{text} ({x['difference']:+.3f}{star})"
 
-    rows = [
+    return [
         [method, *(cell(method, figures[metric][split]) for split in SPLITS)]
-        for method, figures in load("objectives")["methods"].items()
+        for method, figures in methods.items()
     ]
+
+
+def objectives(metric: str) -> str:
+    """All objectives beside GCL."""
+    rows = beside("GCL", load("objectives")["methods"], metric)
+    return markdown([METRICS[metric], *SPLITS.values()], rows)
+
+
+def photos(metric: str) -> str:
+    """CLIP and GCL on images that decide."""
+    figures = load("photos")["photos, 240 steps"]
+    rows = [
+        [name, *(f"{of[split][metric]:.3f}" for split in SPLITS)]
+        for name, of in figures["baselines"].items()
+    ]
+    rows += beside("CLIP", figures["methods"], metric)
     return markdown([METRICS[metric], *SPLITS.values()], rows)
 
 
@@ -485,6 +501,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "objectives_err": lambda: objectives("mERR"),
     "objectives_rbp": lambda: objectives("mRBP9"),
     "objectives_recall": lambda: objectives("Recall@10"),
+    "photos_ndcg": lambda: photos("NDCG@10"),
+    "photos_err": lambda: photos("mERR"),
     "plans": plans,
     "meshes": meshes,
     "scaling": scaling,

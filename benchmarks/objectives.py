@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,16 +116,19 @@ def per_query(runs: list[dict[str, Path]], split: str, metric: str) -> np.ndarra
     return np.stack([table[metric].to_numpy() for table in tables])
 
 
-def summarise(runs: dict[str, list[dict[str, Path]]]) -> dict:
-    """{method: {metric: {split: {mean, deviation, difference, low, high}}}}."""
+def summarise(
+    runs: dict[str, list[dict[str, Path]]], baseline: str = BASELINE, shown: Sequence[str] = SHOWN
+) -> dict:
+    """{method: {metric: {split: {mean, deviation, difference, low, high, seeds}}}}; differences are
+    to `baseline`."""
     result: dict = {}
     for method in runs:
         result[method] = {}
-        for metric in SHOWN:
+        for metric in shown:
             result[method][metric] = {}
             for split in SPLITS:
                 ours = per_query(runs[method], split, metric)
-                theirs = per_query(runs[BASELINE][: len(ours)], split, metric)
+                theirs = per_query(runs[baseline][: len(ours)], split, metric)
                 difference, low, high = paired_bootstrap(ours.mean(0), theirs.mean(0))
                 by_seed = ours.mean(1).tolist()
                 result[method][metric][split] = {
@@ -138,17 +142,17 @@ def summarise(runs: dict[str, list[dict[str, Path]]]) -> dict:
     return result
 
 
-def table(result: dict) -> str:
+def table(result: dict, baseline: str = BASELINE) -> str:
     """As Markdown; differences whose interval excludes zero are marked with a star."""
     lines = []
-    for metric in SHOWN:
+    for metric in next(iter(result.values())):
         lines += ["", f"| {metric} | " + " | ".join(SPLITS) + " |", "|---|" + "---|" * len(SPLITS)]
         for method, figures in result.items():
             cells = []
             for split in SPLITS:
                 x = figures[metric][split]
                 cell = f"{x['mean']:.3f} ±{x['deviation']:.3f}"
-                if method != BASELINE:
+                if method != baseline:
                     star = "*" if x["low"] > 0 or x["high"] < 0 else ""
                     cell += f" ({x['difference']:+.3f}{star})"
                 cells.append(cell)
