@@ -24,9 +24,10 @@ import sys
 import time
 from pathlib import Path
 
-from gcl_jax.stores import open_store
 from gcl_vs_clip import untrained
 from objectives import SPLITS, summarise, table
+
+from gcl_jax.prepare.stores import open_store
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "photos_tiny.py"

@@ -13,7 +13,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-from gcl_jax.stores import open_store
 from PIL import Image
 
 from gcl_jax.data.store import CHECKSUMS, RankedStore
@@ -21,6 +20,7 @@ from gcl_jax.data.transforms import decode_image
 from gcl_jax.errors import DataError
 from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare import photo_relevance as rule
+from gcl_jax.prepare.stores import open_store
 
 SIDE = rule.SIDE
 
