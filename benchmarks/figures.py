@@ -389,48 +389,72 @@ def sent(found: dict, part: str) -> float:
     return sum(one["sent"] for one in found["collectives"] if one["part"] == part)
 
 
-def plans() -> str:
-    """What fits where: the cases of benchmarks/plans.py that it searched the chunks of."""
+def planned(table: str) -> Iterable[tuple[dict, dict, list[str], str]]:
+    """(case, figures, cells of the model and its devices, commit) of each row of `table`."""
+    for value in load("plans").values():
+        if value["table"] == table:
+            case, found = value["case"], value["found"]
+            yield case, found, [case["model"], case["topology"]], value["commit"]
+
+
+def held(found: dict) -> str:
+    return f"{found['peak'] / GIB:.1f} of {found['memory'] / GIB:.0f}" if found["fits"] else "no"
+
+
+def chips() -> str:
+    """Of every kind of chip, the most pairs that a device takes."""
     rows = []
-    known = {name: value for name, value in load("plans").items() if len(name.split()) == 3}
-    slices = ("v5e:4x4", "v5e:16x16", "v5p:8x8x8", "v6e:16x16")
-    models = ("ViT-B-32", "ViT-B-16", "ViT-L-14", "ViT-H-14", "ViT-bigG-14")
-    place = lambda case: (
-        slices.index(case["topology"]),
-        models.index(case["model"]),
-        case["batch"],
-    )
-    for value in sorted(known.values(), key=lambda value: place(value["case"])):
-        case, found = value["case"], value["found"]
+    for _, found, cells, commit in planned("chips"):
         data, fsdp = found["mesh"]
-        batch, local = f"{case['batch']:,}", f"{case['batch'] // (data * fsdp):,}"
-        cells = [case["model"], case["topology"], batch, local, f"{data} x {fsdp}"]
-        if not found["fits"]:
-            rows.append([*cells, str(case["chunks"]), f"no: {found['verdict']}", "", "", ""])
-            continue
+        local, seconds = found["batch"] // (data * fsdp), found["projection"]["overlapped"]
+        rows.append(
+            [
+                *cells,
+                f"{data} x {fsdp}",
+                f"{local:,}",
+                held(found),
+                f"{found['tile']:,}",
+                f"{found['work']['flops'] / local / 1e12:.3f}",
+                f"{found['work']['memory'] / GIB:,.0f}",
+                f"{found['sent'] / MIB:,.0f}",
+                f"{found['batch'] / seconds / (data * fsdp):,.0f}",
+                commit,
+            ]
+        )
+    header = ["model", "devices", "data x fsdp", "pairs of a device", "GiB held", "tile"]
+    header += ["TFLOP a pair", "GiB moved", "MiB sent", "pairs/s, projected", "code"]
+    return markdown(header, rows)
+
+
+def pods() -> str:
+    """What fits on larger slices, with the batch in as few chunks as do."""
+    rows = []
+    for case, found, cells, commit in planned("pods"):
+        data, fsdp = found["mesh"]
         loss, times = sent(found, "loss"), found["projection"]
         rows.append(
             [
                 *cells,
+                f"{case['batch']:,}",
+                f"{case['batch'] // (data * fsdp):,}",
+                f"{data} x {fsdp}",
                 str(case["chunks"]),
-                f"{found['peak'] / GIB:.1f} of {found['memory'] / GIB:.0f}",
+                held(found),
                 f"{loss / MIB:,.0f}",
                 f"{(found['sent'] - loss) / MIB:,.0f}",
                 f"{times['overlapped']:.2f} to {times['exposed']:.2f}",
+                commit,
             ]
         )
-    header = ["model", "slice", "batch", "of a chip", "data x fsdp", "chunks", "GiB"]
-    return markdown([*header, "loss MiB", "other MiB", "projected s"], rows)
+    header = ["model", "slice", "batch", "of a device", "data x fsdp", "chunks", "GiB held"]
+    return markdown([*header, "loss MiB", "other MiB", "projected s", "code"], rows)
 
 
 def meshes() -> str:
     """Forms of the loss and meshes on one slice."""
     parts = ("parameters", "gradients", "loss", "activations")
     rows = []
-    for name, value in load("plans").items():
-        if len(name.split()) == 3:
-            continue
-        case, found = value["case"], value["found"]
+    for case, found, _, commit in planned("meshes"):
         data, fsdp = found["mesh"]
         state = (found["parameters"] + found["optimizer"]) / GIB
         rows.append(
@@ -439,9 +463,11 @@ def meshes() -> str:
                 f"{state:.2f}",
                 f"{found['peak'] / GIB:.2f}",
                 *(f"{sent(found, part) / MIB:,.0f}" for part in parts),
+                commit,
             ]
         )
-    return markdown(["batch 4,096 on v5e:4x4", "GiB state", "GiB peak", *parts], rows)
+    header = ["batch 4,096 on v5e:4x4", "GiB state", "GiB peak", *parts, "code"]
+    return markdown(header, rows)
 
 
 def scaling() -> str:
@@ -503,7 +529,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "objectives_recall": lambda: objectives("Recall@10"),
     "photos_ndcg": lambda: photos("NDCG@10"),
     "photos_err": lambda: photos("mERR"),
-    "plans": plans,
+    "chips": chips,
+    "pods": pods,
     "meshes": meshes,
     "scaling": scaling,
     "card": card,

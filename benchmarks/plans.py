@@ -3,7 +3,8 @@
 Compiles training steps for chips that are not here, one process after the other, with the TPU's
 compiler ([tpu] extra) and NVIDIA's ([cuda] extra); rows whose compiler is missing are passed over,
 so that two environments may share the work. `python benchmarks/figures.py` then draws the tables
-of docs/pods.md. What --out has is not compiled again, unless --anew; it is written after each row.
+of docs/pods.md. A row that --out has of the same commit of the package is not compiled again; --out
+is written after each.
 """
 
 import argparse
@@ -197,7 +198,6 @@ def main() -> None:
     choices = {flag: list(dict.fromkeys(map(of, rows()))) for flag, of in LIMITS.items()}
     for flag, known in choices.items():
         parser.add_argument(f"--{flag}", default=",".join(known), help="those alone, by commas")
-    parser.add_argument("--anew", action="store_true", help="compile again what --out has")
     parser.add_argument("--out", type=Path, default=HERE / "plans.json")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)
@@ -207,24 +207,24 @@ def main() -> None:
         import jax
 
         given = json.loads(args.row)
-        case, topology = Case(**given["case"]), opened(given["case"]["topology"], args.quick)
-        case, found = SEARCHES[given["search"]](case, topology)
-        print(
-            json.dumps({"case": dataclasses.asdict(case), "found": found, "jax": jax.__version__})
-        )
+        case = Case(**given["case"])
+        case, found = SEARCHES[given["search"]](case, opened(case.topology, args.quick))
+        about = {"case": dataclasses.asdict(case), "jax": jax.__version__}
+        print(json.dumps(about | {"found": found}))
         return
     for flag, there in choices.items():
         if unknown := set(getattr(args, flag).split(",")) - set(there):
             parser.error(f"--{flag}={','.join(unknown)}: there are {', '.join(there)}")
-    known = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {}
+    known, now = json.loads(args.out.read_text("utf-8")) if args.out.exists() else {}, commit()
     chosen = [
         row
         for row in rows()
         if all(of(row) in getattr(args, flag).split(",") for flag, of in LIMITS.items())
-        and (args.anew or row.name not in known)
+        and known.get(row.name, {}).get("commit") != now
     ]
-    usual = statistics.mean([one["seconds"] for one in known.values()] or [SECONDS])
-    minutes = sum(known.get(row.name, {"seconds": usual})["seconds"] for row in chosen) / 60
+    took = {name: one["seconds"] for name, one in known.items() if "seconds" in one}
+    usual = statistics.mean([*took.values()] or [SECONDS])
+    minutes = sum(took.get(row.name, usual) for row in chosen) / 60
     print(f"{len(chosen)} of {len(rows())} rows, about {minutes:.0f} minutes of a core")
     with tqdm.tqdm(chosen, unit="row", dynamic_ncols=True) as bar:
         for row in bar:
@@ -233,7 +233,7 @@ def main() -> None:
             if "failed" in found:
                 bar.write(f"{row.name}: {found['failed']}")
                 continue
-            known[row.name] = found | {"commit": commit()}
+            known[row.name] = found | {"commit": now}
             args.out.write_text(json.dumps(known, indent=1) + "\n", "utf-8")
 
 

@@ -1,6 +1,7 @@
 """The scripts of launch/: linted, valid, and run as far as a machine without a cluster can."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -17,6 +18,8 @@ import pytest
 import yaml
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 from processes import ENVIRONMENT, PATIENCE_SECONDS, ROOT, logged
+
+from gcl_jax.plan.topology import GPUS, TPUS
 
 LAUNCH = ROOT / "launch"
 
@@ -198,7 +201,7 @@ def test_commands_of_the_page_run_as_printed(tmp_path):
     are those of one run on one store, and have the flags that they are given."""
     page = (ROOT / "docs/pods.md").read_text()
     blocks = re.findall(r"^```bash needs=[^\n]*\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    blocks = [block for block in blocks if not block.startswith("python ")]
+    blocks = [block for block in blocks if not block.startswith(("python ", "make "))]
     assert len(blocks) == 6
     for name in ("docker", "kubectl", "xpk", "sbatch", "srun", "sky"):
         program(tmp_path, name, RECORDER)
@@ -252,6 +255,18 @@ def test_commands_of_the_page_run_as_printed(tmp_path):
     assert cloud.lines("state")[0].startswith("NONE"), "the page deletes its slice"
     (copied,) = [words for name, words, _ in called if words[:2] == ["storage", "cp"]]
     assert copied[-1] == "gs://my-bucket/stores/"
+
+
+def test_the_page_names_every_chip_that_can_be_planned_for():
+    """And what it calls a slice has as many chips, or TensorCores, two a chip, as its topology."""
+    page = (ROOT / "docs/pods.md").read_text().partition("## Names of chips")[2]
+    for name in (*TPUS, *(name.upper() for name in GPUS)):
+        assert re.search(rf"^\| {name}\b", page, re.MULTILINE), name
+    slices = re.findall(r"^\| \w+[^|]*\| `\w+-(\d+)` is ([\dx]+): (\w+)", page, re.MULTILINE)
+    assert len(slices) == len(TPUS) - 1, "v7x has no such names"
+    for count, topology, counted in slices:
+        chips = math.prod(map(int, topology.split("x")))
+        assert int(count) == chips * {"chips": 1, "TensorCores": 2}[counted]
 
 
 def test_sky_starts_every_node_as_one_process(tmp_path):

@@ -276,6 +276,34 @@ def test_the_tables_cases_are_configurations():
     assert (cfg.mesh.fsdp, cfg.optim.grad_cache_chunks, cfg.loss.form) == (16, 2, "ring")
 
 
+def test_tables_are_resumed_and_limited(tmp_path, monkeypatch, capsys):
+    """What is there of the same commit stays; a row without a compiler is passed over, and comes
+    next time."""
+    out, asked = tmp_path / "plans.json", []
+
+    def in_own_process(row):
+        asked.append(row.name)
+        return {"failed": "no compiler"} if "h100" in row.name else {"seconds": 30}
+
+    def call(commit, *flags):
+        asked.clear()
+        monkeypatch.setattr(plans, "commit", lambda: commit)
+        monkeypatch.setattr(plans, "in_own_process", in_own_process)
+        monkeypatch.setattr(sys, "argv", ["plans.py", f"--out={out}", "--tables=chips", *flags])
+        plans.main()
+        return len(asked), capsys.readouterr().out.splitlines()[0]
+
+    few = ("--chips=v5e,h100", "--models=ViT-B-32")
+    assert call("a", *few) == (2, f"2 of {len(plans.rows())} rows, about 2 minutes of a core")
+    assert call("a", *few)[0] == 1
+    assert call("b", *few) == (2, f"2 of {len(plans.rows())} rows, about 1 minutes of a core")
+    assert call("b")[0] == len(plans.DEVICES) * len(plans.FIRST) - 1
+    assert {row["commit"] for row in json.loads(out.read_text()).values()} == {"b"}
+    with pytest.raises(SystemExit):
+        call("b", "--chips=v5")
+    assert "--chips=v5: there are v4, v5e, v5p" in capsys.readouterr().err
+
+
 def test_vit_b32_on_a_tpu_slice():
     """The whole step, sharded 4 x 4, of the TPU's own compiler; with less effort than a run's."""
     tpu_mesh()  # skips without libtpu
