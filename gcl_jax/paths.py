@@ -25,7 +25,15 @@ import filelock
 import tqdm
 
 from gcl_jax import errors
-from gcl_jax.errors import ConfigError, DataError, UserError, first_line, naming, to_install
+from gcl_jax.errors import (
+    ConfigError,
+    DataError,
+    StorageError,
+    UserError,
+    first_line,
+    naming,
+    to_install,
+)
 
 if TYPE_CHECKING:
     from etils import epath
@@ -154,7 +162,9 @@ def talking(place: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{place}: there is no such bucket, or you may not see it") from None
         # Of Google, Amazon, and their HTTP clients: no common class.
-        raise UserError(f"{place}: {type(error).__name__}: {first_line(error)}") from None
+        refused = isinstance(error, PermissionError) or "forbidden" in str(error).lower()
+        kind = UserError if refused else StorageError
+        raise kind(f"{place}: {type(error).__name__}: {first_line(error)}") from None
 
 
 def _buckets() -> Path:

@@ -1,5 +1,6 @@
 """The scripts of launch/: linted, valid, and run as far as a machine without a cluster can."""
 
+import configparser
 import json
 import math
 import os
@@ -181,6 +182,9 @@ def test_one_variable_says_which_extras_are_installed(file):
     (default,) = re.findall(r"EXTRAS(?:: |=|:-)([a-z0-9,]+)", text)
     assert default == f"{'tpu' if 'tpu' in file else 'cuda'},text,gcp"
     assert re.search(r"--editable .*\.\[\$\{?EXTRAS", text)
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert {*default.split(",")} <= {*setup["options.extras_require"]}
 
 
 # A program that the commands of docs/pods.md call: notes its words, and what comes in by stdin.

@@ -36,6 +36,7 @@ from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_li
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate.ranked import evaluate_in_training, evaluate_workdir
 from gcl_jax.models import clip, flops
+from gcl_jax.paths import talking
 from gcl_jax.port import __main__ as port
 from gcl_jax.prepare.stores import write_store
 from gcl_jax.registry import SCHEDULES
@@ -114,6 +115,24 @@ def test_storage_that_fails_after_the_first_step_is_no_mistake_of_the_user(
     for steps, error in ((1, BrokenPipeError), (0, FileNotFoundError)):
         with pytest.raises(error), worth_a_restart(lambda steps=steps: steps):
             raise error("x")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConnectionError("reset by peer"), 74),
+        (TimeoutError(), 74),
+        (OSError("Forbidden: b/run"), 2),
+        (PermissionError("Access Denied"), 2),
+        (FileNotFoundError("b"), 2),
+    ],
+)
+def test_a_bucket_out_of_reach_is_worth_a_restart(error, code, capsys):
+    """What may not be read, or is not there, is not."""
+    with pytest.raises(SystemExit) as end, reported_in_one_line(), talking("gs://b/run"):
+        raise error
+    assert end.value.code == code
+    assert capsys.readouterr().err.startswith("error: gs://b/run: ")
 
 
 def test_what_is_not_installed_is_told_before_data_are_opened(cfg, tmp_path, monkeypatch, capsys):
