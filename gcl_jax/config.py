@@ -84,13 +84,25 @@ class PreprocessConfig:
 class VisionConfig:
     """The image tower, named as in open_clip's `vision_cfg`."""
 
-    family: str = option("vit", "the kind of tower", registry.VISION_TOWERS)
+    family: str = option(
+        "vit",
+        "the kind of tower: a vision transformer, or a small residual network of convolutions "
+        "(convnet), which learns more of few pictures in few minutes",
+        registry.VISION_TOWERS,
+    )
     image_size: int = option(
         224, "width and height of the input in pixels", at_least=1, at_most=2**13
     )
-    patch_size: int = option(32, "width and height of a patch in pixels", at_least=1, at_most=2**13)
+    patch_size: int = option(
+        32,
+        "width and height of a patch in pixels; of a convnet's last cells, a power of 2",
+        at_least=1,
+        at_most=2**13,
+    )
     width: int = option(768, "channels of a token", at_least=1, at_most=2**16)
-    layers: int = option(12, "residual blocks", at_least=1, at_most=2**10)
+    layers: int = option(
+        12, "residual blocks; of a convnet, in each of its stages", at_least=1, at_most=2**10
+    )
     head_width: int = option(64, "channels of an attention head", at_least=1, at_most=2**16)
     mlp_ratio: float = option(
         4.0, "hidden channels of a block's MLP, in widths", above=0, at_most=64

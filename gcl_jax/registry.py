@@ -165,7 +165,9 @@ SOURCES = Registry(
         "emoji_languages": "gcl_jax.prepare.emoji",
     },
 )
-VISION_TOWERS = Registry("image tower", {"vit": "gcl_jax.models.families"})
+VISION_TOWERS = Registry(
+    "image tower", dict.fromkeys(("vit", "convnet"), "gcl_jax.models.families")
+)
 TEXT_TOWERS = Registry(
     "text tower", {"clip": "gcl_jax.models.families", "bert": "gcl_jax.models.families"}
 )

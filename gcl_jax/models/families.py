@@ -139,6 +139,43 @@ class Vit(_BuiltIn, VisionTower):
         return embedding + _blocks_flops(cfg, tokens, reads_one=False) + pooling
 
 
+@VISION_TOWERS.register("convnet")
+class Convnet(_BuiltIn, VisionTower):
+    """Residual convolutions, for few pictures and few minutes."""
+
+    tower = "ConvNet"
+    embedding_names = ("stem",)
+
+    @staticmethod
+    def validate(cfg: VisionConfig, embed_dim: int) -> None:
+        patch = cfg.patch_size
+        require(
+            patch >= 2 and patch & (patch - 1) == 0 and cfg.image_size % patch == 0,
+            f"model.vision.patch_size={patch} must be a power of 2 that divides "
+            f"image_size={cfg.image_size}: a convnet halves the image so often",
+        )
+        require(
+            cfg.width % (patch // 2) == 0,
+            f"model.vision.width={cfg.width} must be a multiple of patch_size / 2 = {patch // 2}: "
+            "a convnet halves its channels with every stage before the last",
+        )
+        require(
+            not cfg.patch_dropout,
+            f"model.vision.patch_dropout={cfg.patch_dropout:g} leaves out patches, which a convnet "
+            "does not have: set it to 0",
+        )
+
+    @staticmethod
+    def flops(cfg: VisionConfig, embed_dim: int, training: bool) -> float:
+        cells, channels = (cfg.image_size // 2) ** 2, 2 * cfg.width // cfg.patch_size
+        total = 2.0 * 9 * 3 * channels * cells
+        while channels < cfg.width:
+            cells, channels = cells // 4, 2 * channels
+            kernels = 9 * channels**2 * (2 * cfg.layers - 0.5) + channels**2 / 2
+            total += 2 * kernels * cells
+        return total + 2 * cfg.width * embed_dim
+
+
 class _BuiltInText(_BuiltIn, TextTower):
     """What the two families of text transformers share."""
 

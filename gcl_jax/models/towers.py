@@ -1,5 +1,6 @@
 """The towers that come with gcl_jax: vision transformers as open_clip (CLIP) and timm (SigLIP)
-build them, their text transformer, and BERT. `gcl_jax.models.families` declares them."""
+build them, a small convolutional network, CLIP's text transformer, and BERT.
+`gcl_jax.models.families` declares them."""
 
 import math
 
@@ -99,6 +100,93 @@ class AttentionPool(nnx.Module):
         k, v = jnp.split(self.kv_proj(x).reshape(b, n, 2 * self.heads, -1), 2, axis=2)
         pooled = self.out_proj(jax.nn.dot_product_attention(q, k, v).reshape(b, d))
         return pooled + self.mlp(self.ln(pooled))
+
+
+class ConvNet(nnx.Module):
+    """A residual network of 3 x 3 convolutions, norm and activation before each (arXiv 1603.05027),
+    with layer norms of the channels, which need no statistics of a batch (arXiv 2201.03545).
+
+    A convolution of stride 2, then stages of `layers` blocks whose first one halves the grid and
+    doubles the channels, until a cell covers `patch_size` pixels and has `width` channels. The
+    embedding is a linear map of the mean over the cells. It knows from the start that what is seen
+    here may be seen there, which a transformer has to learn: better where pictures are few.
+    """
+
+    def __init__(self, cfg: VisionConfig, embed_dim: int, numerics: Numerics, rngs: nnx.Rngs):
+        stages = self.stages(cfg)
+        channels = cfg.width >> stages
+        self.dtype = numerics.dtype
+        self.stem = _kernel(3, channels, 1.0, numerics, rngs)
+        blocks, share = [], (2 * max(1, stages * cfg.layers)) ** -0.5
+        for stage in range(stages):
+            wide = channels << stage
+            for first in range(cfg.layers):
+                sizes = (2 * wide, 2 * wide) if first else (wide, 2 * wide)
+                blocks.append(ConvBlock(*sizes, share, cfg, numerics, rngs))
+        self.layers = nnx.Dict({str(i): block for i, block in enumerate(blocks)})
+        self.ln_post = numerics.layer_norm(cfg.width, cfg.norm_eps, rngs)
+        self.proj = numerics.param(cfg.width**-0.5, (cfg.width, embed_dim), rngs)
+
+    @staticmethod
+    def stages(cfg: VisionConfig) -> int:
+        return cfg.patch_size.bit_length() - 2
+
+    def __call__(
+        self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None
+    ) -> Float[Array, "b e"]:
+        """Normalised images to unnormalised embeddings."""
+        x = _convolved(images.astype(self.dtype), self.stem, stride=2)
+        for i in range(len(self.layers)):
+            x = self.layers[str(i)](x)
+        return self.ln_post(x).mean((1, 2)) @ self.proj[...].astype(self.dtype)
+
+
+class ConvBlock(nnx.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))); where channels grow, the grid is halved, and x is
+    the linear map of the mean of four cells. The block's own part starts at `share` of x's size."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        share: float,
+        cfg: VisionConfig,
+        numerics: Numerics,
+        rngs: nnx.Rngs,
+    ):
+        self.act, self.dtype = ACTIVATIONS[cfg.act], numerics.dtype
+        self.stride = 2 if inputs < outputs else 1
+        self.ln_1 = numerics.layer_norm(inputs, cfg.norm_eps, rngs)
+        self.conv_1 = _kernel(inputs, outputs, 1.0, numerics, rngs)
+        self.ln_2 = numerics.layer_norm(outputs, cfg.norm_eps, rngs)
+        self.conv_2 = _kernel(outputs, outputs, share, numerics, rngs)
+        if self.stride == 2:
+            self.shortcut = numerics.param(inputs**-0.5, (inputs, outputs), rngs)
+
+    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b y x d"]:
+        y = _convolved(self.act(self.ln_1(x)), self.conv_1, self.stride)
+        y = _convolved(self.act(self.ln_2(y)), self.conv_2)
+        if self.stride == 2:
+            x = nnx.avg_pool(x, (2, 2), (2, 2)) @ self.shortcut[...].astype(self.dtype)
+        return x + y
+
+
+def _kernel(
+    inputs: int, outputs: int, share: float, numerics: Numerics, rngs: nnx.Rngs
+) -> nnx.Param:
+    return numerics.param(share * (2 / (9 * inputs)) ** 0.5, (3, 3, inputs, outputs), rngs)
+
+
+def _convolved(
+    x: Float[Array, "b h w c"], kernel: nnx.Param, stride: int = 1
+) -> Float[Array, "b y x d"]:
+    """3 x 3 with a border of zeros; the first output stands on the first cell, whatever the stride,
+    as in torch with padding 1."""
+    layout = ("NHWC", "HWIO", "NHWC")
+    pads = [(1, 1), (1, 1)]
+    return jax.lax.conv_general_dilated(
+        x, kernel[...].astype(x.dtype), (stride, stride), pads, dimension_numbers=layout
+    )
 
 
 class TextTransformer(nnx.Module):
