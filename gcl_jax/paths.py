@@ -25,15 +25,7 @@ import filelock
 import tqdm
 
 from gcl_jax import errors
-from gcl_jax.errors import (
-    ConfigError,
-    DataError,
-    StorageError,
-    UserError,
-    first_line,
-    naming,
-    to_install,
-)
+from gcl_jax.errors import ConfigError, DataError, UserError, first_line, naming, to_install
 
 if TYPE_CHECKING:
     from etils import epath
@@ -151,10 +143,8 @@ def talking(place: str) -> Iterator[None]:
     names it."""
     try:
         yield
-    except UserError:
-        raise
     except Exception as error:
-        if not place:
+        if not place or isinstance(error, UserError):
             raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             full = f"{cache_folder()} is full; set GCL_JAX_CACHE to a larger disk"
@@ -163,7 +153,7 @@ def talking(place: str) -> Iterator[None]:
             raise UserError(f"{place}: there is no such bucket, or you may not see it") from None
         # Of Google, Amazon, and their HTTP clients: no common class.
         refused = isinstance(error, PermissionError) or "forbidden" in str(error).lower()
-        kind = UserError if refused else StorageError
+        kind = UserError if refused else errors.StorageError
         raise kind(f"{place}: {type(error).__name__}: {first_line(error)}") from None
 
 
