@@ -25,7 +25,7 @@ import filelock
 import tqdm
 
 from gcl_jax import errors
-from gcl_jax.errors import ConfigError, DataError, UserError, first_line, naming, to_install
+from gcl_jax.errors import ConfigError, DataError, StorageError, UserError
 
 if TYPE_CHECKING:
     from etils import epath
@@ -39,6 +39,7 @@ _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")  # one letter before the c
 _OF_RUNS = ("checkpoints/", "embeddings/")  # no copies are made of them
 UNFINISHED = ".incomplete"  # ends names
 _AT_A_TIME = 16  # objects on their way
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 # What folders on buckets, mounted, say of the renaming of a folder; gcsfuse says EMFILE.
 NO_RENAMES = {errno.EMFILE, errno.ENOTSUP, errno.ENOSYS, errno.EXDEV, errno.EPERM}
 
@@ -134,27 +135,27 @@ def filesystem(place: str) -> "AbstractFileSystem":
     try:
         return fsspec.filesystem(scheme)
     except ImportError:
-        raise ConfigError(f"{scheme}:// needs the package {package}: {to_install(extra)}") from None
+        needed = f"the package {package}: {errors.to_install(extra)}"
+        raise ConfigError(f"{scheme}:// needs {needed}") from None
 
 
 @contextlib.contextmanager
 def talking(place: str) -> Iterator[None]:
-    """Errors of libraries that speak with the bucket of `place`, if it is one, become one line that
-    names it."""
+    """Errors of libraries that speak with the bucket of `place`, if any, become one line."""
     try:
         yield
     except Exception as error:
         if not place or isinstance(error, UserError):
             raise
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            full = f"{cache_folder()} is full; set GCL_JAX_CACHE to a larger disk"
-            raise UserError(f"{place}: {full}") from None
+        if isinstance(error, OSError) and error.errno in _FULL:
+            full = f"{place}: {cache_folder()} is full; set GCL_JAX_CACHE to a larger disk"
+            raise UserError(full) from None
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{place}: there is no such bucket, or you may not see it") from None
         # Of Google, Amazon, and their HTTP clients: no common class.
         refused = isinstance(error, PermissionError) or "forbidden" in str(error).lower()
-        kind = UserError if refused else errors.StorageError
-        raise kind(f"{place}: {type(error).__name__}: {first_line(error)}") from None
+        kind = UserError if refused else StorageError
+        raise kind(f"{place}: {type(error).__name__}: {errors.first_line(error)}") from None
 
 
 def _buckets() -> Path:
@@ -332,12 +333,10 @@ def digest_of(path: Path, kind: str = "sha256") -> str:
 def transfer(place: str, what: str, sizes: Mapping[str, int], move: Callable[[str], None]) -> None:
     """Calls `move(name)` for all {name: size}, some at a time, below a bar."""
     often = 0.2 if sys.stderr.isatty() else 10
-    shown: dict[str, Any] = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "delay": 1}
+    shown = {"unit": "B", "unit_scale": True, "dynamic_ncols": True, "delay": 1}
+    bar: Any = tqdm.tqdm(total=sum(sizes.values()), desc=what, mininterval=often, **shown)
     pool = concurrent.futures.ThreadPoolExecutor(_AT_A_TIME)
-    with (
-        talking(place),
-        tqdm.tqdm(total=sum(sizes.values()), desc=what, mininterval=often, **shown) as bar,
-    ):
+    with talking(place), bar:
         try:
             tasks = {pool.submit(move, name): size for name, size in sizes.items()}
             for task in concurrent.futures.as_completed(tasks):
@@ -373,7 +372,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that becomes `path` at the end: that is complete, or as it was, and so
     is what its bucket has."""
     unfinished = building(path)
-    with naming(unfinished if address(path) else path):
+    with errors.naming(unfinished if address(path) else path):
         yield unfinished
     if place := address(path):
         with talking(place):
@@ -394,6 +393,5 @@ def last_of(twin: PathType) -> PathType:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value`, and makes the folder; the file is complete or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+        unfinished.write_text(errors.spelled(json.dumps(value, indent=2)) + "\n", "utf-8")

@@ -161,7 +161,7 @@ def write_html(
         store=store, splits=splits, samples=drawn, provenance=store.info["provenance"]
     )
     with replacing(path) as unfinished:
-        unfinished.write_text(page, encoding="utf-8")
+        unfinished.write_text(spelled(page), encoding="utf-8")
 
 
 def _samples(

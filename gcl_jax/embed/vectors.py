@@ -81,6 +81,7 @@ class Task:
     def manifest(self) -> dict:
         """All that the embeddings depend on, and where the store was."""
         part, kinds = len(self.rows) != len(self.records), self.records.fields
+        directory = self.store.directory
         selection = np.asarray(self.rows, "<i8").tobytes() if part else b""
         return {
             "format": FORMAT,
@@ -92,7 +93,7 @@ class Task:
             "per_field": self.per_field and len(self.weights) > 1,
             "checkpoint": {"step": self.step, "parameters": self.parameters},
             "store": {
-                "path": str(self.store.directory.resolve()),
+                "path": paths.address(directory) or str(directory.resolve()),
                 "fingerprint": fingerprint(self.store, self.side),
             },
             # As JSON, where a list and a tuple are the same.

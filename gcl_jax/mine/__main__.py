@@ -14,7 +14,6 @@ mine_hard_negatives. Queries are mined alike, for the document of every pair.
 
 import argparse
 import dataclasses
-import json
 import shlex
 import shutil
 import typing
@@ -29,7 +28,7 @@ from gcl_jax import distributed, paths, runs
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
 from gcl_jax.errors import DataError, reported_in_one_line, spelled
 from gcl_jax.mine.mining import Mining, mine_negatives
-from gcl_jax.paths import local_path, output_path
+from gcl_jax.paths import local_path, output_path, write_json
 from gcl_jax.prepare.stores import publish, vacant
 from gcl_jax.runs import NEWEST, one_store
 
@@ -105,7 +104,7 @@ def write_mined(out: Path, negatives: dict[str, np.ndarray], note: dict) -> None
     folder = building / note["split"]
     folder.mkdir(parents=True)
     save_negatives(folder, negatives)
-    (folder / NOTE).write_text(json.dumps(note, indent=2) + "\n", "utf-8")
+    write_json(folder / NOTE, note)
     check_absent(out)
     publish(building, out, last=f"{note['split']}/{NOTE}")
 

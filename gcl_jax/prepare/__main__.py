@@ -326,7 +326,7 @@ def fingerprint_of(
                 for file in inside if path.is_dir() else [path]:
                     status = file.stat()
                     files.append((str(file), status.st_size, status.st_mtime_ns))
-    content = json.dumps([VERSION, options, files], default=str, sort_keys=True)
+    content = spelled(json.dumps([VERSION, options, files], default=str, sort_keys=True))
     return hashlib.sha256(content.encode()).hexdigest()
 
 

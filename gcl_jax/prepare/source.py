@@ -24,7 +24,7 @@ import numpy as np
 
 from gcl_jax.data.store import Pairs
 from gcl_jax.data.transforms import ImageError, decode_image, open_image, read_file
-from gcl_jax.errors import DataError
+from gcl_jax.errors import DataError, spelled
 
 
 class Reason(enum.Enum):
@@ -155,7 +155,7 @@ class BadRows:
         """Writes every skip as a JSON line; no file if there are none."""
         if self.skipped:
             with path.open("w", encoding="utf-8") as file:
-                file.writelines(json.dumps(skip) + "\n" for skip in self.skipped)
+                file.writelines(spelled(json.dumps(skip)) + "\n" for skip in self.skipped)
 
 
 Record = dict[str, str | bytes]

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib.metadata
-import json
 import operator
 import os
 import shutil
@@ -31,6 +30,7 @@ from gcl_jax.paths import (
     talking,
     transfer,
     twin_of,
+    write_json,
 )
 from gcl_jax.prepare.parts import Part, PartsWriter
 from gcl_jax.prepare.source import BadRows, Source, arguments_of, make_source
@@ -316,7 +316,7 @@ def _write_rest(
         },
     }
     bad_rows.write(out / "skipped.jsonl")
-    (out / MANIFEST).write_text(json.dumps(info, indent=2) + "\n")
+    write_json(out / MANIFEST, info)
     store.write_checksums(out)
 
 
