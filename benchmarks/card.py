@@ -175,7 +175,7 @@ def loss(save: Callable[[dict], None], pairs: str, dim: str) -> None:
     q, x = rng.standard_normal((2, n, int(dim)))
     q, x = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (q, x))
     w = rng.uniform(0, 2, n)
-    mesh = jax.make_mesh((1, 1), BATCH_AXES, (AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1, 1, 1), BATCH_AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
     both = jax.jit(jax.value_and_grad(functools.partial(gcl_loss, mesh=mesh), argnums=(0, 1)))
     ids = np.arange(n, dtype=np.int32)
     rows = PairRows(np.float32(w), np.ones(n, bool), ids, ids)

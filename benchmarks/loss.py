@@ -45,7 +45,7 @@ def embeddings(batch: int, dim: int) -> tuple[np.ndarray, np.ndarray]:
 
 def compile_loss(name: str, batch: int, dim: int, dtype: str):
     """The program (queries, documents, scale, pairs) -> (loss, gradients by the first three)."""
-    mesh = jax.make_mesh((1, 1), BATCH_AXES, (AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1, 1, 1), BATCH_AXES, (AxisType.Auto,) * 3, devices=jax.devices()[:1])
     blockwise = functools.partial(gcl_loss, mesh=mesh, form=name)
     loss = gcl_loss_reference if name == "naive" else blockwise
     one_each = lambda dtype: jax.ShapeDtypeStruct((batch,), dtype)

@@ -54,7 +54,7 @@ def plan(name: str, peak: float, utilisation: float) -> dict[str, Any]:
     cfg = load(name)
     held = {}
     for data, fsdp in MESHES:
-        mesh = AbstractMesh((data, fsdp), BATCH_AXES)
+        mesh = AbstractMesh((1, data, fsdp), BATCH_AXES)
         training, _ = abstract_training(cfg, mesh, IN_DOMAIN_PAIRS)
         held[f"{data}x{fsdp}"] = bytes_per_device(training) / 1e9
     parameters = sum(math.prod(x.shape) for x in jax.tree.leaves(training.params))

@@ -476,10 +476,19 @@ class LossConfig:
 
 @dataclasses.dataclass(slots=True)
 class MeshConfig:
-    """Devices along the mesh axes; -1 takes all that the other axis leaves."""
+    """Devices along the mesh axes; the batch is split over all of them."""
 
-    data: int = option(-1, "devices among which the batch is split", at_least=-1)
-    fsdp: int = option(1, "devices among which the parameters are split, too", at_least=1)
+    data: int = option(
+        -1,
+        "devices of a slice that hold the same parameters; -1: all that fsdp leaves",
+        at_least=-1,
+    )
+    fsdp: int = option(1, "devices of a slice among which the parameters are split", at_least=1)
+    slices: int = option(
+        0,
+        "slices, between which the data-centre network lies; 0: as many as the devices are of",
+        at_least=0,
+    )
 
 
 @dataclasses.dataclass(slots=True)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,7 +20,9 @@ from gcl_jax.registry import TEXT_TOWERS
 
 Params = dict[str, Any]  # of a model: nested dicts of arrays, or of what describes them
 
-BATCH_AXES = ("data", "fsdp")
+# Slices are what has an interconnect of its own; between them lies the data-centre network.
+SLICE = "slice"
+BATCH_AXES = (SLICE, "data", "fsdp")
 
 # What `gathered` returns, by name: a layer's backward pass gathers it again.
 GATHERED = "gathered"
@@ -29,22 +32,32 @@ MIN_SHARDED_SIZE = 2**14
 
 
 def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None) -> Mesh:
-    """A mesh with axes ("data", "fsdp") over all devices, or the `devices` given, for global
-    batches of `batch_size`.
+    """A mesh with axes ("slice", "data", "fsdp") over all devices, or the `devices` given, for
+    global batches of `batch_size`.
+
+    `cfg.slices` of 0 is what the devices say: of TPUs those that share an interconnect, of GPUs
+    those of a host. Any other number divides the devices in their order, that of the processes.
 
     The axes are Auto: the towers' gathers and concatenations then need no annotations, and every
     place where a sharding matters (parameters, moments, batches, loss) states it.
 
     Raises:
-        ConfigError: data x fsdp is not the number of devices, or does not divide the batch.
+        ConfigError: slices x data x fsdp is not the number of devices, or does not divide the
+            batch; the devices are of another number of slices.
     """
     devices = jax.devices() if devices is None else devices
-    count = len(devices)
-    data = count // cfg.fsdp if cfg.data == -1 else cfg.data
-    if data * cfg.fsdp != count:
+    count, sizes = len(devices), Counter(getattr(one, "slice_index", 0) for one in devices)
+    said = len(sizes) if len({*sizes.values()}) == 1 else 1
+    slices = cfg.slices or said
+    if slices != said > 1 and devices[0].platform == "tpu":
+        raise ConfigError(f"config.mesh.slices={slices}, but the TPUs are {said} slices; set 0")
+    data = count // (slices * cfg.fsdp) if cfg.data == -1 else cfg.data
+    if slices * data * cfg.fsdp != count:
+        of_slices = f"slices={slices} x " if slices > 1 else ""
+        hint = "; fsdp is within a slice (of GPUs, a host, unless slices=1)" if of_slices else ""
         raise ConfigError(
-            f"config.mesh: data={cfg.data} x fsdp={cfg.fsdp} does not make the {count} devices "
-            "that there are"
+            f"config.mesh: {of_slices}data={cfg.data} x fsdp={cfg.fsdp} does not make the {count} "
+            f"devices that there are{hint}"
         )
     if batch_size % count:
         raise ConfigError(
@@ -52,10 +65,13 @@ def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None)
         )
     # `jax.make_mesh` would lay fsdp=16 over no 8x8x8 slice: it splits an axis of the torus on v5e
     # alone.
-    placed = mesh_utils.create_device_mesh(
-        (data, cfg.fsdp), devices, allow_split_physical_axes=True
-    )
-    return Mesh(placed, BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    split: Any = {"allow_split_physical_axes": True}
+    if slices == said > 1:
+        within, across = (1, data, cfg.fsdp), (slices, 1, 1)
+        placed = mesh_utils.create_hybrid_device_mesh(within, across, devices, **split)
+    else:
+        placed = mesh_utils.create_device_mesh((slices, data, cfg.fsdp), devices, **split)
+    return Mesh(placed, BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def platform(mesh: Mesh) -> str:
@@ -123,14 +139,15 @@ def looked_up(
     """`table[tokens]` in `dtype`. Where columns of the table are split, a device looks up the
     tokens of all devices that share it, in its own columns, and they exchange columns for rows: so
     the table, larger than what is looked up, stays where it is, and its gradient is summed over
-    "data" alone."""
+    the other axes alone."""
     fsdp = jax.sharding.get_abstract_mesh().shape.get("fsdp", 1)
     spec = _spec(table.shape, fsdp, table=True)
     if spec != PartitionSpec(None, "fsdp"):
         return table[tokens].astype(dtype)
     constrain = jax.lax.with_sharding_constraint
-    columns = constrain(table, spec)[constrain(tokens, PartitionSpec("data"))].astype(dtype)
-    return rows_split(constrain(columns, PartitionSpec("data", None, "fsdp")))
+    rows = SLICE, "data"
+    columns = constrain(table, spec)[constrain(tokens, PartitionSpec(rows))].astype(dtype)
+    return rows_split(constrain(columns, PartitionSpec(rows, None, "fsdp")))
 
 
 def rows_split(x):

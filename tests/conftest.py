@@ -41,7 +41,8 @@ from gcl_jax.prepare.stores import write_store
 from gcl_jax.sharding import BATCH_AXES
 from tests.buckets import bucket, bucket_server  # noqa: F401
 
-MESHES = ((1, 1), (8, 1), (4, 2), (2, 4))
+# (data, fsdp), and slices where there are several.
+MESHES = ((1, 1), (8, 1), (4, 2), (2, 2, 2))
 
 # What takes a minute or more on a core.
 LONGEST = (
@@ -63,14 +64,14 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
 
 
-def make_cpu_mesh(data: int, fsdp: int) -> Mesh:
-    """A mesh over the first data * fsdp of the eight devices."""
-    devices = jax.devices()[: data * fsdp]
-    types = (AxisType.Auto,) * 2
-    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=types, devices=devices)
+def make_cpu_mesh(data: int, fsdp: int, slices: int = 1) -> Mesh:
+    """A mesh over the first slices * data * fsdp of the eight devices."""
+    shape, types = (slices, data, fsdp), (AxisType.Auto,) * 3
+    devices = jax.devices()[: slices * data * fsdp]
+    return jax.make_mesh(shape, BATCH_AXES, axis_types=types, devices=devices)
 
 
-@pytest.fixture(params=MESHES, ids="{0[0]}x{0[1]}".format)
+@pytest.fixture(params=MESHES, ids=lambda shape: "x".join(map(str, shape)))
 def mesh(request) -> Mesh:
     """A test that asks for it runs on all of `MESHES`, or on those of
     `parametrize("mesh", [...], indirect=True)`."""

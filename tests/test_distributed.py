@@ -28,6 +28,7 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate.ranked import evaluate_workdir
+from gcl_jax.losses.contrastive import gcl_loss
 from gcl_jax.models import clip
 from gcl_jax.train.loop import train
 from gcl_jax.train.setup import LEASE_SECONDS
@@ -57,10 +58,10 @@ def four_steps(config_file):
     return config_file
 
 
-def run(config_file, workdir, fsdp, form="gather"):
+def run(config_file, workdir, fsdp, form="gather", slices=0):
     """The whole run, or the rest of it, on all devices of the processes that there are."""
     cfg = config.load(config_file.with_suffix(".json"))
-    cfg.mesh.fsdp, cfg.loss.form = fsdp, form
+    cfg.mesh.fsdp, cfg.mesh.slices, cfg.loss.form = fsdp, slices, form
     train(cfg, workdir)
 
 
@@ -93,7 +94,7 @@ def test_two_processes_equal_one(four_steps, tmp_path):
     one, two, one_two, two_one = (tmp_path / name for name in ("one", "two", "one_two", "two_one"))
     run(four_steps, one, fsdp=1)
     killed_after_step_2(one, one_two)
-    pair = start_local(2, 4, sys.executable, __file__, four_steps, tmp_path)
+    pair = start_local(2, 4, sys.executable, __file__, four_steps, tmp_path, "share_one_slice")
     assert pair.wait(timeout=PATIENCE_SECONDS) == 0
     run(four_steps, killed_after_step_2(two, two_one), fsdp=2)
     params, rows = outcome(four_steps, one)
@@ -110,7 +111,53 @@ def test_two_processes_equal_one(four_steps, tmp_path):
     assert (one / "eval/in_domain.json").read_text() == by_two
 
 
-def main(config_file, folder):
+@pytest.mark.slow
+def test_two_slices_of_two_processes_equal_one_process(four_steps, tmp_path):
+    """Loss and gradients in both forms, a training, and one that goes on without slices."""
+    one, slices, slices_one = (tmp_path / name for name in ("one", "slices", "slices_one"))
+    four = start_local(4, 2, sys.executable, __file__, four_steps, tmp_path, "play_slices")
+    assert four.wait(timeout=PATIENCE_SECONDS) == 0
+    run(four_steps, one, fsdp=1)
+    run(four_steps, killed_after_step_2(slices, slices_one), fsdp=8)
+    params, rows = outcome(four_steps, one)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6)
+    for workdir in (slices, slices_one):
+        other_params, other_rows = outcome(four_steps, workdir)
+        jax.tree.map(close, other_params, params)
+        jax.tree.map(close, other_rows, rows)
+    expected = loss_and_gradients(None, "ring")
+    with np.load(tmp_path / "slices.npz") as found:
+        assert len(found) == 2 * len(expected)
+        for name, x in found.items():
+            right = expected[int(name[-1])]
+            assert np.abs(x - right).max() <= 1e-6 * np.abs(right).max()
+
+
+def loss_and_gradients(mesh, form):
+    """[loss, gradients by queries, documents and scale] of 32 pairs, whole."""
+    rng = np.random.default_rng(0)
+    sides = (rng.standard_normal((32, 16)).astype(np.float32) for _ in range(2))
+    sides = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in sides]
+    scored = functools.partial(gcl_loss, weights=rng.uniform(0.1, 1, 32), mesh=mesh, form=form)
+    everywhere = None if mesh is None else sharding.replicated(mesh)
+    function = jax.jit(jax.value_and_grad(scored, argnums=(0, 1, 2)), out_shardings=everywhere)
+    return jax.device_get(jax.tree.leaves(function(*sides, 20.0)))
+
+
+def play_slices(config_file, folder):
+    """One of four processes, each half of a slice."""
+    with distributed.joined(graceful=True):
+        mesh = sharding.make_mesh(config.MeshConfig(fsdp=2, slices=2), 16)
+        assert dict(mesh.shape) == {"slice": 2, "data": 2, "fsdp": 2}
+        assert [x.process_index for x in mesh.devices[1].flat] == [2, 2, 3, 3]
+        found = [x for form in ("gather", "ring") for x in loss_and_gradients(mesh, form)]
+        if distributed.is_first():
+            named = {f"{i // 4}, {i % 4}": x for i, x in enumerate(found)}
+            np.savez(Path(folder, "slices.npz"), **named)
+        run(Path(config_file), Path(folder, "slices"), fsdp=2, slices=2)
+
+
+def share_one_slice(config_file, folder):
     """One of the two processes."""
     with distributed.joined(graceful=True):
         assert (jax.local_device_count(), jax.device_count()) == (4, 8)
@@ -344,4 +391,5 @@ def test_a_process_alone_joins_nobody(monkeypatch):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    config_file, folder, what = sys.argv[1:]
+    {"share_one_slice": share_one_slice, "play_slices": play_slices}[what](config_file, folder)

@@ -13,10 +13,11 @@ from test_contrastive import assert_close, compiled, make_rows, unit_rows
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.contrastive import gcl_loss, gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
+from gcl_jax.sharding import BATCH_AXES
 
 N = 16
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
-MESHES = [((1,), ("data",)), ((8,), ("x",)), ((4, 2), ("batch", "model"))]
+MESHES = [((1,), ("data",)), ((8,), ("x",)), ((4, 2), ("batch", "model")), ((2, 2, 2), BATCH_AXES)]
 
 
 def make(shape, names, kind):

@@ -6,7 +6,10 @@ import pytest
 from conftest import make_cpu_mesh
 from jax.sharding import NamedSharding, PartitionSpec
 
+from gcl_jax.config import MeshConfig
 from gcl_jax.plan.hlo import Collective, read_collectives, read_program
+from gcl_jax.plan.topology import open_topology
+from gcl_jax.sharding import make_mesh
 from tests.test_loss_memory import compile_loss, tpu_mesh
 
 WEIGHT = (12, 512, 2048)
@@ -112,6 +115,34 @@ def test_a_collective_in_a_wrapper_of_its_own():
     assert hidden.exposed == 0
 
 
+@pytest.mark.parametrize(
+    ("said", "kind", "part", "share"),
+    [
+        ("ALL_REDUCE", "all-reduce", "gradients", 2 * 1 / 2),
+        ("REDUCE_SCATTER", "reduce-scatter", "loss", 1 / 2),
+        ("ALL_GATHER", "all-gather", "loss", 1),
+        ("ALL_TO_ALL", "all-to-all", "loss", 1 / 2),
+        ("ONE_TO_ONE", "collective-permute", "loss", 2 / 8),
+    ],
+)
+def test_between_tpu_slices_are_transfers_of_their_hosts(said, kind, part, share):
+    """As the compiler makes them for two slices of four chips, of which two exchange something."""
+    target = "{{100000->200003},{200000->100003}}" if said == "ONE_TO_ONE" else '"{1,2}x{0:3}"'
+    names = f'_xla_host_transfer_rendezvous="r",_xla_megascale_target={target}'
+    names = f'frontend_attributes={{{names},_xla_megascale_transfer_type="{said}"}}'
+    for meanwhile, hidden in ((ALIAS, False), (WORKS, True)):
+        body = f"""  %t = token[] after-all()
+  %r = (f32[128,8,128], u32[], token[]) recv(%t), {names}
+  %s = (f32[128,8,128], u32[], token[]) send(%p, %t), {names}
+  %sd = token[] send-done(%s)
+{meanwhile}
+  %rd = (f32[128,8,128], token[]) recv-done(%r)"""
+        program = read_program(f"ENTRY %main.1 (p: f32[8]) -> f32[8] {{\n{body}\n}}\n")
+        (found,) = read_collectives(program, 8, 64, [], slices=2)
+        sent = 4 * 128 * 8 * 128 * share
+        assert found == (kind, part, 1, sent, 0.0 if hidden else sent, "dcn")
+
+
 CONDITION = """%cond.1 (p: (s32[], f32[8])) -> pred[] {
   %limit = s32[]{:T(128)} constant(12)
   ROOT %lt = pred[] compare(%i, %limit), direction=LT
@@ -144,7 +175,7 @@ def test_a_collective_in_several_fusions_of_a_tpu_counts_once():
   %fusion.7 = f32[8] fusion(%p), kind=kCustom, calls=%async_collective_fusion.2
   %async-collective-done = f32[8] fusion(%p), calls=%fused_computation.3"""
     (found,) = read(body, more)
-    assert found == ("all-gather", "loss", 1, 4 * 4096 * 512 * 15 / 16, 0.0)
+    assert found[:5] == ("all-gather", "loss", 1, 4 * 4096 * 512 * 15 / 16, 0.0)
 
 
 def test_an_all_reduce_fused_with_its_slice_is_a_reduce_scatter():
@@ -233,3 +264,36 @@ def test_the_loss_sends_what_the_formula_says(form, per_element, where):
         expected *= (mesh.size - 1) / mesh.size
     assert sum(c.sent for c in found if c.part == "loss") == pytest.approx(expected, rel=0.05)
     assert sum(c.sent for c in found if c.part != "loss") < 0.001 * expected
+
+
+@pytest.mark.parametrize(
+    ("layout", "slices", "form"),
+    [
+        ("2x2", 2, "gather"),
+        pytest.param("16x16", 2, "gather", marks=pytest.mark.slow),
+        pytest.param("16x16", 2, "ring", marks=pytest.mark.slow),
+        pytest.param("16x16", 4, "gather", marks=pytest.mark.slow),
+        pytest.param("16x16", 4, "ring", marks=pytest.mark.slow),
+    ],
+)
+def test_the_loss_crosses_slices_once_and_not_for_each_device(layout, slices, form):
+    """docs/pods.md: Several slices. A slice sends documents and their gradients, each row once to
+    each of the others; in the ring all that it holds to the next, as often as there are slices."""
+    tpu_mesh()  # skips without libtpu
+    target = open_topology(f"v5e:{layout}*{slices}")
+    devices = len(target.devices)
+    batch, dim = 128 * devices, 512
+    mesh = make_mesh(MeshConfig(fsdp=2), batch, target.devices)
+    program = compile_loss(mesh, batch, form, False, dim, jnp.bfloat16)
+    text = program.as_text()
+    found = read_collectives(read_program(text), devices, batch, [], 2, slices)
+    sent = {
+        network: sum(c.sent for c in found if c.part == "loss" and c.network == network)
+        for network in ("ici", "dcn")
+    }
+    all_rows = batch * dim * (6 if form == "gather" else 8)
+    across = all_rows * ((slices - 1) / slices if form == "gather" else 1)
+    assert sent["dcn"] * devices / slices == pytest.approx(across, rel=0.05)
+    of_slice = devices // slices
+    within = all_rows * ((of_slice - 1) / of_slice if form == "gather" else 1)
+    assert sent["ici"] == pytest.approx(within, rel=0.05)

@@ -34,7 +34,7 @@ def tpu_mesh() -> Mesh:
     # Nobody drives a chip here, so other processes may have loaded it too.
     os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "1"
     devices = topologies.get_topology_desc(topology_name="v5e:4x4", platform="tpu").devices
-    return Mesh(np.array(devices).reshape(8, 2), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return Mesh(np.array(devices).reshape(1, 8, 2), BATCH_AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def compile_loss(

@@ -162,7 +162,7 @@ def test_too_little_memory_is_an_answer(tiny_config):
     ],
 )
 def test_the_compilers_refusals_in_one_line(message, verdict):
-    assert planner.why_not(message) == verdict
+    assert topology.why_not(message) == verdict
 
 
 @pytest.mark.parametrize("start", [8, 64, 4096])
@@ -200,15 +200,17 @@ PLAN = planner.Plan(
 def test_the_projection_is_arithmetic(tiny_config):
     chip = topology.CHIPS["TPU v5e"]
     target = EIGHT._replace(chip=chip, platform="tpu")
-    sent = (planner.Collective("all-reduce", "gradients", 1, 2e9, 0.0),)
-    plan = dataclasses.replace(PLAN, collectives=sent)
+    sent = planner.Collective("all-reduce", "gradients", 1, 2e9, 0.0)
+    out = sent._replace(network="dcn", sent=1e9)
+    plan = dataclasses.replace(PLAN, collectives=(sent, out), slices=2)
     tiny_config.loss.dtype = "float32"
     times = planner.project(tiny_config, plan, target, 0.5)
     assert times.towers == pytest.approx(1e12 / (197e12 / 2))
     assert times.loss == pytest.approx(6 * 1e10 / (197e12 / 2))
     assert times.communication == pytest.approx(2e9 / 200e9)
+    assert times.between_slices == pytest.approx(1e9 / (6.4e12 / 8 / 256))
     assert times.exposed == pytest.approx(sum(times))
-    assert times.overlapped == pytest.approx(times.towers + times.loss)
+    assert times.overlapped == pytest.approx(times.between_slices)
     tiny_config.model.remat, tiny_config.optim.grad_cache_chunks = "full", 2
     again = planner.project(tiny_config, plan, target, 0.5)
     assert again.towers == pytest.approx(5 / 3 * times.towers)
@@ -220,7 +222,8 @@ def test_the_projection_is_arithmetic(tiny_config):
         ("v5e", "is unknown; give one like v5e:16x16"),
         ("v9:4x4", "is unknown"),
         ("v5e:4x0", "is unknown"),
-        ("v5e:4*4", "is unknown"),
+        ("v5e:4x4*0", "is unknown"),
+        ("cpu:4*4", "is unknown"),
         ("cpu:2x4", "give the number of devices, like cpu:8"),
         ("v6e:4x4x4", "v6e has 2 axes"),
         ("b200:2x4", "give the number of devices, like b200:8"),

@@ -1,5 +1,6 @@
 """Where parameters, moments and batches live, and that the mesh does not change the training."""
 
+import dataclasses
 import functools
 
 import jax
@@ -46,7 +47,12 @@ def test_the_largest_divisible_dimension_is_split_never_the_scanned_one(
 
 @pytest.mark.parametrize(
     ("cfg", "shape"),
-    [(MeshConfig(), (8, 1)), (MeshConfig(fsdp=4), (2, 4)), (MeshConfig(4, 2), (4, 2))],
+    [
+        (MeshConfig(), (1, 8, 1)),
+        (MeshConfig(fsdp=4), (1, 2, 4)),
+        (MeshConfig(4, 2), (1, 4, 2)),
+        (MeshConfig(fsdp=2, slices=2), (2, 2, 2)),
+    ],
 )
 def test_make_mesh_takes_all_devices(cfg, shape):
     assert make_mesh(cfg, 16).devices.shape == shape
@@ -58,11 +64,40 @@ def test_make_mesh_takes_all_devices(cfg, shape):
         (MeshConfig(data=3, fsdp=2), 16, "data=3 x fsdp=2 does not make the 8 devices"),
         (MeshConfig(fsdp=3), 24, "fsdp=3 does not make the 8 devices"),
         (MeshConfig(), 12, "12 is no multiple of the 8 devices"),
+        (MeshConfig(slices=3), 24, "slices=3 x data=-1 x fsdp=1 does not make the 8 devices"),
+        (MeshConfig(fsdp=8, slices=2), 16, "devices that there are; fsdp is within a slice"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(cfg, batch_size, message):
     with pytest.raises(ConfigError, match=message):
         make_mesh(cfg, batch_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """What a mesh asks of a device that is not here."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = ""
+
+
+def test_slices_are_those_that_the_devices_say():
+    """Whatever their order; parameters stay within one. GPUs may be taken otherwise."""
+    devices = [Device(i, slice_index=i % 2) for i in range(8)]
+    for cfg in (MeshConfig(fsdp=2), MeshConfig(fsdp=2, slices=2)):
+        made = make_mesh(cfg, 8, devices)
+        assert made.devices.shape == (2, 2, 2)
+        assert [[x.id for x in one.flat] for one in made.devices] == [[0, 2, 4, 6], [1, 3, 5, 7]]
+    with pytest.raises(ConfigError, match="slices=2 x data=-1 x fsdp=8 does not make the 8"):
+        make_mesh(MeshConfig(fsdp=8), 8, devices)
+    assert make_mesh(MeshConfig(fsdp=8, slices=1), 8, devices).devices.shape == (1, 1, 8)
+    assert make_mesh(MeshConfig(), 6, devices[:4] + devices[4::2]).devices.shape == (1, 6, 1)
+    tpus = [dataclasses.replace(x, platform="tpu") for x in devices]
+    with pytest.raises(ConfigError, match="slices=4, but the TPUs are 2 slices; set 0"):
+        make_mesh(MeshConfig(slices=4), 8, tpus)
 
 
 def test_to_global_splits_rows_over_all_devices_in_order(mesh):

@@ -6,14 +6,16 @@ make it again. With D-dimensional embeddings that is 8 N^2 D operations in all.
 
 An objective is two functions of a tile: what it adds to the statistics of its rows and columns, and
 its gradient by the logits once the statistics of all tiles are known. Statistics are a pytree of
-arrays with one number per row (or column), with the methods `merge` and `over_devices`.
+arrays with one number per row (or column), with the methods `merge` and `over_parts`.
 
 Documents reach all queries in one of two ways. `Gather` copies them all to every device. `Ring`
 hands them from device to device, and with them what is known of their columns: a device holds its
-own share and that of one visitor.
+own share and that of one visitor. Both know that some devices are further away than others: a row
+goes once from slice to slice, whatever the number of their devices.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +26,9 @@ from jaxtyping import Array, Float, Int
 
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.flops import find_chip
+
+# Axes of the mesh by the way between their devices: within slices, then between them.
+Levels = tuple[tuple[str, ...], ...]
 
 
 @jax.tree_util.register_dataclass
@@ -140,15 +145,22 @@ def product(a: Float[Any, "n k"], b: Float[Any, "k m"]) -> Float[Array, "n m"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Gather:
-    """All documents on every device along `axes` of the mesh: one all-gather, and one
-    reduce-scatter of their gradients.
+class _OverLevels:
+    levels: Levels
 
-    Both go over one axis after the other: over both at once, the TPU compiler may make an
-    all-reduce, which sends twice as much.
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(axis for level in self.levels for axis in level)
+
+
+class Gather(_OverLevels):
+    """All documents on every device along the axes of the mesh: one all-gather, and one
+    reduce-scatter of their gradients; what is known of their columns goes the same ways.
+
+    Both go over one axis after the other: over all at once, the TPU compiler may make an
+    all-reduce, which sends twice as much. The gather begins with the furthest `levels`, when a
+    device has but its own rows, and the scatter ends with them.
     """
-
-    axes: tuple[str, ...]
 
     def forward(self, sweep, columns, seen, nothing):
         """(statistics of the rows, of this device's columns, residual for `backward`).
@@ -158,14 +170,10 @@ class Gather:
             columns: this device's, as a pytree of arrays (b, ...).
             seen, nothing: statistics of its rows and of its columns before any tile.
         """
-        own = jax.lax.axis_index(self.axes), len(jax.tree.leaves(columns)[0])
         columns = self._gathered(columns)
         seen, of_columns = sweep(columns, seen)
-        of_columns = [tuple(sums.over_devices(self.axes) for sums in term) for term in of_columns]
-        of_own = jax.tree.map(
-            lambda x: jax.lax.dynamic_slice_in_dim(x, own[0] * own[1], own[1]), of_columns
-        )
-        return seen, of_own, (columns, of_columns)
+        of_own = [tuple(map(self._merged, term)) for term in of_columns]
+        return seen, of_own, (columns, of_own)
 
     def backward(self, sweep, residual, cotangents, carry, nothing):
         """(carry, gradients of this device's columns).
@@ -177,13 +185,17 @@ class Gather:
             nothing: gradients of this device's columns before any tile.
         """
         del nothing
-        columns, of_columns = residual
-        carry, gradients = sweep(columns, _paired(of_columns, self._gathered(cotangents)), carry)
+        columns, of_own = residual
+        carry, gradients = sweep(columns, self._gathered(_paired(of_own, cotangents)), carry)
         return carry, jax.tree.map(self._scattered, gradients)
 
+    def _long_axes(self) -> list[str]:
+        """Of more than one device: alone, it may make the TPU compiler crash as it scatters."""
+        return [axis for axis in self.axes if jax.lax.axis_size(axis) > 1]
+
     def _gathered(self, rows):
-        """Those of all devices, in their order."""
-        for axis in reversed(self.axes):
+        """Those of all devices."""
+        for axis in reversed(self._long_axes()):
             rows = jax.lax.all_gather(rows, axis, tiled=True)
         return rows
 
@@ -191,53 +203,72 @@ class Gather:
         """Of the sums over all devices, a device's share of rows. The shares are a dimension of
         their own: rows cut in place are padded by the TPU compiler, which then corrects its
         cuts."""
-        for axis in self.axes:
-            shares = rows.reshape(jax.lax.axis_size(axis), -1, rows.shape[-1])
-            rows = jax.lax.psum_scatter(shares, axis)
+        for axis in self._long_axes():
+            rows = jax.lax.psum_scatter(_shares(rows, axis), axis)
         return rows
 
+    def _merged(self, sums):
+        """Of the statistics of all devices, a device's share."""
+        for axis in self._long_axes():
+            shares = jax.tree.map(functools.partial(_shares, axis=axis), sums)
+            sums = jax.lax.all_to_all(shares, axis, 0, 0).over_parts()
+        return sums
 
-@dataclasses.dataclass(frozen=True)
-class Ring:
-    """Documents go from device to device along `axes` of the mesh, with their statistics or their
-    gradients, until they are home again."""
 
-    axes: tuple[str, ...]
+class Ring(_OverLevels):
+    """Documents go from device to device along the axes of the mesh, with their statistics or their
+    gradients, until they are home again: around the nearest of the `levels`, then one on in the
+    next, and around the nearest again."""
 
     def forward(self, sweep, columns, seen, nothing):
         """As `Gather.forward`."""
 
-        def hop(carry, _):
-            visitors, of_visitors, seen = carry
+        def meet(visitors, seen):
+            visitors, of_visitors = visitors
             seen, added = sweep(visitors, seen)
             of_visitors = [_merged(*term) for term in zip(of_visitors, added, strict=True)]
-            return (*self._passed_on((visitors, of_visitors)), seen), None
+            return (visitors, of_visitors), seen
 
-        devices = jax.lax.axis_size(self.axes)
-        (_, of_columns, seen), _ = jax.lax.scan(hop, (columns, nothing, seen), length=devices)
+        (_, of_columns), seen = self._around(meet)((columns, nothing), seen)
         return seen, of_columns, (columns, of_columns)
 
     def backward(self, sweep, residual, cotangents, carry, nothing):
         """As `Gather.backward`."""
         columns, of_columns = residual
 
-        def hop(carry, _):
-            visitors, gradients, carry = carry
+        def meet(visitors, carry):
+            visitors, gradients = visitors
             carry, added = sweep(*visitors, carry)
-            gradients = jax.tree.map(jnp.add, gradients, added)
-            return (*self._passed_on((visitors, gradients)), carry), None
+            return (visitors, jax.tree.map(jnp.add, gradients, added)), carry
 
-        devices = jax.lax.axis_size(self.axes)
-        start = (columns, _paired(of_columns, cotangents)), nothing, carry
-        (_, gradients, carry), _ = jax.lax.scan(hop, start, length=devices)
+        start = (columns, _paired(of_columns, cotangents)), nothing
+        (_, gradients), carry = self._around(meet)(start, carry)
         return carry, gradients
 
-    def _passed_on(self, x):
-        """From the next device; after as many times as there are devices, all is home."""
-        if not self.axes:
-            return x
-        devices = jax.lax.axis_size(self.axes)
-        return jax.lax.ppermute(x, self.axes, [(i, (i - 1) % devices) for i in range(devices)])
+    def _around(self, meet):
+        """`meet`, (visitors, carry) -> (visitors, carry), once on every device."""
+        for axes in self.levels:
+            meet = functools.partial(_around_ring, meet, axes)
+        return meet
+
+
+def _around_ring(meet, axes: tuple[str, ...], visitors, carry):
+    """`meet` on all devices along `axes`, the last of which hands the visitors back home."""
+    devices = jax.lax.axis_size(axes)
+    if devices == 1:
+        return meet(visitors, carry)
+    from_the_next = [(i, (i - 1) % devices) for i in range(devices)]
+
+    def hop(state, _):
+        visitors, carry = meet(*state)
+        return (jax.lax.ppermute(visitors, axes, from_the_next), carry), None
+
+    return jax.lax.scan(hop, (visitors, carry), length=devices)[0]
+
+
+def _shares(x: Float[Array, "n *d"], axis: str) -> Float[Array, "devices m *d"]:
+    """Of each device along `axis`."""
+    return x.reshape(jax.lax.axis_size(axis), -1, *x.shape[1:])
 
 
 def _merged(a, b):

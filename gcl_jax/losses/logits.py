@@ -28,6 +28,7 @@ from gcl_jax.losses.blockwise import (
     tile_statistics,
 )
 from gcl_jax.losses.pairs import KnownWeights, PairRows, Reductions, Tile, nothing_yet, reduced
+from gcl_jax.sharding import SLICE
 
 # Form "auto" gathers the documents while their copies, with their gradients in float32, take no
 # more bytes of each device than this; never on one device, which needs no copy.
@@ -64,8 +65,9 @@ class Logits:
         queries, documents: embeddings (n, d) and (m, d), float32 or bfloat16, by name. Those that
             no term names stay where they are.
         scale: the factor itself (exp of the learned parameter).
-        mesh: over whose devices, along all axes, the rows are split; None computes wherever the
-            arrays are, which is for one device.
+        mesh: over whose devices, along all axes, the rows are split; documents go once over an axis
+            called "slice", however many the others are. None computes wherever the arrays are,
+            which is for one device.
         known: if given, a tile knows the weight of every combination that the table has.
         mask_duplicates: other pairs of the same query or document are no negatives.
         form: "gather" copies all documents to every device, "ring" hands them from device to
@@ -114,7 +116,8 @@ class Logits:
         arrays = queries, documents, rows, columns
         everywhere = jnp.float32(self.scale), jnp.float32(self.bias), self.known
         axes = () if self.mesh is None else self.mesh.axis_names
-        transport = TRANSPORTS[form](axes)
+        within = tuple(axis for axis in axes if axis != SLICE)
+        transport = TRANSPORTS[form]((within, (SLICE,)) if SLICE in axes else (within,))
         device = _device(self.mesh)
         size = self.block_size or fitting_block_size(device)
         kernel, sizes = self.kernel, ((size, size), (size, size))

@@ -266,11 +266,6 @@ class SoftmaxSums:
         top = jnp.maximum(self.top, other.top)
         return SoftmaxSums(top, *jax.tree.map(jnp.add, self._below(top), other._below(top)))
 
-    def over_devices(self, axes: tuple[str, ...]) -> "SoftmaxSums":
-        """Of the same columns, merged over the rows of all devices along `axes` of the mesh."""
-        top = jax.lax.pmax(self.top, axes)
-        return SoftmaxSums(top, *jax.lax.psum(self._below(top), axes))
-
     def over_parts(self) -> "SoftmaxSums":
         """Of arrays (parts, n), merged over the parts."""
         top = self.top.max(0)
@@ -294,9 +289,6 @@ class Total:
 
     def merge(self, other: "Total") -> "Total":
         return Total(self.total + other.total)
-
-    def over_devices(self, axes: tuple[str, ...]) -> "Total":
-        return Total(jax.lax.psum(self.total, axes))
 
     def over_parts(self) -> "Total":
         return Total(self.total.sum(0))

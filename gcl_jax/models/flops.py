@@ -82,28 +82,31 @@ def train_flops(
 class Chip(NamedTuple):
     """One accelerator as jax counts devices. flops: dense bfloat16 FLOP/s. memory: bytes. hbm:
     bytes/s of its memory. link: bytes/s that it sends to its neighbours or over NVLink, all links
-    together, one way (0 where there are none)."""
+    together, one way (0 where there are none). network: its share of what its host sends to other
+    slices (0 where it is not known)."""
 
     flops: float
     memory: float
     hbm: float
     link: float
+    network: float = 0.0
 
 
 _GIB = 2.0**30
 
 # By the leading words of `device_kind`. TPUs: cloud.google.com/tpu/docs, the pages of each version
 # (interconnect: 300, 200, 600, 400 GB/s a chip one way, half of what is called bidirectional
-# there); a device of TPU7x is half a chip. GPUs: NVIDIA's data sheet of each, dense figures;
+# there; data centre network: 6.4 and 25.6 Tb/s a pod of 256 v5e and v6e, 50 Gb/s a v5p); a device
+# of TPU7x is half a chip. GPUs: NVIDIA's data sheet of each, dense figures;
 # memory as nvidia-smi shows it.
 CHIPS = {
     "TPU v4": Chip(275e12, 32 * _GIB, 1.228e12, 300e9),
-    "TPU v5 lite": Chip(197e12, 16 * _GIB, 0.819e12, 200e9),
-    "TPU v5e": Chip(197e12, 16 * _GIB, 0.819e12, 200e9),
-    "TPU v5": Chip(459e12, 95 * _GIB, 2.765e12, 600e9),
-    "TPU v5p": Chip(459e12, 95 * _GIB, 2.765e12, 600e9),
-    "TPU v6 lite": Chip(918e12, 32 * _GIB, 1.640e12, 400e9),
-    "TPU v6e": Chip(918e12, 32 * _GIB, 1.640e12, 400e9),
+    "TPU v5 lite": Chip(197e12, 16 * _GIB, 0.819e12, 200e9, 3.125e9),
+    "TPU v5e": Chip(197e12, 16 * _GIB, 0.819e12, 200e9, 3.125e9),
+    "TPU v5": Chip(459e12, 95 * _GIB, 2.765e12, 600e9, 6.25e9),
+    "TPU v5p": Chip(459e12, 95 * _GIB, 2.765e12, 600e9, 6.25e9),
+    "TPU v6 lite": Chip(918e12, 32 * _GIB, 1.640e12, 400e9, 12.5e9),
+    "TPU v6e": Chip(918e12, 32 * _GIB, 1.640e12, 400e9, 12.5e9),
     "TPU7x": Chip(1154e12, 96 * _GIB, 3.69e12, 300e9),
     "A100": Chip(312e12, 80 * _GIB, 2.039e12, 300e9),
     "A100 SXM4 40GB": Chip(312e12, 40 * _GIB, 1.555e12, 300e9),

@@ -75,7 +75,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--topology",
         required=True,
-        help="v5e:16x16, v5p:8x8x8, h100:8, cpu:8; also v4, v6e, v7x, a100, h200, b200",
+        help="v5e:16x16, v5p:8x8x8, h100:8, cpu:8; also v4, v6e, v7x, a100, h200, b200; "
+        "v5e:16x16*4 is four slices",
     )
     parser.add_argument(
         "--find_batch", action="store_true", help="search the largest batch that fits"

@@ -3,6 +3,9 @@
 The optimised HLO (`compiled.as_text()`) has each computation once, and each collective once in the
 computation that it stands in. How often that runs in a step follows from the loops around it; how
 many bytes leave a device, from the shapes, the size of the group and the usual ring algorithms.
+
+Between TPU slices there are none: the compiler makes of each a collective within the slices, and
+transfers of a host's (`send`, `recv`), which say what they are a part of.
 """
 
 import collections
@@ -161,29 +164,45 @@ KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 PARTS = ("parameters", "gradients", "loss", "activations")
 
 _COLLECTIVE = re.compile(rf"({'|'.join(KINDS)})(-start)?")
+_TRANSFER = re.compile(r'_rendezvous="([^"]*)".*_xla_megascale_transfer_type="(\w+)"')
+_TRANSFERS = {
+    "ALL_GATHER": "all-gather",
+    "REDUCE_SCATTER": "reduce-scatter",
+    "ALL_REDUCE": "all-reduce",
+    "ALL_TO_ALL": "all-to-all",
+    "ONE_TO_ONE": "collective-permute",
+}
 _COMPUTES = {"fusion", "convolution", "dot", "custom-call", "while", "call", "reduce", "sort"}
 
 
 class Collective(NamedTuple):
     """Collectives of one kind for one purpose. part: one of `PARTS`. times: how many run in a step.
-    sent: bytes that one device sends in all of them. exposed: of these, what it sends while it
-    computes nothing: the collective blocks, or nothing stands between its start and its end."""
+    sent: bytes that one device sends in all of them, of all devices the mean. exposed: of these,
+    what it sends while it computes nothing: the collective blocks, or nothing stands between its
+    start and its end. network: "ici", within a slice, or "dcn", the data-centre network."""
 
     kind: str
     part: str
     times: int
     sent: float
     exposed: float
+    network: str = "ici"
 
 
 def read_collectives(
-    program: Program, devices: int, batch: int, parameters: Iterable[tuple[int, ...]], fsdp: int = 1
+    program: Program,
+    devices: int,
+    batch: int,
+    parameters: Iterable[tuple[int, ...]],
+    fsdp: int = 1,
+    slices: int = 1,
 ) -> list[Collective]:
     """What one device sends in one run of the program, the most bytes first.
 
     The part is told by jax's names of the operations and by the shapes: that of a parameter, its
     share or its slice for one layer; the global batch, which only the loss has on one device.
     Arrays of three or more dimensions that are neither are activations: these should not move.
+    Between slices gradients are summed, and only what the loss exchanges goes other ways.
 
     Args:
         program: a compiled training step.
@@ -191,13 +210,36 @@ def read_collectives(
         batch: the global batch.
         parameters: their global shapes.
         fsdp: over how many devices they are split.
+        slices: of TPUs, that the devices are of.
     """
     shapes = _shapes_of(parameters, fsdp)
-    totals: dict[tuple[str, str], list[float]] = collections.defaultdict(lambda: [0, 0.0, 0.0])
+    totals: dict[tuple[str, str, str], Collective] = {}
+
+    def add(kind: str, part: str, times: int, sent: float, exposed: bool, network="ici") -> None:
+        so_far = totals.get((network, kind, part), Collective(kind, part, 0, 0.0, 0.0, network))
+        totals[network, kind, part] = so_far._replace(
+            times=so_far.times + times,
+            sent=so_far.sent + sent,
+            exposed=so_far.exposed + sent * exposed,
+        )
+
     for name, runs in program.runs.items():
         body = program.computations[name]
+        named = ["shard_map" in one.jax_name() for one in body if one.jax_name()]
+        around = "shard_map" if name != ENTRY and 2 * sum(named) > len(named) else ""
         for place, outer in enumerate(body):
             if _goes_on(outer):
+                continue
+            exposed = not _is_hidden(outer, body, place)
+            if outer.opcode == "send" and (found := _TRANSFER.search(outer.line)):
+                kind = _TRANSFERS[found[2]]
+                sent = outer.arrays[0].size * _share_sent(kind, slices)
+                if kind == "all-gather":
+                    sent *= slices  # the array is a device's own
+                elif kind == "collective-permute":
+                    sent *= outer.line.count("->") / devices  # not all take part
+                part = "gradients" if kind == "all-reduce" else "loss"
+                add(kind, part, runs, runs * sent, exposed, "dcn")
                 continue
             for one in program.within(outer):
                 found = _COLLECTIVE.fullmatch(one.opcode)
@@ -206,29 +248,29 @@ def read_collectives(
                 kind = found[1]
                 if kind == "all-reduce" and any("all-reduce-scatter" in x for x in outer.called()):
                     kind = "reduce-scatter"  # the TPU compiler's: fused with a slice of its result
-                group = _group_size(one.line, devices)
-                origin = one.jax_name() or _origin(outer, program)
+                group = _group_size(one.line, devices // slices)
+                origin = one.jax_name() or _origin(outer, program) or around
                 parts: dict[str, float] = {}
                 payload = _payload(one, found[1], found[2] is not None, group)
                 for array in payload:
                     part = _part(kind, origin, len(payload) > 1, array, batch, shapes)
+                    if part == "parameters" and fsdp == 1 < slices:
+                        part = "gradients"  # the end of a sum over slices
                     parts[part] = parts.get(part, 0.0) + array.size * _share_sent(kind, group)
-                exposed = not _is_hidden(outer, body[place + 1 :])
                 for i, (part, sent) in enumerate(parts.items()):
-                    total = totals[kind, part]
-                    total[0] += runs * (i == 0)
-                    total[1] += runs * sent
-                    total[2] += runs * sent * exposed
-    read = [Collective(*key, int(total[0]), *total[1:]) for key, total in totals.items()]
-    return sorted((c for c in read if c.sent), key=lambda c: -c.sent)
+                    add(kind, part, runs * (i == 0), runs * sent, exposed)
+    return sorted((c for c in totals.values() if c.sent), key=lambda c: -c.sent)
 
 
 def _origin(one: Instruction, program: Program) -> str:
     """jax's name of `one`, or of the first with a name of those that made what it sends: when the
-    TPU compiler makes a reduce-scatter or fills it up, it forgets the name."""
+    TPU compiler makes a reduce-scatter or fills it up, it forgets the name. So it does where there
+    are slices: what comes from others and is no sum is of the loss, a shard_map."""
     for _ in range(8):
         if name := one.jax_name():
             return name
+        if one.opcode == "recv":
+            return "" if "ALL_REDUCE" in one.line else "shard_map"
         if not one.operands:
             break
         one = program.by_name.get(one.operands[0], one)
@@ -242,9 +284,15 @@ def _goes_on(one: Instruction) -> bool:
     return "async_collective_fusion" in one.line or one.name.startswith("async-collective-done")
 
 
-def _is_hidden(start: Instruction, after: list[Instruction]) -> bool:
-    """Whether something computes between `start` and the end of what it starts."""
-    if start.name.startswith("async-collective-start"):
+def _is_hidden(start: Instruction, body: list[Instruction], place: int) -> bool:
+    """Whether something computes between `start`, at its `place`, and the end of what it starts."""
+    after = body[place + 1 :]
+    if start.opcode == "send":  # it has an end when the other slices' part is there
+        (recv,) = (
+            one for one in body if one.opcode == "recv" and one.operands[0] == start.operands[1]
+        )
+        end = next(one.name for one in after if one.operands == (recv.name,))
+    elif start.name.startswith("async-collective-start"):
         end = start.name.replace("start", "done")
     elif start.opcode.endswith("-start") and '"is_sync":true' not in start.line:
         end = next((one.name for one in after if start.name in one.operands), "")
@@ -318,6 +366,8 @@ def _part(kind: str, origin: str, merged: bool, array: Array, batch: int, shapes
         return "loss"
     if batch in array.dims and len(squeezed) < 3 and squeezed not in shapes:
         return "loss"
+    if is_float and array.dims[-2:] == (8, 128) and len(array.dims) == 3:
+        return "gradients"  # the TPU compiler's, of sums that it cuts: flat, in tiles
     if not is_float or (squeezed not in shapes and len(squeezed) > 2):
         return "activations"
     return "parameters" if kind == "all-gather" else "gradients"

@@ -6,7 +6,6 @@ target's compiler's own, and what it holds and sends is read from it. Times are 
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
 from gcl_jax.models.clip import abstract_model, with_shardings
 from gcl_jax.plan.hlo import Collective, read_collectives, read_program
-from gcl_jax.plan.topology import Topology
+from gcl_jax.plan.topology import Topology, why_not
 from gcl_jax.plan.work import Work, read_work
 from gcl_jax.prepare.stores import open_store
 from gcl_jax.registry import SOURCES
@@ -150,7 +149,8 @@ class Plan:
 
     peak: arguments and results (the state is updated in place), temporaries and the program; None
     if the compiler gave up, with its `verdict`. flops: of one chip, without what is computed again;
-    of the towers and of the loss.
+    of the towers and of the loss. sent, sent_out: to its own slice, of which nothing hides
+    `exposed`, and to others.
     """
 
     topology: str
@@ -164,20 +164,27 @@ class Plan:
     loss_flops: float
     fits: bool
     verdict: str
+    slices: int = 1
     temporaries: int | None = None
     program: int | None = None
     peak: int | None = None
     collectives: tuple[Collective, ...] = ()
     work: Work | None = None
 
+    def over(self, network: str) -> list[Collective]:
+        return [c for c in self.collectives if c.network == network]
+
     @property
     def sent(self) -> float:
-        return sum(c.sent for c in self.collectives)
+        return sum(c.sent for c in self.over("ici"))
 
     @property
     def exposed(self) -> float:
-        """Bytes of `sent` that no computation hides."""
-        return sum(c.exposed for c in self.collectives)
+        return sum(c.exposed for c in self.over("ici"))
+
+    @property
+    def sent_out(self) -> float:
+        return sum(c.sent for c in self.over("dcn"))
 
 
 def lower(cfg: TrainConfig, data: Data, mesh: Mesh):
@@ -196,10 +203,11 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
     """
     mesh = make_mesh(cfg.mesh, cfg.optim.batch_size, topology.devices)
     lowered, state, batch = lower(cfg, data, mesh)
-    chips = len(topology.devices)
+    chips, (slices, *along) = len(topology.devices), mesh.shape.values()
     known: dict[str, Any] = {
         "topology": topology.name,
-        "mesh": tuple(mesh.shape.values()),
+        "slices": slices,
+        "mesh": tuple(along),
         "batch": cfg.optim.batch_size,
         "parameters": bytes_per_device(state.params),
         "optimizer": bytes_per_device((state.opt_state, state.ema)),
@@ -224,8 +232,7 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
     peak += held.output_size_in_bytes - held.alias_size_in_bytes + held.generated_code_size_in_bytes
     program = read_program(compiled.as_text())
     shapes = {x.shape for x in jax.tree.leaves(state.params)}
-    fsdp = mesh.shape["fsdp"]
-    collectives = read_collectives(program, chips, cfg.optim.batch_size, shapes, fsdp)
+    collectives = read_collectives(program, chips, cfg.optim.batch_size, shapes, along[1], slices)
     return Plan(
         **known,
         temporaries=held.temp_size_in_bytes,
@@ -239,20 +246,21 @@ def compile_plan(cfg: TrainConfig, data: Data, topology: Topology) -> Plan:
 
 
 class Projection(NamedTuple):
-    """Seconds of a step: towers, loss, communication; `overlapped` if the latter hides behind the
-    former wherever it can, `exposed` if none of it does."""
+    """Seconds of a step: towers, loss, communication within a slice and between slices;
+    `overlapped` if all that hides behind each other, `exposed` if nothing does."""
 
     towers: float
     loss: float
     communication: float
+    between_slices: float
 
     @property
     def overlapped(self) -> float:
-        return max(self.towers + self.loss, self.communication)
+        return max(self.towers + self.loss, self.communication, self.between_slices)
 
     @property
     def exposed(self) -> float:
-        return self.towers + self.loss + self.communication
+        return sum(self)
 
 
 def project(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float) -> Projection:
@@ -268,17 +276,8 @@ def project(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float
         plan.tower_flops * passes / 3 / speed,
         plan.loss_flops * of_loss / speed,
         plan.sent / chip.link,
+        plan.sent_out / chip.network if chip.network else 0.0,
     )
-
-
-def why_not(message: str) -> str:
-    """The compiler's own figures, in one line."""
-    line = message.partition("RESOURCE_EXHAUSTED:")[2].strip().splitlines()[0]
-    alone = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", line)
-    if alone:
-        return f"temporaries alone need {alone[1]} of {alone[2]} GiB"
-    whole = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", line)
-    return f"needs {whole[1]} of {whole[2]} GiB" if whole else line[:200]
 
 
 def find_batch(
@@ -312,7 +311,8 @@ def find_batch(
 
 def figures(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float) -> dict:
     """All figures of `plan`, for programs: sizes in bytes, times in seconds."""
-    found = dataclasses.asdict(plan) | {"sent": plan.sent, "exposed": plan.exposed}
+    found = dataclasses.asdict(plan)
+    found |= {name: getattr(plan, name) for name in ("sent", "exposed", "sent_out")}
     found["collectives"] = [c._asdict() for c in plan.collectives]
     if topology.chip is not None and plan.collectives:
         times = project(cfg, plan, topology, utilisation)
@@ -322,6 +322,13 @@ def figures(cfg: TrainConfig, plan: Plan, topology: Topology, utilisation: float
             "utilisation": utilisation,
         }
     return found
+
+
+def _sends(sent: list[Collective], note: str = "") -> list[str]:
+    total, exposed = sum(c.sent for c in sent), sum(c.exposed for c in sent)
+    lines = [f"  {c.sent / MIB:>23,.1f}{c.times:>10,}   {c.kind}, {c.part}" for c in sent]
+    in_all = f"in all{note}; {exposed / MIB:,.1f} of them while it computes nothing"
+    return [*lines, f"  {total / MIB:>23,.1f}             {in_all}", ""]
 
 
 def report(cfg: TrainConfig, data: Data, plan: Plan, topology: Topology, utilisation: float) -> str:
@@ -335,8 +342,9 @@ def report(cfg: TrainConfig, data: Data, plan: Plan, topology: Topology, utilisa
     if plan.temporaries is not None:
         held |= {"temporaries": plan.temporaries, "program": plan.program or 0}
     notes = {"temporaries": "   activations, gradients, copies"}
+    slices = f"slices {plan.slices} x " if plan.slices > 1 else ""
     lines = [
-        f"{plan.topology}: {chips} devices, mesh data {along_data} x fsdp {along_fsdp}",
+        f"{plan.topology}: {chips} devices, mesh {slices}data {along_data} x fsdp {along_fsdp}",
         f"batch {plan.batch:,}: {plan.batch // chips:,} pairs on each, in "
         f"{cfg.optim.grad_cache_chunks} chunks; remat {cfg.model.remat!r}, "
         f"loss form {cfg.loss.form!r}, tiles of {fitting_block_size(topology.devices[0]):,}",
@@ -350,16 +358,14 @@ def report(cfg: TrainConfig, data: Data, plan: Plan, topology: Topology, utilisa
         f"{plan.loss_flops / 1e12:.3g} in the loss",
     ]
     if work := plan.work:
+        sends = _sends(plan.over("ici"))
+        if slices:
+            note = f" ({plan.sent_out * chips / plan.slices / MIB:,.1f} of its slice)"
+            sends += ["and to other slices", *_sends(plan.over("dcn"), note)]
         lines += [
             "",
             "one device sends        MiB     times",
-            *(
-                f"  {c.sent / MIB:>23,.1f}{c.times:>10,}   {c.kind}, {c.part}"
-                for c in plan.collectives
-            ),
-            f"  {plan.sent / MIB:>23,.1f}             in all; {plan.exposed / MIB:,.1f} of them "
-            "while it computes nothing",
-            "",
+            *sends,
             f"as compiled it computes {work.flops / 1e12:.3g} TFLOP in matrix products "
             f"({work.padded / 1e12:.3g} in whole vectors of 128), and moves "
             f"{work.memory / GIB:.3g} GiB to and from its memory:",
@@ -387,4 +393,8 @@ def report(cfg: TrainConfig, data: Data, plan: Plan, topology: Topology, utilisa
             f"busy ({topology.chip.link / 1e9:.0f} GB/s); reading memory, latencies and data are "
             "not counted",
         ]
+        if slices:
+            at = f"{times.between_slices:.3g} s ({topology.chip.network / 1e9:.3g} GB/s)"
+            at = at if topology.chip.network else "a time that is not known, nor counted"
+            lines.append(f"  {plan.sent_out / MIB:,.1f} MiB to other slices in {at}")
     return "\n".join(lines)

@@ -30,8 +30,8 @@ GPUS = {
 GPUS_PER_HOST = 8
 CUDA_PLUGINS = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 FORMS = (
-    "v5e:16x16, v6e:16x16, v4:4x4x4, v5p:8x8x8, v7x:4x4x4 (chips along each axis), a100:8, h100:8, "
-    "h200:8, b200:8, cpu:8 (devices)"
+    "v5e:16x16, v6e:16x16, v4:4x4x4, v5p:8x8x8, v7x:4x4x4 (chips along each axis), v5e:16x16*4 "
+    "(of 4 slices), a100:8, h100:8, h200:8, b200:8, cpu:8 (devices)"
 )
 
 # For the TPU compiler, a quarter of its time: what it sends and computes is the same, what it holds
@@ -87,16 +87,27 @@ def open_topology(name: str) -> Topology:
     Raises:
         ConfigError: no such topology; or its compiler is not installed.
     """
-    kind, _, layout = name.partition(":")
+    kind, _, whole = name.partition(":")
+    layout, times, slices = whole.partition("*")
     sizes = [int(n) for n in re.findall(r"\d+", layout)]
-    known = kind in TPUS or kind in GPUS or kind == "cpu"
-    if not known or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", layout):
+    known = kind in TPUS or ((kind in GPUS or kind == "cpu") and not times)
+    if not known or not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*(\*[1-9]\d*)?", whole):
         raise ConfigError(f"--topology={name} is unknown; give one like {FORMS}")
     if kind in TPUS:
-        return _tpu(name, kind, sizes)
+        return _tpu(name, kind, sizes, int(slices or 1))
     if len(sizes) > 1:
         raise ConfigError(f"--topology={name}: give the number of devices, like {kind}:8")
     return _cpu(name, sizes[0]) if kind == "cpu" else _gpu(name, kind, sizes[0])
+
+
+def why_not(message: str) -> str:
+    """A compiler's figures of a program that does not fit, in one line."""
+    line = message.partition("RESOURCE_EXHAUSTED:")[2].strip().splitlines()[0]
+    alone = re.search(r"temporaries \(([\d.]+)G\) exceeds available HBM \(([\d.]+)G\)", line)
+    if alone:
+        return f"temporaries alone need {alone[1]} of {alone[2]} GiB"
+    whole = re.search(r"Used ([\d.]+)G of ([\d.]+)G hbm", line)
+    return f"needs {whole[1]} of {whole[2]} GiB" if whole else line[:200]
 
 
 def _cpu(name: str, count: int) -> Topology:
@@ -115,7 +126,7 @@ def _cpu(name: str, count: int) -> Topology:
     return Topology(name, "cpu", devices[:count], memory, None, {})
 
 
-def _tpu(name: str, kind: str, sizes: list[int]) -> Topology:
+def _tpu(name: str, kind: str, sizes: list[int], slices: int) -> Topology:
     called, device_kind, dimensions, options = TPUS[kind]
     if importlib.util.find_spec("libtpu") is None:
         raise ConfigError(
@@ -129,7 +140,8 @@ def _tpu(name: str, kind: str, sizes: list[int]) -> Topology:
     from jax.experimental import topologies
 
     try:
-        layout = name.replace(kind, called, 1)
+        layout = f"{called}:{'x'.join(map(str, sizes))}"
+        options = {"num_slices": slices, **options} if slices > 1 else options
         described = topologies.get_topology_desc(layout, platform="tpu", **options)
     except Exception as error:
         reason = first_line(error)

@@ -203,7 +203,7 @@ def _traffic(one: Instruction, program: Program) -> tuple[float, float]:
         parameters = (inner for inner in body if inner.opcode == "parameter")
         read = (array for inner in parameters for array in _taken(inner, body, program))
         written = _written_by(body, program)
-    elif one.opcode.endswith("-start"):
+    elif one.opcode.endswith("-start") or one.opcode in ("send", "recv"):
         return _total(one.arrays)
     else:
         places = range(len(one.operands))

@@ -145,8 +145,9 @@ def less_memory(training: Training) -> str:
         ways.append("--config.model.remat=full")
     if cfg.optim.batch_size % (chunks * mesh.size) == 0:
         ways.append(f"--config.optim.grad_cache_chunks={chunks}")
-    if mesh.shape["fsdp"] < mesh.size:
-        ways.append(f"--config.mesh.fsdp={mesh.size} (which splits the state)")
+    of_slice = mesh.size // mesh.shape[sharding.SLICE]
+    if mesh.shape["fsdp"] < of_slice:
+        ways.append(f"--config.mesh.fsdp={of_slice} (which splits the state)")
     return (
         f"the state of the run takes {state:.2f} GiB of it. Try {', '.join([*ways, ''])}or an "
         f"--config.optim.batch_size below {cfg.optim.batch_size}, which alone changes the result; "
