@@ -18,6 +18,7 @@
 #   SETUP         instead or besides: a command that mounts other storage on a host
 #   EXTRAS        what is installed: tpu,text,gcp (text: tokenizers of E5, XLM-R and SigLIP)
 #   CAPACITY      on-demand (default), spot, reserved, or flex-start, which lasts MAX_RUN (24h)
+#   SLICES        how many slices of that type, which talk over the data-centre network (1)
 #   CREATE_FLAGS  more flags for gcloud's create, such as --network=...
 #   PROJECT       gcloud's own by default
 #   DELETE=1      train gives the slice back at its end
@@ -32,18 +33,28 @@ usage() { sed -n '2,/^set/{/^# \{0,1\}/s///p}' "$0" >&2; exit 2; }
 case $1 in run | train) : "${STORE:?names the store}" "${WORKDIR:?names the folder of the run}" ;; esac
 [[ -z ${SPOT:-} ]] || { say "error: write CAPACITY=spot in place of SPOT=$SPOT"; exit 2; }
 place=("--zone=$ZONE" ${PROJECT:+"--project=$PROJECT"})
+if [[ ${SLICES:-1} == 1 ]]; then
+  nodes=("$NAME") asked=("--node-id=$NAME") on=(tpu-vm) all=(--worker=all)
+elif [[ $SLICES =~ ^[1-9][0-9]{0,2}$ ]]; then
+  mapfile -t nodes < <(seq -f "$NAME-%.0f" 0 $((SLICES - 1)))
+  asked=("--node-count=$SLICES" "--node-prefix=$NAME") on=(queued-resources)
+  all=(--worker=all --node=all)
+else
+  say "error: SLICES=$SLICES is not a number of slices"
+  exit 2
+fi
 pause=${PAUSE:-60}
 scratch=$(mktemp -d)
 now="" # what is known of the slice
 heard="" # whether gcloud has ever told
 training="" # set while gcloud trains, in the background
 
-# What gcloud knows of "queued-resources" or of "tpu-vm" ($1): the fields $2, or NONE. A call that
-# fails says nothing about the slice, and is made again.
+# What gcloud knows of "queued-resources" or of "tpu-vm" ($1): the fields $2 of $3, or NONE. A call
+# that fails says nothing about the slice, and is made again.
 ask() {
   local tries=0 never="PERMISSION_DENIED|INVALID_ARGUMENT|gcloud auth login"
   while true; do
-    answer=$(gcloud compute tpus "$1" describe "$NAME" "${place[@]}" --format="value($2)" \
+    answer=$(gcloud compute tpus "$1" describe "$3" "${place[@]}" --format="value($2)" \
       2>"$scratch/errors") || ! grep -q NOT_FOUND "$scratch/errors" || answer=NONE
     if [[ -n ${answer//[[:space:]]/} ]]; then
       heard=1
@@ -61,18 +72,22 @@ ask() {
 
 # Sets `now`: the state of the request, or of its VMs where these are not what it says.
 look() {
-  ask queued-resources state.state,state.stateInitiator || return
+  local node
+  ask queued-resources state.state,state.stateInitiator "$NAME" || return
   case $answer in
     SUSPEND*USER) now="deleted by a user" ;;
     *) now=${answer%%[[:space:]]*} ;;
   esac
   [[ $now == ACTIVE ]] || return 0
-  ask tpu-vm state || return
-  case $answer in
-    READY) ;;
-    NONE) now=TERMINATED ;;
-    *) now=$answer ;;
-  esac
+  for node in "${nodes[@]}"; do
+    ask tpu-vm state "$node" || return
+    case $answer in
+      READY) ;;
+      NONE) now=TERMINATED ;;
+      *) now=$answer ;;
+    esac
+    [[ $now == ACTIVE ]] || return 0
+  done
 }
 
 request() {
@@ -89,7 +104,7 @@ request() {
   : "${ACCELERATOR:?such as v5litepod-256}" "${RUNTIME:?such as v2-alpha-tpuv5-lite}"
   now=requested # whatever becomes of this call
   # shellcheck disable=SC2086  # CREATE_FLAGS are several words
-  gcloud "${track[@]}" compute tpus queued-resources create "$NAME" --node-id="$NAME" \
+  gcloud "${track[@]}" compute tpus queued-resources create "$NAME" "${asked[@]}" \
     "${place[@]}" --accelerator-type="$ACCELERATOR" --runtime-version="$RUNTIME" "${flags[@]}" \
     ${CREATE_FLAGS:-}
 }
@@ -143,7 +158,7 @@ delete() {
 }
 
 on_all() {
-  gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=all --command="$1"
+  gcloud compute tpus "${on[@]}" ssh "$NAME" "${place[@]}" "${all[@]}" --command="$1"
 }
 
 # What a training needs of this machine. A training goes on with the commit that it began with.
@@ -179,8 +194,8 @@ install() {
     }"
   fi
   pack &&
-    gcloud compute tpus tpu-vm scp "$scratch/gcl_jax.tar.gz" "$NAME:gcl_jax.tar.gz" \
-      "${place[@]}" --worker=all &&
+    gcloud compute tpus "${on[@]}" scp "$scratch/gcl_jax.tar.gz" "$NAME:gcl_jax.tar.gz" \
+      "${place[@]}" "${all[@]}" &&
     on_all "set -e; mkdir -p gcl_jax; tar -xzf gcl_jax.tar.gz -C gcl_jax; cd gcl_jax
     python3 -m pip install --quiet --user uv
     python3 -m uv venv --quiet --allow-existing --python=3.12

@@ -378,9 +378,8 @@ echo "${words//$'\\n'/ }" >> calls
 [[ $1 != alpha ]] || shift
 case $3-$4 in
   queued-resources-describe) kind=describe; [[ $* != *yaml* ]] || kind=reason ;;
-  queued-resources-*) kind=$4 ;;
+  *-scp | queued-resources-[!s]*) kind=$4 ;;
   tpu-vm-describe) kind=node ;;
-  tpu-vm-scp) kind=scp ;;
   *) kind=setup
     [[ $* != *'kill "$pid"'* ]] || kind=stop
     [[ $* != *'-m gcl_jax.train'* ]] || kind=run ;;
@@ -678,7 +677,26 @@ def test_tpu_script_asks_for_the_capacity(tmp_path, variables, flags):
     assert call == [*track, "compute", "tpus", "queued-resources", "create", "slice", *given]
 
 
-@pytest.mark.parametrize("variables", [{"CAPACITY": "cheap"}, {"SPOT": "1"}, {"BUCKET": ""}])
+def test_tpu_script_takes_several_slices_for_one(tmp_path):
+    """All are asked for, looked at, installed and trained on together: one that is lost is all."""
+    cloud = Cloud(tmp_path, run="255 is ACTIVE PREEMPTED; 0").call("train", SLICES="2")
+    assert (cloud.code, cloud.kinds) == (0, f"{TRAIN} delete {TRAIN}")
+    calls = [shlex.split(line)[2:] for line in cloud.lines("calls")]
+    made = next(call for call in calls if call[1] == "create")
+    assert {"--node-count=2", "--node-prefix=slice"} < {*made}
+    assert not any(word.startswith("--node-id") for word in made)
+    looked_at = [call[2] for call in calls if call[:2] == ["tpu-vm", "describe"]]
+    assert looked_at == [f"slice-{i}" for i in (0, 1, 0, 0, 0, 1)]
+    told = [call for call in calls if call[1] in ("ssh", "scp")]
+    assert len(told) == 3 + 3
+    for call in told:
+        assert call[0] == "queued-resources"
+        assert {"--worker=all", "--node=all"} < {*call}
+
+
+@pytest.mark.parametrize(
+    "variables", [{"CAPACITY": "cheap"}, {"SPOT": "1"}, {"BUCKET": ""}, {"SLICES": "two"}]
+)
 def test_tpu_script_refuses_before_anything_is_billed(tmp_path, variables):
     cloud = Cloud(tmp_path).call("train", **variables)
     assert (cloud.code, cloud.kinds) == (2, "")
