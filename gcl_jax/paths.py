@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
@@ -129,9 +130,10 @@ def filesystem(place: str) -> "AbstractFileSystem":
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
-    for name in (scheme, {"gs": "gcs"}.get(scheme, scheme)):
-        # Other processes write there, too.
-        fsspec.config.conf.setdefault(name, {}).setdefault("use_listings_cache", False)
+    # Other processes write there, too.
+    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    for name in ("gcsfs", "google.auth"):  # which print tracebacks of what they raise
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         return fsspec.filesystem(scheme)
     except ImportError:
@@ -153,9 +155,10 @@ def talking(place: str) -> Iterator[None]:
         if isinstance(error, FileNotFoundError):
             raise UserError(f"{place}: there is no such bucket, or you may not see it") from None
         # Of Google, Amazon, and their HTTP clients: no common class.
-        refused = isinstance(error, PermissionError) or "forbidden" in str(error).lower()
-        kind = UserError if refused else StorageError
-        raise kind(f"{place}: {type(error).__name__}: {errors.first_line(error)}") from None
+        said = f"{type(error).__name__}: {errors.first_line(error)}"
+        if re.search("permission|forbidden|credentials|, 401$", said.lower()):
+            raise UserError(f"{place}: {said}; log in there, or ask for access") from None
+        raise StorageError(f"{place}: {said}") from None
 
 
 def _buckets() -> Path:

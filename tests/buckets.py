@@ -40,6 +40,25 @@ def bucket(bucket_server, monkeypatch, tmp_path):
     known.clear_instance_cache()
 
 
+@pytest.fixture
+def s3_bucket(monkeypatch, tmp_path):
+    """The same in a bucket of Amazon's kind, of a server in this process."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("localhost", 0)
+    server.start()
+    address = "http://{}:{}".format(*server.get_host_and_port())
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION")
+    for name, value in {"AWS_ENDPOINT_URL": address, **dict.fromkeys(names, "us-east-1")}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("GCL_JAX_CACHE", str(tmp_path / "cache"))
+    known = filesystem("s3://")
+    known.mkdir(BUCKET)
+    yield f"s3://{BUCKET}/x"
+    type(known).clear_instance_cache()
+    server.stop()
+
+
 def main():
     from gcp_storage_emulator.server import create_server
 

@@ -39,7 +39,7 @@ from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.prepare.source import Source, Split
 from gcl_jax.prepare.stores import write_store
 from gcl_jax.sharding import BATCH_AXES
-from tests.buckets import bucket, bucket_server  # noqa: F401
+from tests.buckets import bucket, bucket_server, s3_bucket  # noqa: F401
 
 # (data, fsdp), and slices where there are several.
 MESHES = ((1, 1), (8, 1), (4, 2), (2, 2, 2))

@@ -185,8 +185,10 @@ def said(call, *arguments):
     return in_one_line(error.value)
 
 
-def test_what_is_wrong_with_a_store_in_a_bucket_is_told_at_once(bucket, tmp_path, full_disk):
+@pytest.mark.parametrize("kind", ["bucket", "s3_bucket"])
+def test_what_is_wrong_with_a_store_in_a_bucket_is_told_at_once(kind, request, full_disk):
     """And what was fetched before is not taken for more than it is."""
+    bucket = request.getfixturevalue(kind)
     place, known = f"{bucket}/store", paths.filesystem(bucket)
     store = write_store(TinySource(), place)
     assert store.directory == paths.local_path(place) == RankedStore(place).directory
@@ -203,7 +205,8 @@ def test_what_is_wrong_with_a_store_in_a_bucket_is_told_at_once(bucket, tmp_path
     assert said(RankedStore, place).startswith(f"{pairs} is missing, says checksums.sha256")
     known.pipe_file(pairs, content)
     assert RankedStore(place).pairs("zero_shot").score.any()
-    assert "gs://no/such: there is no such bucket" in said(RankedStore, "gs://no/such")
+    nowhere = f"{bucket.partition(':')[0]}://no/such"
+    assert f"{nowhere}: there is no such bucket" in said(RankedStore, nowhere)
     assert f"{bucket}/no holds no store" in said(RankedStore, f"{bucket}/no")
     cfg = config.TrainConfig(data=config.DataConfig(store=place))
     shutil.rmtree(store.directory)
