@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 # The devices of the first table: a slice of 16 devices, and a host of GPUs.
 DEVICES = ("v4:2x2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4", "v7x:2x2x2")
 DEVICES += ("a100:8", "h100:8", "h200:8", "b200:8")
-# Pairs on a device of 16 GiB with which the search for the most begins.
+# Pairs of a device of 16 GiB with which the search begins; attention of a GPU keeps less.
 FIRST = {"ViT-B-32": 256, "ViT-L-14": 32}
 PODS = ("v5e:4x4", "v5e:16x16", "v6e:16x16", "v4:4x4x4", "v5p:8x8x8", "v7x:4x4x4")
 UTILISATION = 0.4
@@ -121,6 +121,7 @@ def most_pairs(case: Case, topology) -> tuple[Case, dict]:
     the memory if all but the state grew with the batch is not tried."""
     devices, best, failed = len(topology.devices), None, False
     local = FIRST[case.model] * 2 ** max(0, round(math.log2(topology.memory / 2**34)))
+    local *= 2 if topology.platform == "gpu" else 1
     while True:
         case = dataclasses.replace(case, batch=local * devices)
         found = compiled(case, topology)

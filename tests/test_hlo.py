@@ -101,14 +101,16 @@ def test_a_collective_is_exposed_unless_something_computes_meanwhile(lines, expo
     assert found.exposed == (found.sent if exposed else 0.0)
 
 
-def test_a_collective_in_a_wrapper_of_its_own():
-    """As the NVIDIA compiler starts a reduce-scatter."""
+@pytest.mark.parametrize("kind", ["async-start", "call-start"])
+def test_a_collective_in_a_wrapper_of_its_own(kind):
+    """As the NVIDIA compiler starts a reduce-scatter, and that of TPU7x on its SparseCores."""
     more = f"""%wrapped (p: f32[8]) -> f32[8] {{
   %reduce-scatter.1 = f32[32,2048] reduce-scatter(%p), {ALL}
 }}
 """
-    start = "  %s = ((f32[512,2048]), f32[32,2048]) async-start(%p), calls=%wrapped"
-    done = "  %d = f32[32,2048] async-done(%s)"
+    calls = "calls" if kind == "async-start" else "to_apply"
+    start = f"  %s = ((f32[512,2048]), f32[32,2048]) {kind}(%p), {calls}=%wrapped"
+    done = f"  %d = f32[32,2048] {kind.replace('start', 'done')}(%s)"
     (hidden,) = read("\n".join([start, WORKS, done]), more)
     (exposed,) = read("\n".join([start, done]), more)
     assert hidden.sent == exposed.sent == exposed.exposed == 4 * 512 * 2048 * 15 / 16

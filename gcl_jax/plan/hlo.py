@@ -26,8 +26,8 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 
 ENTRY = "ENTRY"
 
-# They run what they call, in one piece or beside what follows.
-FUSIONS = ("fusion", "fusion-start", "async-start")
+# They run what they call, in one piece or beside what follows, as a TPU7x's SparseCores do.
+FUSIONS = ("fusion", "fusion-start", "async-start", "call-start")
 
 
 class Array(NamedTuple):
