@@ -44,7 +44,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 def trained(method: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> Path:
     """The folder of one run, trained and evaluated unless it is there already."""
     workdir = args.out / f"{method.replace(', ', '-')}-{args.steps}-seed{seed}"
-    if (workdir / "seconds").exists():
+    if (workdir / "done").exists():
         return workdir
     flags = [f"--config={CONFIG}", f"--workdir={workdir}", f"--config.data.store={args.store}"]
     flags += [f"--config.seed={seed}", f"--config.optim.steps={args.steps}"]
@@ -53,7 +53,7 @@ def trained(method: str, seed: int, args: argparse.Namespace, overrides: list[st
     run("train", *flags, *overrides)
     seconds = time.perf_counter() - started
     run("evaluate", f"--workdir={workdir}")
-    (workdir / "seconds").write_text(f"{seconds:.0f}\n")
+    (workdir / "done").touch()
     print(f"{method}, seed {seed}: trained in {seconds:.0f} s", flush=True)
     return workdir
 
@@ -96,10 +96,6 @@ def main() -> None:
                 "steps": args.steps,
                 "overrides": overrides,
                 "seeds": args.seeds[: len(done[BASELINE])],
-                "training_seconds": {
-                    method: [int((folder / "seconds").read_text()) for folder in folders]
-                    for method, folders in done.items()
-                },
                 "baselines": baselines,
                 "methods": summarise(per_query, BASELINE, SHOWN),
             }
