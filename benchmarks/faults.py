@@ -1,6 +1,8 @@
 """Does a run survive? Training runs that are killed, stopped, damaged and put on a full disk:
 
     python benchmarks/faults.py --kills=50
+    python benchmarks/faults.py --storage=bucket --processes=1,2 --kills=20 --steps=200 --every=20
+    python benchmarks/faults.py --storage=mount --kills=20 --steps=200 --every=20
 
 1. SIGKILL, in random moments: of the start, of a step, within a save, within the deletion of an
    old checkpoint. Every restart must continue from the newest complete checkpoint.
@@ -13,21 +15,28 @@
 Each run is restarted until it ends; its whole state must then be that of a run that nothing
 happened to, bit for bit, and metrics.jsonl must have the same losses, each step once. Ends with 1
 if any of this fails.
+
+With --storage=bucket the runs are in a bucket of gcp-storage-emulator, and their processes, whose
+number is drawn for every start, share nothing else; with --storage=mount no folder can be renamed
+that is not empty, as gcsfuse says of many buckets. There only 1. is tried, and in place of 4. a
+full disk of the copies. Runs of different numbers of processes must be equal within 1e-4.
 """
 
 import argparse
 import collections
+import contextlib
 import json
 import os
 import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -63,27 +72,80 @@ def require(condition: bool, message: str) -> None:
         raise Failure(message)
 
 
-class Run:
-    """One process that trains in `workdir`, its stderr in a file beside it."""
+# On PYTHONPATH: what gcsfuse says of a folder that is not empty.
+NO_RENAMES = """
+import os, sys
+def refuse(event, args):
+    if event == "os.rename" and os.path.isdir(args[0]) and os.listdir(args[0]):
+        raise OSError(24, "Too many open files", args[0])
+sys.addaudithook(refuse)
+"""
+MARK = "commit_success.txt"
 
-    def __init__(self, workdir: Path, args: argparse.Namespace):
-        self.workdir, self.folder = workdir, workdir / "checkpoints"
+
+@contextlib.contextmanager
+def bucket() -> Iterator[str]:
+    """The address of a folder in a bucket that this process and its children see."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.buckets"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as server:
+        address = server.stdout.readline().decode().strip() if server.stdout else ""
+        os.environ |= {"STORAGE_EMULATOR_HOST": address, "TENSORSTORE_GCS_HTTP_URL": address}
+        os.environ |= {"NO_GCE_CHECK": "true", "FSSPEC_GCS_TOKEN": "anon"}
+        try:
+            yield "gs://bucket/runs"
+        finally:
+            server.kill()
+
+
+class Run:
+    """One training in `workdir`, an address or a folder, and the stderr of its first process."""
+
+    def __init__(self, workdir: str | Path, args: argparse.Namespace, processes: int = 1):
+        self.workdir, self.name = str(workdir), str(workdir).rpartition("/")[2]
         values = CONFIG | {"optim.steps": args.steps, "checkpoint.every": args.every}
         command = [sys.executable, "-m", "gcl_jax.train", "--config=configs/emoji_tiny.py"]
         command += [f"--config.{key}={value}" for key, value in values.items()]
+        path = [str(ROOT)]
+        if args.storage == "mount":
+            path.insert(0, str(args.scratch / "no_renames"))
         environment = os.environ | {
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": ":".join(path),
             "JAX_PLATFORMS": "cpu",
             "JAX_COMPILATION_CACHE_DIR": str(args.scratch / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
         }
-        self._errors = workdir.with_name(f"{workdir.name}.stderr")
-        self.before = newest(workdir)
-        with self._errors.open("w") as errors:
-            self.process = subprocess.Popen(
-                [*command, f"--workdir={workdir}"], cwd=ROOT, env=environment, stderr=errors
-            )
+        with socket.create_server(("localhost", 0)) as server:
+            flags = [f"--coordinator=localhost:{server.getsockname()[1]}"]
+        if processes == 1:
+            flags = []
+        self._errors = args.scratch / f"{self.name}.stderr"
+        self.before = newest(self.workdir)
+        self.metrics = growing(self.workdir, args) / "metrics.jsonl"
+        self.processes = []
+        for rank in range(processes):
+            if args.storage == "bucket":
+                environment["GCL_JAX_CACHE"] = str(args.scratch / f"host{rank}")
+            own = [f"--num_processes={processes}", f"--process_id={rank}"] if flags else []
+            with (self._errors if not rank else Path(os.devnull)).open("w") as errors:
+                self.processes.append(
+                    subprocess.Popen(
+                        [*command, f"--workdir={workdir}", *flags, *own],
+                        cwd=ROOT,
+                        env=environment,
+                        stderr=errors,
+                    )
+                )
+        self.process = self.processes[0]
+
+    def kill(self) -> bool:
+        """All its processes; False if it has ended."""
+        for process in self.processes:
+            process.kill()
+        return -signal.SIGKILL in [process.wait() for process in self.processes]
 
     def errors(self) -> str:
         return self._errors.read_text(errors="replace")
@@ -115,45 +177,82 @@ class Run:
         require(step == expected, f"starts from step {step}, not {expected}")
 
 
-def newest(workdir: Path) -> int:
-    """The newest complete checkpoint, as orbax marks them; 0 if there is none."""
-    marks = (workdir / "checkpoints").glob("*/commit_success.txt")
-    return max((int(m.parent.name) for m in marks if m.parent.name.isdecimal()), default=0)
+def parts(workdir: str | Path) -> dict[int, bool]:
+    """{step: whether it is complete, as orbax marks them}, of all that lies in the folder."""
+    if str(workdir).startswith("gs://"):
+        from gcl_jax.paths import filesystem
+
+        root = f"{workdir}/checkpoints".partition("://")[2]
+        found = [name.removeprefix(f"{root}/") for name in filesystem("gs://").find(root)]
+    else:
+        folder = Path(workdir, "checkpoints")
+        found = [str(path.relative_to(folder)) for path in folder.glob("*/*")]
+    marked = {name.partition("/")[0] for name in found if re.fullmatch(rf"\d+/{MARK}", name)}
+    steps = {name.partition("/")[0] for name in found}
+    return {int(step): step in marked for step in steps if step.isdecimal()}
 
 
-def last_step(workdir: Path) -> int:
-    """The last step in metrics.jsonl, whose last line may be cut short."""
-    path = workdir / "metrics.jsonl"
+def newest(workdir: str | Path) -> int:
+    """The newest complete checkpoint; 0 if there is none."""
+    return max((step for step, complete in parts(workdir).items() if complete), default=0)
+
+
+def within(workdir: str | Path) -> str:
+    """Of what a part is there: of a "save" or of a "deletion"; empty if all are complete."""
+    steps = parts(workdir)
+    last = max((step for step, complete in steps.items() if complete), default=0)
+    begun = [step for step, complete in steps.items() if not complete]
+    return ("save" if max(begun) > last else "deletion") if begun else ""
+
+
+def growing(workdir: str | Path, args: argparse.Namespace) -> Path:
+    """Where the first process writes metrics.jsonl."""
+    if str(workdir).startswith("gs://"):
+        place = str(workdir).replace("://", "/")
+        return args.scratch / "host0" / "unfinished" / f"{place}.incomplete"
+    return Path(workdir)
+
+
+def last_step(path: Path) -> int:
+    """The last step in a metrics.jsonl, whose last line may be cut short."""
     lines = path.read_text().split("\n")[:-1] if path.exists() else []
     return json.loads(lines[-1])["step"] if lines else 0
 
 
-def final(workdir: Path, steps: int) -> tuple[dict, dict, list]:
+def final(workdir: str | Path, steps: int) -> tuple[dict, dict, list]:
     """All that must be equal at the end: arrays, position in the data, losses."""
     import jax
     import numpy as np
 
     from gcl_jax.checkpoints.saved import Saved
+    from gcl_jax.paths import local_path, remote
 
-    saved = Saved(workdir / "checkpoints" / str(steps))
+    folder = local_path(workdir)
+    saved = Saved(remote(folder / "checkpoints") / str(steps))
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     targets = {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here)
         for name, x in saved.arrays.items()
     }
-    arrays = {name: np.asarray(x).tobytes() for name, x in saved.read(targets).items()}
-    rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    arrays = {name: np.asarray(x) for name, x in saved.read(targets).items()}
+    rows = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return arrays, saved.data, [(row["step"], row["loss"]) for row in rows]
 
 
-def require_equal(workdir: Path, reference: Path, steps: int) -> None:
-    for what, a, b in zip(
-        ("arrays", "position", "losses"),
-        final(workdir, steps),
-        final(reference, steps),
-        strict=True,
-    ):
-        require(a == b, f"{what} of {workdir} differ from those of the uninterrupted run")
+def require_equal(
+    workdir: str | Path, reference: str | Path, steps: int, rtol: float = 0.0
+) -> None:
+    import numpy as np
+
+    ours, theirs = final(workdir, steps), final(reference, steps)
+    require(ours[1] == theirs[1], f"the position of {workdir} differs")
+    require([x for x, _ in ours[2]] == [x for x, _ in theirs[2]], f"steps logged in {workdir}")
+    for name, x in theirs[0].items():
+        equal = np.allclose(ours[0][name], x, rtol, rtol) if rtol else ours[0][name].tobytes()
+        equal = equal if rtol else equal == x.tobytes()
+        require(bool(equal), f"{name} of {workdir} differs from that of the uninterrupted run")
+    equal = np.allclose([x for _, x in ours[2]], [x for _, x in theirs[2]], rtol, rtol)
+    require(bool(equal), f"losses of {workdir} differ from those of the uninterrupted run")
 
 
 def kill(run: Run, where: str, rng: random.Random) -> bool:
@@ -162,45 +261,44 @@ def kill(run: Run, where: str, rng: random.Random) -> bool:
         time.sleep(rng.uniform(0, 8))
     else:
         # A restart drops the lines of the steps after its checkpoint.
-        stepping = lambda: last_step(run.workdir) > run.before
+        stepping = lambda: last_step(run.metrics) > run.before
         if not (run.wait_for(run.started) and run.wait_for(stepping)):
             return False
         if where == "step":
             time.sleep(rng.uniform(0, 6))
         else:
-            sign = "*.orbax-checkpoint-tmp*" if where == "save" else "deleted/*"
-            if not run.wait_for(lambda: any(run.folder.glob(sign)), poll=0.001):
+            poll = 0.02 if run.workdir.startswith("gs://") else 0.001  # of which each is a request
+            if not run.wait_for(lambda: within(run.workdir) == where, poll):
                 return False
             time.sleep(rng.uniform(0, 0.05 if where == "save" else 0.005))
-    run.process.kill()
-    return run.process.wait() == -signal.SIGKILL
+    return run.kill()
 
 
-def kills(args: argparse.Namespace, reference: Path, rng: random.Random) -> list[dict]:
+def kills(args: argparse.Namespace, reference: str | Path, rng: random.Random) -> list[dict]:
     """One row per kill."""
     from gcl_jax.logs import progress
 
     rows: list[dict] = []
+    rtol = 1e-4 if len(args.processes) > 1 else 0.0
     bar = progress(args.kills, unit="kill", description="SIGKILL")
     for number in range(args.kills + 1):
-        workdir = args.scratch / f"killed_{number}"
+        workdir = f"{args.root}/killed_{number}"
         while len(rows) < args.kills:
             where = rng.choices(list(WHERE), list(WHERE.values()))[0]
-            run = Run(workdir, args)
+            run = Run(workdir, args, rng.choice(args.processes))
             killed = kill(run, where, rng)
             if started := run.started():
                 run.check_start(run.before)
             if not killed:
                 run.end()
                 break
-            step, complete = last_step(workdir), newest(workdir)
-            unfinished = bool(list(run.folder.glob("*.orbax-checkpoint-tmp*")))
-            deleting = bool(list(run.folder.glob("deleted/*")))
+            step, complete = last_step(run.metrics), newest(workdir)
             require(complete >= run.before, f"checkpoint {run.before} is gone")
             rows.append(
                 {
+                    "processes": len(run.processes),
                     "aimed_at": where,
-                    "within": "save" if unfinished else "deletion" if deleting else where,
+                    "within": within(workdir) or where,
                     "continued_from": run.before if started else None,
                     "step": step,
                     "newest": complete,
@@ -209,10 +307,10 @@ def kills(args: argparse.Namespace, reference: Path, rng: random.Random) -> list
             )
             bar.update()
         else:
-            run = Run(workdir, args)
+            run = Run(workdir, args, rng.choice(args.processes))
             run.end()
             run.check_start(run.before)
-        require_equal(workdir, reference, args.steps)
+        require_equal(workdir, reference, args.steps, rtol)
         if len(rows) == args.kills:
             return rows
     return rows
@@ -221,10 +319,12 @@ def kills(args: argparse.Namespace, reference: Path, rng: random.Random) -> list
 def terminated(args: argparse.Namespace, reference: Path, rng: random.Random) -> dict:
     workdir = args.scratch / "terminated"
     run = Run(workdir, args)
-    require(run.wait_for(lambda: last_step(workdir) > rng.uniform(1, args.every)), "ended early")
+    require(
+        run.wait_for(lambda: last_step(run.metrics) > rng.uniform(1, args.every)), "ended early"
+    )
     run.process.send_signal(signal.SIGTERM)
     run.end(128 + signal.SIGTERM)
-    step, saved = last_step(workdir), newest(workdir)
+    step, saved = last_step(run.metrics), newest(workdir)
     require(step == saved, f"SIGTERM at step {step} left checkpoint {saved}")
     again = Run(workdir, args)
     again.end()
@@ -295,6 +395,27 @@ def full_disk(args: argparse.Namespace, reference: Path) -> dict | None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+def full_copies(args: argparse.Namespace, reference: str | Path) -> dict | None:
+    """The disk of the copies has no room for metrics; None where nothing may be mounted."""
+    disk, workdir = args.scratch / "host0", f"{args.root}/full"
+    mount = ["mount", "-t", "tmpfs", "tmpfs", str(disk), "-o"]
+    if subprocess.run([*mount, "size=64k"], capture_output=True).returncode:
+        return None
+    try:
+        run = Run(workdir, args)
+        run.process.wait(PATIENCE_SECONDS)
+        last = run.errors().splitlines()[-1]
+        require("No space left on device" in last, f"a full disk is not reported: {last}")
+        subprocess.run([*mount[:3], "tmpfs", str(disk), "-o", "remount,size=1g"], check=True)
+        again = Run(workdir, args)
+        again.end()
+        again.check_start(again.before)
+        require_equal(workdir, reference, args.steps)
+        return {"error": last.replace(str(args.scratch), ""), "continued_from": again.before}
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
 def table(rows: list[dict], every: int) -> str:
     lines = [f"{'killed within':<16}{'kills':>6}{'lost steps, mean':>18}{'most':>6}"]
     for where, count in collections.Counter(row["within"] for row in rows).items():
@@ -311,28 +432,56 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=600, help="of one run")
     parser.add_argument("--every", type=int, default=40, help="steps from save to save")
+    parser.add_argument("--storage", choices=("disk", "bucket", "mount"), default="disk")
+    parser.add_argument(
+        "--processes",
+        type=lambda text: [int(x) for x in text.split(",")],
+        default=[1],
+        help="of each start of a run that is killed, drawn from these: 1,2",
+    )
     parser.add_argument("--out", type=Path, default=OUTPUT)
     args = parser.parse_args()
     rng, start = random.Random(args.seed), time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="gcl_jax_faults_") as scratch:
-        args.scratch = Path(scratch)
-        reference = args.scratch / "whole"
+    key = "" if args.storage == "disk" else args.storage
+    with (
+        tempfile.TemporaryDirectory(prefix="gcl_jax_faults_") as scratch,
+        bucket() if key == "bucket" else contextlib.nullcontext(scratch) as root,
+    ):
+        args.scratch, args.root = Path(scratch), root
+        for name, text in (("no_renames/sitecustomize.py", NO_RENAMES), ("host0/none", "")):
+            (args.scratch / name).parent.mkdir()
+            (args.scratch / name).write_text(text)
+        if key == "bucket":
+            os.environ["GCL_JAX_CACHE"] = str(args.scratch / "own")
+        reference = f"{root}/whole" if key else args.scratch / "whole"
         Run(reference, args).end()
         rows = kills(args, reference, rng)
         print(table(rows, args.every), flush=True)
         report: dict = {
-            "about": {"kills": args.kills, "seed": args.seed, "every": args.every},
+            "about": {
+                "kills": args.kills,
+                "seed": args.seed,
+                "every": args.every,
+                "processes": args.processes,
+            },
             "sigkill": rows,
-            "sigterm": terminated(args, reference, rng),
         }
-        print("SIGTERM", report["sigterm"], flush=True)
-        for harm in (truncate, flip_bits, delete):
-            report[harm.__name__] = damaged(args, reference, harm)
-            print(harm.__name__, report[harm.__name__], flush=True)
-        report["full_disk"] = full_disk(args, reference)
-        print("full disk", report["full_disk"] or "left out: no tmpfs can be mounted here")
+        if key == "bucket":
+            report["full_disk"] = full_copies(args, reference)
+            print("full disk", report["full_disk"] or "left out: no tmpfs can be mounted here")
+        elif not key:
+            report["sigterm"] = terminated(args, reference, rng)
+            print("SIGTERM", report["sigterm"], flush=True)
+            for harm in (truncate, flip_bits, delete):
+                report[harm.__name__] = damaged(args, reference, harm)
+                print(harm.__name__, report[harm.__name__], flush=True)
+            report["full_disk"] = full_disk(args, reference)
+            print("full disk", report["full_disk"] or "left out: no tmpfs can be mounted here")
     report["about"]["seconds"] = round(time.monotonic() - start)
-    args.out.write_text(json.dumps(report, indent=2) + "\n")
+    known = json.loads(args.out.read_text()) if args.out.exists() else {}
+    others = {name: x for name, x in known.items() if name in ("bucket", "mount")}
+    known = known | {key: report} if key else report | others
+    args.out.write_text(json.dumps(known, indent=2) + "\n")
     print(f"all runs ended with the bits of the uninterrupted one; wrote {args.out}")
 
 

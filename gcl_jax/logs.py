@@ -1,10 +1,12 @@
-"""Where a run's numbers go: metrics.jsonl, TensorBoard events, a progress bar; and how libraries
-are kept from printing between them."""
+"""Where a run's numbers go: metrics.jsonl, TensorBoard events, a progress bar; how they reach a
+bucket; and how libraries are kept from printing between them."""
 
 import hashlib
 import json
 import math
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,12 +18,74 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from gcl_jax.errors import ConfigError
-from gcl_jax.paths import replacing
+from gcl_jax.paths import address, building, fetch, filesystem, replacing
+
+METRICS, NONFINITE = "metrics.jsonl", "nonfinite_steps.jsonl"
+SECONDS_PER_UPLOAD = 30.0
 
 
 def quiet_libraries() -> None:
     """Leaves the terminal to our own lines: orbax and TFDS report every file they touch."""
     logging.set_verbosity(logging.ERROR)
+
+
+def growing(workdir: Path) -> Path:
+    """Where the files of a run are that grow while it trains: in itself, or if it belongs into a
+    bucket apart from the copies of what is there, until `Uploads` has sent them."""
+    return building(workdir) if address(workdir) else workdir
+
+
+class Uploads:
+    """Sends what changes in `growing(workdir)` to the bucket of `workdir`, if it has one: every
+    `SECONDS_PER_UPLOAD`, at every `send`, and at the end. What fails is told, and tried again.
+
+    Where this process does not `lead` the run it sends traces alone, and at the end.
+    """
+
+    def __init__(self, workdir: Path, *, lead: bool = True):
+        self._workdir, self._place, self._lead = workdir, address(workdir), lead
+        self._sent: dict[Path, tuple[int, int]] = {}
+        self._one_at_a_time, self._over, self._told = threading.Lock(), threading.Event(), False
+
+    def __enter__(self) -> "Uploads":
+        if self._place and self._lead:
+            fetch(self._workdir)  # nobody else trains there any more
+            folder = growing(self._workdir)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for name in (METRICS, NONFINITE):
+                if (self._workdir / name).exists():
+                    shutil.copyfile(self._workdir / name, folder / name)
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._over.wait(SECONDS_PER_UPLOAD):
+            self.send()
+
+    def send(self) -> None:
+        """Sends all that was written before this call."""
+        if not self._place:
+            return
+        folder = growing(self._workdir)
+        with self._one_at_a_time:
+            try:
+                for path in folder.rglob("*" if self._lead else "plugins/**/*"):
+                    state = path.stat().st_size, path.stat().st_mtime_ns
+                    if path.is_file() and self._sent.get(path) != state:
+                        place = f"{self._place}/{path.relative_to(folder).as_posix()}"
+                        filesystem(place).pipe_file(place, path.read_bytes())
+                        self._sent[path] = state
+                self._told = False
+            except Exception as error:
+                if not self._told:
+                    line = f"{folder} cannot be sent to {self._place} now: {error!r}"
+                    print(f"\nwarning: {line[:500]}", file=sys.stderr)
+                self._told = True
+
+    def __exit__(self, *_) -> None:
+        self._over.set()
+        self.send()
 
 
 class MetricWriter:
@@ -47,8 +111,8 @@ class MetricWriter:
         self._wandb = None
         if quiet:
             return
-        self._path = workdir / "metrics.jsonl"
-        self._events = EventFileWriter(str(workdir))
+        self._path = growing(workdir) / METRICS
+        self._events = EventFileWriter(str(growing(workdir)))
         if wandb:
             self._wandb = _wandb_run(wandb, workdir, config)
 
@@ -93,8 +157,9 @@ def _wandb_run(project: str, workdir: Path, config: Mapping | None):
             f"config.wandb={project!r} needs the package: pip install wandb"
         ) from None
     # The same run of the project, however often this one is interrupted.
+    place = address(workdir) or str(workdir.absolute())
     name = workdir.absolute().name
-    made = {"id": hashlib.sha256(str(workdir.absolute()).encode()).hexdigest()[:16], "name": name}
+    made = {"id": hashlib.sha256(place.encode()).hexdigest()[:16], "name": name}
     return wandb.init(project=project, dir=workdir, config=config, resume="allow", **made)
 
 

@@ -88,22 +88,6 @@ def output_path(text: str | os.PathLike) -> Path:
     return path
 
 
-def check_workdir(workdir: Path) -> None:
-    """Raises `UserError` unless a run can be written to `workdir`: orbax takes its path for a
-    pattern when it puts the parts of a checkpoint together, and then finds none."""
-    output_path(workdir)
-    if address(workdir):
-        raise ConfigError(f"{workdir}: runs are not written to buckets yet; mount the bucket")
-    if workdir.is_file():
-        raise ConfigError(f"{workdir} is a file; a run needs a directory")
-    path = str(workdir.absolute())
-    if found := "".join(dict.fromkeys(c for c in path if c in "[]*?\\")):
-        raise ConfigError(
-            f"{path}: checkpoints under a path with any of {' '.join(found)} could not be read "
-            "back; choose another name for the run's directory"
-        )
-
-
 def address(path: Path) -> str:
     """Where in a bucket the file or folder `path` of this machine belongs, such as "gs://b/run";
     empty if it does not."""
@@ -114,10 +98,13 @@ def address(path: Path) -> str:
 
 
 def remote(path: Path) -> "epath.Path":
-    """`path` itself, or its `address`, with the methods of a `pathlib.Path`."""
+    """`path` itself, or its `address`, with the methods of a `pathlib.Path`: for checkpoints, of
+    which orbax keeps none in other buckets than Google's; that is a `ConfigError`."""
     from etils import epath
 
     if place := address(path):
+        if not place.startswith("gs://"):
+            raise ConfigError(f"{place}: of buckets gs:// alone can hold a run; mount this one")
         filesystem(place)  # with what it is told before anybody asks for it
     return epath.Path(place or path.absolute())
 

@@ -1,20 +1,29 @@
-"""A training run, opened for reading, and the options by which commands name one.
+"""A training run, opened for reading or kept to one training, and the options that name one.
 
 jax is loaded by the functions that need it: commands import this to read their arguments.
 """
 
 import argparse
+import contextlib
 import functools
 import hashlib
+import json
+import os
+import socket
 import sys
-from collections.abc import Sequence
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gcl_jax import config
+import filelock
+
+from gcl_jax import config, distributed, paths
 from gcl_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
-from gcl_jax.errors import ConfigError, UserError
+from gcl_jax.errors import ConfigError, UserError, spelled
 from gcl_jax.prepare.stores import open_store
 
 if TYPE_CHECKING:
@@ -45,6 +54,17 @@ class Run(NamedTuple):
     step: int
 
 
+def is_run(workdir: Path) -> bool:
+    """Whether a run, or a model as one, is there to be read."""
+    return (workdir / "config.json").is_file() and _has_checkpoints(workdir)
+
+
+def _has_checkpoints(workdir: Path) -> bool:
+    folder = workdir / "checkpoints"
+    place = paths.address(folder)
+    return paths.filesystem(place).isdir(place) if place else folder.is_dir()
+
+
 def load_config(workdir: Path) -> TrainConfig:
     """The configuration of the run in `workdir`: its config.json, or if that is damaged or missing
     what its newest checkpoint says, which is told on stderr.
@@ -63,7 +83,7 @@ def load_config(workdir: Path) -> TrainConfig:
 
 
 def _sealed(workdir: Path) -> TrainConfig | None:
-    if not (workdir / "checkpoints").is_dir():
+    if not _has_checkpoints(workdir):
         return None
     from gcl_jax.checkpoints.saved import sealed_config
 
@@ -204,3 +224,164 @@ def field_weights(text: str) -> dict[str, float]:
     if not all(weights) or min(weights.values()) < 0 or not any(weights.values()):
         raise argparse.ArgumentTypeError(f"{text!r} names no field, or a negative weight")
     return weights
+
+
+# A training that gives no sign of life for so long has ended. Other hosts look at the same file
+# through a cache, for a minute where the folder is a mounted bucket.
+LEASE_SECONDS = 120
+
+
+@contextlib.contextmanager
+def alone_in(workdir: Path) -> Iterator[None]:
+    """Makes the folder `workdir`, and keeps it for this training: a second one would delete what
+    the first is saving. The lock of one that was killed is taken over: at once on the same host,
+    else after `LEASE_SECONDS` without a sign of life.
+
+    Raises:
+        ConfigError: another training runs there. On all processes.
+    """
+    import jax
+    import numpy as np
+    from jax.experimental import multihost_utils
+
+    refusal, made = "", not workdir.exists()
+    with contextlib.ExitStack() as held:
+        if distributed.is_first():
+            workdir.mkdir(parents=True, exist_ok=True)
+            if made:
+                held.callback(_remove_if_empty, workdir)
+            refusal = _taken(workdir, held)
+        if jax.process_count() > 1:
+            taken = multihost_utils.broadcast_one_to_all(np.bool_(bool(refusal)))
+            refusal = refusal or (f"another training runs in {workdir}" if taken else "")
+        if refusal:
+            raise ConfigError(refusal)
+        yield
+
+
+def _remove_if_empty(workdir: Path) -> None:
+    with contextlib.suppress(OSError):
+        workdir.rmdir()
+
+
+def _taken(workdir: Path, held: contextlib.ExitStack) -> str:
+    """Has `held` hold the lock; if another training does, says so instead."""
+    lock = filelock.SoftFileLease(
+        workdir / "lock",
+        lease_duration=LEASE_SECONDS,
+        poll_interval=0.5,
+        on_compromise=lambda _: _warn_of_another(workdir),
+    )
+    try:
+        lock.acquire(timeout=1)  # one look finds that an owner is dead, another takes over
+    except filelock.Timeout:
+        owner = lock.owner
+        there = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
+        if owner is None or owner.hostname == socket.gethostname():
+            return _refusal(workdir, there)
+        _say_that_it_waits(workdir, there)
+        try:
+            lock.acquire(timeout=1.5 * LEASE_SECONDS)
+        except filelock.Timeout:
+            return _refusal(workdir, there)
+    held.callback(lock.release)
+    if not paths.address(workdir):
+        return ""
+    lease = _Lease(workdir)
+    with paths.talking(paths.address(workdir)):
+        if there := lease.acquire():
+            return _refusal(workdir, there)
+    held.callback(lease.release)
+    return ""
+
+
+def _refusal(workdir: Path, there: str) -> str:
+    return (
+        f"another training runs in {workdir}, {there}: end that one, or choose another --workdir "
+        "(if the processes were to train together, see docs/pods.md)"
+    )
+
+
+def _say_that_it_waits(workdir: Path, there: str) -> None:
+    distributed.announce(
+        f"{there} was the last to train in {workdir}; waiting up to {1.5 * LEASE_SECONDS:g} s "
+        "to see whether it still does"
+    )
+
+
+def _warn_of_another(workdir: Path) -> None:
+    print(
+        spelled(f"warning: {workdir}/lock is lost: another training may run there"), file=sys.stderr
+    )
+
+
+class _Lease:
+    """The lock of a run in a bucket, for its processes on other hosts: an object that its owner
+    makes, if there is none, and renews. One that nobody renewed for `LEASE_SECONDS` is taken over,
+    and so is one of this host, where the caller holds the lock of the copy."""
+
+    def __init__(self, workdir: Path):
+        self._workdir, self._place = workdir, f"{paths.address(workdir)}/lease.json"
+        self._bucket = paths.filesystem(self._place)
+        self._host = {"host": socket.gethostname(), "cache": str(paths.cache_folder())}
+        self._id, self._over = uuid.uuid4().hex, threading.Event()
+
+    def acquire(self) -> str:
+        """Empty if it is ours now, else who has it."""
+        before, since, waits = None, time.monotonic(), False
+        while not self._make():
+            found = self._found()
+            if found.get("id") == self._id:  # the answer to our first try was lost
+                break
+            there = f"process {found.get('process')} of {found.get('host')}"
+            if found.items() >= self._host.items() or not found:
+                self._remove()
+            elif before is None:
+                before, waits = found, True
+                _say_that_it_waits(self._workdir, there)
+            elif found != before:
+                return there
+            elif time.monotonic() - since > LEASE_SECONDS:
+                self._remove()
+            time.sleep(min(1, LEASE_SECONDS / 10) if waits else 0)
+        if waits:  # another may have removed what we had just made
+            time.sleep(min(3, LEASE_SECONDS / 10))
+            if (found := self._found()).get("id") != self._id:
+                return f"process {found.get('process')} of {found.get('host')}"
+        threading.Thread(target=self._renew, daemon=True).start()
+        return ""
+
+    def release(self) -> None:
+        self._over.set()
+        with contextlib.suppress(Exception):  # it expires by itself
+            if self._found().get("id") == self._id:
+                self._remove()
+
+    def _text(self) -> bytes:
+        values = {**self._host, "process": os.getpid(), "id": self._id, "renewed": time.time()}
+        return json.dumps(values).encode()
+
+    def _make(self) -> bool:
+        try:
+            self._bucket.pipe_file(self._place, self._text(), mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def _found(self) -> dict[str, Any]:
+        """Empty if it is gone, or no lease."""
+        with contextlib.suppress(FileNotFoundError, ValueError, TypeError):
+            return dict(json.loads(self._bucket.cat_file(self._place)))
+        return {}
+
+    def _remove(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._bucket.rm_file(self._place)
+
+    def _renew(self) -> None:
+        while not self._over.wait(LEASE_SECONDS / 3):
+            with contextlib.suppress(Exception):  # of the network: there is time for another try
+                if self._found().get("id") != self._id:
+                    _warn_of_another(self._workdir)
+                    return
+                self._bucket.pipe_file(self._place, self._text())

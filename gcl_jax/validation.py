@@ -7,6 +7,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from gcl_jax import registry
@@ -18,7 +19,7 @@ from gcl_jax.config import (
     nested,
 )
 from gcl_jax.errors import ConfigError, UserError, require
-from gcl_jax.paths import path_of
+from gcl_jax.paths import address, path_of, remote
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
 LARGEST = 2**31 - 1  # whole number: what a device counts with
@@ -244,3 +245,17 @@ def _validate_checkpoint(cfg: TrainConfig) -> None:
         f"checkpoint.best={cfg.checkpoint.best!r}: only a step that is evaluated and saved can be "
         "the best",
     )
+
+
+def check_workdir(workdir: Path) -> None:
+    """Raises `UserError` unless a run can be written to `workdir`: orbax takes its path for a
+    pattern when it puts the parts of a checkpoint together, and then finds none."""
+    remote(workdir)
+    if workdir.is_file():
+        raise ConfigError(f"{workdir} is a file; a run needs a directory")
+    path = address(workdir) or str(workdir.absolute())
+    if found := "".join(dict.fromkeys(c for c in path if c in "[]*?\\")):
+        raise ConfigError(
+            f"{path}: checkpoints under a path with any of {' '.join(found)} could not be read "
+            "back; choose another name for the run's directory"
+        )

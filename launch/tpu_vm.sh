@@ -13,8 +13,7 @@
 #   status        the state of the slice
 #   delete        gives the slice back, whatever its state
 # Variables:
-#   STORE         the store, on storage that all hosts see, or gs://...
-#   WORKDIR       the folder of the run, on storage that all hosts see
+#   STORE, WORKDIR  the store and the folder of the run, on storage that all hosts see, or gs://...
 #   BUCKET        a Cloud Storage bucket, which becomes /bucket on all hosts
 #   SETUP         instead or besides: a command that mounts other storage on a host
 #   EXTRAS        what is installed: tpu,text,gcp (text: tokenizers of E5, XLM-R and SigLIP)
@@ -166,7 +165,7 @@ on_all() {
 pack() {
   local changed
   if [[ -z ${BUCKET:-}${SETUP:-} && ! (${STORE:-} == *://* && ${WORKDIR:-} == *://*) ]]; then
-    say "error: set BUCKET (or SETUP): all hosts must see STORE and WORKDIR"
+    say "error: set BUCKET (or SETUP), or STORE and WORKDIR to gs://...: all hosts must see them"
     return 2
   fi
   [[ ! -e $scratch/gcl_jax.tar.gz ]] || return 0

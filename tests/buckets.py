@@ -1,9 +1,14 @@
-"""A bucket for tests: gcp-storage-emulator in a process of its own, `python -m tests.buckets`."""
+"""A bucket for tests: gcp-storage-emulator in a process of its own, `python -m tests.buckets`.
 
+What it ignores is added here: the precondition of an upload, and the generation of a download.
+"""
+
+import contextlib
 import subprocess
 import sys
 import threading
 import uuid
+from http import HTTPStatus
 
 import pytest
 
@@ -60,8 +65,34 @@ def s3_bucket(monkeypatch, tmp_path):
 
 
 def main():
+    from gcp_storage_emulator.exceptions import NotFound
+    from gcp_storage_emulator.handlers import objects
     from gcp_storage_emulator.server import create_server
 
+    def generation(request, storage, name):
+        with contextlib.suppress(NotFound):
+            return storage.get_file_obj(request.params["bucket_name"], name)["generation"]
+        return "0"
+
+    def conditional(upload):
+        def uploaded(request, response, storage):  # the server does one thing at a time
+            name = request.query.get("name") or [request.data["meta"]["name"]]
+            now = generation(request, storage, name[0])
+            if request.query.get("ifGenerationMatch", [now]) == [now]:
+                return upload(request, response, storage)
+            response.status = HTTPStatus.PRECONDITION_FAILED
+            return None
+
+        return uploaded
+
+    def download(request, response, storage, *args, **kwargs):
+        name = request.params["object_id"]
+        response["X-Goog-Generation"] = generation(request, storage, name)
+        return without_generation(request, response, storage, *args, **kwargs)
+
+    without_generation, objects.download = objects.download, download
+    objects._media_upload = conditional(objects._media_upload)
+    objects._multipart_upload = conditional(objects._multipart_upload)
     server = create_server("localhost", 0, in_memory=True, default_bucket=BUCKET)
     server.start()
     print(f"http://localhost:{server._api._httpd.server_port}", flush=True)

@@ -1,5 +1,6 @@
 """A checkpoint gives back the same bits on any mesh, or one line that says why not."""
 
+import json
 import resource
 import shutil
 
@@ -12,12 +13,13 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gcl_jax import sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
-from gcl_jax.checkpoints.saved import Saved
+from gcl_jax.checkpoints.saved import COMPLETE, Saved, delete, sealed
 from gcl_jax.checkpoints.state import TrainState, abstract_state, averaged_params
 from gcl_jax.config import CheckpointConfig, MeshConfig
 from gcl_jax.errors import ConfigError, DataError, StorageError
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.optim import make_optimizer
+from gcl_jax.paths import remote
 from gcl_jax.train.setup import require_metric
 from gcl_jax.validation import validate
 
@@ -257,8 +259,6 @@ DAMAGES = {
     "no description": (lambda folder: shutil.rmtree(folder / "about"), "metadata is missing"),
     "garbage": (lambda folder: (folder / "about/metadata").write_text("{"), "not what was written"),
     "another position": (change_position, "not what was written"),
-    "empty": (lambda folder: (shutil.rmtree(folder), folder.mkdir()), "metadata is missing"),
-    "a file": (lambda folder: (shutil.rmtree(folder), folder.touch()), "metadata is missing"),
 }
 
 
@@ -420,11 +420,46 @@ def test_a_save_that_fails_says_so_in_one_line(little, small_files, capfd, notic
 
 
 def test_what_kills_left_is_no_checkpoint(little):
-    """A save, and a deletion, that ended in their midst."""
+    """A save, and a deletion, that ended in their midst, now and when folders were renamed. What
+    others keep there stays."""
     folder = little / "checkpoints"
-    shutil.copytree(folder / "9", folder / "12.orbax-checkpoint-tmp")
-    shutil.copytree(folder / "9", folder / "deleted" / "1")
+    for name in ("12.orbax-checkpoint-tmp", "deleted/1", "11", "12", "13"):
+        shutil.copytree(folder / "9", folder / name)
+    (folder / "11" / COMPLETE).unlink()
+    (folder / "12" / COMPLETE).unlink()
+    shutil.rmtree(folder / "12/about")
+    shutil.rmtree(folder / "13")
+    (folder / "13").mkdir()
+    (folder / "500").mkdir()
+    (folder / "500/model.safetensors").touch()
+    (folder / "600").touch()
+    with Checkpointer(little, CheckpointConfig(), read_only=True) as checkpointer:
+        assert checkpointer.latest_step() == 9
+        checkpointer.restore_params(shapes(little_state(9).params))
+    assert checkpointer.step == 9
     with Checkpointer(little, CheckpointConfig(keep=1)) as checkpointer:
         assert checkpointer.latest_step() == 9
+        checkpointer.save(12, little_state(12), {})
+    assert kept(little) == ["12", "500", "600"]
+
+
+def test_a_deletion_ends_a_checkpoint_with_its_first_file(little, monkeypatch):
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception):
+        delete(remote(little / "checkpoints/9"))
+    with Checkpointer(little, CheckpointConfig(), read_only=True) as checkpointer:
+        assert checkpointer.latest_step() == 3
+
+
+def test_checkpoints_without_the_mark_count_if_they_were_complete_by_their_name(little):
+    """As those that orbax 0.12.0 wrote, and renamed."""
+    about = little / "checkpoints/9/about/metadata"
+    values = json.loads(about.read_text())
+    for name in ("format", "sha256"):
+        del values[name]
+    about.write_text(json.dumps(sealed(values)))
+    (little / "checkpoints/9" / COMPLETE).unlink()
+    with Checkpointer(little, CheckpointConfig(keep=1)) as checkpointer:
+        assert checkpointer.restore(shapes(little_state(9))).step == 9
         checkpointer.save(12, little_state(12), {})
     assert kept(little) == ["12"]

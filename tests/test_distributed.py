@@ -25,13 +25,15 @@ from processes import (
 
 from gcl_jax import config, distributed, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
+from gcl_jax.checkpoints.saved import complete_steps
 from gcl_jax.distributed import Rendezvous, explicit
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate.ranked import evaluate_workdir
 from gcl_jax.losses.contrastive import gcl_loss
 from gcl_jax.models import clip
+from gcl_jax.paths import remote
+from gcl_jax.runs import LEASE_SECONDS
 from gcl_jax.train.loop import train
-from gcl_jax.train.setup import LEASE_SECONDS
 
 
 @pytest.fixture(autouse=True)
@@ -176,7 +178,7 @@ def test_a_run_survives_the_death_of_a_process(config_file, tmp_path):
     try:
         for victim in (1, 0):
             survivor = processes[1 - victim]
-            wait_for(lambda step=newest + 2: (checkpoints / f"{step}").is_dir(), processes)
+            wait_for(lambda step=newest + 2: newest_step(checkpoints) >= step, processes)
             processes[victim].kill()
             errors = survivor.communicate(timeout=60)[1]
             code, message = survivor.returncode, f"process {1 - victim} lost another process"
@@ -186,7 +188,7 @@ def test_a_run_survives_the_death_of_a_process(config_file, tmp_path):
             ), errors
             newest = newest_step(checkpoints)
             processes = start_by_flags(config_file, workdir)
-        wait_for(lambda: (checkpoints / f"{newest + 2}").is_dir(), processes)
+        wait_for(lambda: newest_step(checkpoints) >= newest + 2, processes)
         processes[1].send_signal(signal.SIGTERM)
         errors = [process.communicate(timeout=PATIENCE_SECONDS)[1] for process in processes]
     finally:
@@ -200,7 +202,7 @@ def test_a_run_survives_the_death_of_a_process(config_file, tmp_path):
 
 
 def newest_step(checkpoints):
-    return max(int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal())
+    return max(complete_steps(remote(checkpoints)), default=0)
 
 
 def start_by_flags(config_file, workdir):
@@ -293,7 +295,7 @@ import sys
 from pathlib import Path
 from gcl_jax import distributed
 with distributed.joined():
-    from gcl_jax.train.setup import alone_in
+    from gcl_jax.runs import alone_in
     with alone_in(Path(sys.argv[1])):
         print("alone")
 """

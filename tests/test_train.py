@@ -28,7 +28,7 @@ from tokenizers.implementations import BertWordPieceTokenizer
 from transformers import PreTrainedTokenizerFast
 
 import gcl_jax
-from gcl_jax import config, logs, registry, sharding
+from gcl_jax import config, logs, registry, runs, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.store import RankedStore, write_checksums
 from gcl_jax.embed.embedder import Embedder
@@ -41,10 +41,10 @@ from gcl_jax.port import __main__ as port
 from gcl_jax.prepare.stores import write_store
 from gcl_jax.registry import SCHEDULES
 from gcl_jax.report import __main__ as report
-from gcl_jax.runs import load_run
-from gcl_jax.train import monitor, setup
+from gcl_jax.runs import alone_in, load_run
+from gcl_jax.train import monitor
 from gcl_jax.train.loop import Interrupted, train, worth_a_restart
-from gcl_jax.train.setup import alone_in, make_training
+from gcl_jax.train.setup import make_training
 from gcl_jax.validation import validate
 
 ROOT = Path(__file__).parents[1]
@@ -468,7 +468,7 @@ with filelock.SoftFileLease(sys.argv[1], lease_duration=float(sys.argv[2])):
 
 
 @contextlib.contextmanager
-def held(workdir, seconds=setup.LEASE_SECONDS):
+def held(workdir, seconds=runs.LEASE_SECONDS):
     """Another process trains in `workdir`, as far as its lock tells."""
     workdir.mkdir(exist_ok=True)
     command = [sys.executable, "-c", HOLDER, str(workdir / "lock"), str(seconds)]
@@ -496,7 +496,7 @@ def test_two_trainings_in_one_workdir_are_refused(cfg, tmp_path):
 
 def test_the_training_of_another_host_is_watched(tmp_path, monkeypatch, capsys):
     """Whether its lock is still refreshed; here its process goes by another host's name."""
-    monkeypatch.setattr(setup, "LEASE_SECONDS", 4)
+    monkeypatch.setattr(runs, "LEASE_SECONDS", 4)
     lock = tmp_path / "lock"
     with held(tmp_path, 4):
         fields = lock.read_text().splitlines()

@@ -1,36 +1,42 @@
 """Checkpoints of a run: written in the background by orbax, verified when they are read.
 
-WORKDIR/checkpoints/STEP is there whole or not at all. It holds the arrays of the state in `state`,
-and in `about/metadata`, as JSON: the position in the data, the resolved configuration, the metrics
-of an evaluation at that step, and shape, dtype and digest of every array. Random keys need no
-place: every step derives its own from the configuration's seed and its number.
+WORKDIR/checkpoints/STEP holds the arrays of the state in `state`, and in `about/metadata`, as JSON:
+the position in the data, the resolved configuration, the metrics of an evaluation at that step, and
+shape, dtype and digest of every array. Random keys need no place: every step derives its own from
+the configuration's seed and its number.
 
-Beside the steps lie `damaged`, those that did not verify, and `deleted`, those on their way out.
+A checkpoint is there when its file `saved.COMPLETE` is, which is written last and deleted first, so
+that no folder needs to be renamed: in buckets, and where they are mounted, that is no one step.
+Beside the steps lie `damaged`, those that did not verify.
 """
 
 import concurrent.futures
 import contextlib
 import dataclasses
 import math
-import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from gcl_jax.checkpoints.saved import (
     Damaged,
     Saved,
+    complete_steps,
     configure_orbax,
     contents,
+    delete,
     digests,
     first_cause,
+    leftovers,
+    move,
     named,
     require_fit,
     unsealed,
@@ -39,8 +45,9 @@ from gcl_jax.checkpoints.state import TrainState
 from gcl_jax.config import CheckpointConfig, TrainConfig
 from gcl_jax.distributed import announce, is_first
 from gcl_jax.errors import DataError, StorageError
-from gcl_jax.paths import check_workdir
+from gcl_jax.paths import address, remote
 from gcl_jax.sharding import Params
+from gcl_jax.validation import check_workdir
 
 T = TypeVar("T")
 
@@ -58,7 +65,8 @@ class Checkpointer:
     last write.
 
     All processes of a run must make the same calls. `config` is stored with every checkpoint.
-    `read_only` changes nothing on disk: for a run that may still be training.
+    `read_only` changes nothing on disk: for a run that may still be training. `before_complete` is
+    called by the first process, in the background, when all else of a checkpoint is written.
 
     Attributes:
         step: of the checkpoint that was read last; -1 before.
@@ -71,8 +79,10 @@ class Checkpointer:
         *,
         config: TrainConfig | None = None,
         read_only: bool = False,
+        before_complete: Callable[[], None] | None = None,
     ):
-        self.directory = (workdir / "checkpoints").absolute()
+        self._local = workdir.absolute() / "checkpoints"
+        self.directory = remote(self._local)
         self._cfg, self._config, self._read_only = cfg, config, read_only
         self.step = -1
         self._damaged: dict[int, str] = {}  # and why
@@ -84,17 +94,22 @@ class Checkpointer:
                 raise DataError(f"{self.directory} does not exist; train first")
             return
         check_workdir(workdir)
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=self,
-            cleanup_tmp_directories=True,
-            # Renamed first: a kill in the midst of deleting must not leave half a checkpoint.
-            todelete_subdir="deleted",
-            # What it would read here may be damaged.
-            lightweight_initialize=True,
+        if is_first():
+            if not address(workdir):  # a bucket has no empty folders
+                self._local.mkdir(parents=True, exist_ok=True)
+            for path in leftovers(self.directory):
+                delete(path)
+        _wait_for_all("what kills left is deleted")
+        self._known = set(complete_steps(self.directory))
+        by_mark = ocp.path.atomicity.CommitFileTemporaryPath
+        self._orbax = ocp.AsyncCheckpointer(
+            ocp.CompositeCheckpointHandler(
+                composite_options=ocp.CompositeOptions(temporary_path_class=by_mark)
+            ),
+            async_options=ocp.AsyncOptions(post_finalization_callback=before_complete),
+            temporary_path_class=by_mark,
         )
-        self._manager = ocp.CheckpointManager(self.directory, options=options)
         self._background = concurrent.futures.ThreadPoolExecutor(1)
-        self._finish()
 
     def __enter__(self) -> "Checkpointer":
         return self
@@ -107,28 +122,16 @@ class Checkpointer:
             self._wait()
         finally:
             self._background.shutdown()
-            with contextlib.suppress(Exception):
-                self._manager.wait_until_finished()  # raises in this thread what `_wait` reported
-            self._manager.close()
+            with contextlib.suppress(Exception):  # which `_wait` has reported
+                self._orbax.close()
 
     def latest_step(self) -> int | None:
         """The newest complete checkpoint on disk that is not known to be damaged; alike on all
         processes."""
-        step = max(self._steps(), default=-1)
+        step = max(self._steps(), default=-1) if is_first() else -1
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
         return None if step < 0 else step
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """orbax asks which steps stay: the last n, every k-th and the best, as the configuration
-        says. Its own policy reads the scores of earlier steps from a file that may be damaged."""
-        cfg, steps = self._cfg, sorted(info.step for info in checkpoints)
-        kept = set(steps[-cfg.keep :])
-        if cfg.keep_every:
-            kept |= {step for step in steps if step % cfg.keep_every == 0}
-        if cfg.best:
-            kept |= set(self._ranked(steps)[-cfg.keep_best :])
-        return [info.step in kept for info in checkpoints]
 
     def best_step(self) -> int:
         """The step with the largest `config.checkpoint.best`, the later of two equals.
@@ -157,7 +160,7 @@ class Checkpointer:
         Raises:
             StorageError: this save or the one before it failed; earlier checkpoints are intact.
         """
-        if step not in self._manager.all_steps():
+        if step not in self._known:
             self._write(step, named(state), data_state, dict(metrics or {}))
 
     def save_params(self, params: Params) -> None:
@@ -256,14 +259,12 @@ class Checkpointer:
     def _move_aside(self) -> None:
         """Out of the way of the same steps, which will be saved again."""
         if is_first():
-            aside = self.directory / "damaged" / time.strftime("%Y-%m-%d_%H-%M-%S")
-            aside.mkdir(parents=True, exist_ok=True)
+            aside = self._local / "damaged" / time.strftime("%Y-%m-%d_%H-%M-%S")
             for step in self._damaged:
-                self._folder(step).replace(aside / str(step))
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are moved aside")
+                move(self._local / str(step), aside / str(step))
+        _wait_for_all("damaged checkpoints are moved aside")
+        self._known -= self._damaged.keys()
         self._damaged.clear()
-        self._manager.reload()
 
     def _write(
         self, step: int, arrays: dict[str, jax.Array], data: dict, metrics: dict[str, float]
@@ -274,16 +275,29 @@ class Checkpointer:
         config = dataclasses.asdict(self._config) if self._config else {}
         args = contents(step, arrays, np.asarray(found), data, metrics, config)
         try:
-            self._manager.save(step, args=args, force=True)
+            self._orbax.save(self._folder(step), args=args)
         except Exception as error:
             raise self._failure(error) from error
+        self._known.add(step)
         self._saving = self._background.submit(self._finish)
 
     def _finish(self) -> None:
-        """After a save, or what an earlier run left of one: deletes the deleted."""
-        self._manager.wait_until_finished()
+        """After a save: deletes the steps that do not stay."""
+        self._orbax.wait_until_finished()
         if is_first():
-            shutil.rmtree(self.directory / "deleted", ignore_errors=True)
+            steps = complete_steps(self.directory)
+            for step in set(steps) - self._kept(steps):
+                delete(self._folder(step))
+
+    def _kept(self, steps: list[int]) -> set[int]:
+        """Of `steps`, ascending: the last n, every k-th and the best, as the configuration says."""
+        cfg = self._cfg
+        kept = set(steps[-cfg.keep :])
+        if cfg.keep_every:
+            kept |= {step for step in steps if step % cfg.keep_every == 0}
+        if cfg.best:
+            kept |= set(self._ranked(steps)[-cfg.keep_best :])
+        return kept
 
     def _wait(self) -> None:
         saving, self._saving = self._saving, None
@@ -296,12 +310,11 @@ class Checkpointer:
             "intact"
         )
 
-    def _folder(self, step: int) -> Path:
+    def _folder(self, step: int) -> epath.Path:
         return self.directory / str(step)
 
     def _steps(self) -> set[int]:
-        names = (path.name for path in self.directory.iterdir() if path.name.isdecimal())
-        return {int(name) for name in names} - self._damaged.keys()
+        return set(complete_steps(self.directory)) - self._damaged.keys()
 
     def _ranked(self, steps: Iterable[int]) -> list[int]:
         """Those of `steps` that have a `config.checkpoint.best`, up to the best."""
@@ -319,3 +332,8 @@ class Checkpointer:
     def _score_of(self, metrics: Mapping[str, float]) -> float | None:
         score = metrics.get(self._cfg.best, math.nan)
         return None if math.isnan(score) else score
+
+
+def _wait_for_all(name: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -29,10 +31,20 @@ from jaxtyping import Array, UInt32
 
 from gcl_jax import config
 from gcl_jax.config import TrainConfig
-from gcl_jax.errors import DataError
+from gcl_jax.errors import DataError, StorageError
+from gcl_jax.paths import NO_RENAMES, address, filesystem, remote, talking
+
+COMPLETE = "commit_success.txt"  # orbax's, which it writes last
+_ABOUT = "about/metadata"
+# Checkpoints without a number were complete as soon as orbax had given their folder its name.
+_FORMAT = 2
+_PARTS = {"state", "about", "_CHECKPOINT_METADATA"}
 
 # Errors that say nothing about the files: too little memory, or somebody else's files.
 _NOT_OF_THE_FILES = (jax.errors.JaxRuntimeError, MemoryError, PermissionError)
+
+# TensorStore's, of a bucket that does not answer, or not to us.
+_NOT_REACHED = re.compile("retry attempts failed|CURL|PERMISSION_DENIED|UNAUTHENTICATED")
 
 # What the operating system says of a disk that is full or read-only.
 _NO_ROOM = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)))
@@ -52,7 +64,7 @@ class Saved:
         Damaged: `folder` is no whole checkpoint.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: epath.Path):
         with _alike():
             about = unsealed(folder)
         self._folder, self._digests = folder, about["digests"]
@@ -86,7 +98,9 @@ class Saved:
             except _NOT_OF_THE_FILES:
                 raise
             except Exception as error:
-                raise Damaged(f"state: {first_cause(error)}") from error
+                if _NOT_REACHED.search(cause := first_cause(error)):
+                    raise StorageError(f"{self._folder} cannot be read now: {cause}") from error
+                raise Damaged(f"state: {cause}") from error
         now = np.asarray(digests(found))
         changed = [n for n, x in zip(found, now, strict=True) if x != self._digests[n]]
         if changed:
@@ -122,6 +136,7 @@ def contents(
 ) -> ocp.args.Composite:
     """What orbax has to write for `Saved` to read; `found`: uint32 digests of `arrays`."""
     about = {
+        "format": _FORMAT,
         "step": step,
         "data": data,
         "metrics": metrics,
@@ -213,10 +228,10 @@ def sealed(values: dict) -> dict:
     return values | {"sha256": _checksum(values)}
 
 
-def unsealed(folder: Path) -> dict:
+def unsealed(folder: epath.Path) -> dict:
     """The values of `sealed` in the checkpoint `folder`. Raises `Damaged`."""
     try:
-        values = json.loads((folder / "about" / "metadata").read_text("utf-8"))
+        values = json.loads((folder / _ABOUT).read_bytes())
         checksum = values.pop("sha256")
     except (FileNotFoundError, NotADirectoryError):
         raise Damaged("metadata is missing in about") from None
@@ -229,16 +244,71 @@ def unsealed(folder: Path) -> dict:
     return values
 
 
+def complete_steps(directory: epath.Path) -> list[int]:
+    """The steps, ascending, whose checkpoints in `directory` are whole, as far as files are."""
+    folders = directory.iterdir() if directory.is_dir() else ()
+    return sorted(int(x.name) for x in folders if x.name.isdecimal() and _is_complete(x))
+
+
+def _is_complete(folder: epath.Path) -> bool:
+    if (folder / COMPLETE).exists():
+        return True
+    with contextlib.suppress(Damaged):
+        return "format" not in unsealed(folder)
+    return False
+
+
+def leftovers(directory: epath.Path) -> list[epath.Path]:
+    """What kills in the midst of a save, or of `delete`, have left in `directory`; not what others
+    may keep there under a number."""
+    return [
+        path
+        for path in (directory.iterdir() if directory.is_dir() else ())
+        if (path.name.isdecimal() and not _is_complete(path) and _names(path) <= _PARTS)
+        # Of when folders were renamed.
+        or ".orbax-checkpoint-tmp" in path.name
+        or path.name == "deleted"
+    ]
+
+
+def _names(folder: epath.Path) -> set[str]:
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else {""}
+
+
+def delete(folder: epath.Path) -> None:
+    """A checkpoint that is half deleted is none."""
+    for name in (COMPLETE, _ABOUT):
+        (folder / name).unlink(missing_ok=True)
+    folder.rmtree(missing_ok=True)
+
+
+def move(folder: Path, out: Path) -> None:
+    """A checkpoint to another place, in its bucket if it is in one."""
+    if place := address(folder):
+        with talking(place):
+            filesystem(place).copy(place, address(out), recursive=True)
+            filesystem(place).rm(place, recursive=True)
+        return
+    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.rename(out)
+    except OSError as error:
+        if error.errno not in NO_RENAMES:
+            raise
+        shutil.copytree(folder, out)
+        shutil.rmtree(folder)
+
+
 def sealed_config(workdir: Path) -> TrainConfig | None:
     """The configuration that the newest undamaged checkpoint of a run tells, if one does.
 
     Raises:
         ConfigError: it has keys that there are not, or needs what cannot be imported.
     """
-    steps = (int(x.name) for x in (workdir / "checkpoints").glob("*") if x.name.isdecimal())
-    for step in sorted(steps, reverse=True):
+    directory = remote(workdir / "checkpoints")
+    for step in reversed(complete_steps(directory)):
         with contextlib.suppress(Damaged):
-            if values := unsealed(workdir / "checkpoints" / str(step))["config"]:
+            if values := unsealed(directory / str(step))["config"]:
                 return config.of_values(values)
     return None
 

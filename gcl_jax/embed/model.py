@@ -22,9 +22,9 @@ from gcl_jax.errors import DataError, UserError
 from gcl_jax.models.clip import abstract_params
 from gcl_jax.models.flops import Kinds
 from gcl_jax.models.presets import PRESETS
-from gcl_jax.paths import path_of
+from gcl_jax.paths import local_path, path_of
 from gcl_jax.prepare.stores import open_store
-from gcl_jax.runs import NEWEST, load_model, set_embed_dim
+from gcl_jax.runs import NEWEST, is_run, load_model, set_embed_dim
 from gcl_jax.sharding import Params
 from gcl_jax.validation import validate
 
@@ -324,7 +324,7 @@ def from_pretrained(
             f"{name} is the name of an architecture, not of weights: give their file or folder, "
             f"and model={name!r}"
         )
-    if (Path(name) / "config.json").is_file() and (Path(name) / "checkpoints").is_dir():
+    if is_run(local_path(name)):
         raise UserError(f"{name} is a training run: open it with gcl_jax.load({name!r})")
     logs.quiet_libraries()
     cfg = TrainConfig(

@@ -35,7 +35,7 @@ from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore, is_locked, locked, read_checksums
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
-from gcl_jax.paths import digest_of, write_json
+from gcl_jax.paths import address, digest_of, filesystem, remote, write_json
 from gcl_jax.prepare.stores import publish, vacant
 from gcl_jax.runs import parameters_digest
 
@@ -135,6 +135,8 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
     if multihost_utils.broadcast_one_to_all(np.bool_(first and _is_same(folder, manifest))):
         if first:
             verify(folder)
+        else:
+            paths.fetch(folder)
         return opened(folder)
     building = paths.building(folder)
     with locked(building) if first else contextlib.nullcontext():
@@ -319,10 +321,14 @@ class EmbeddingCache:
         kept = [self.folder(task), self.folder(every)]
         found, problem = -1, ""
         if distributed.is_first():
+            for folder in kept:
+                paths.fetch(folder)
             found = next((i for i, folder in enumerate(kept) if _is_usable(folder)), -1)
             problem = "" if found >= 0 else _cannot_write(kept[0].parent, task.bytes)
         found, failed = multihost_utils.broadcast_one_to_all(np.array([found, bool(problem)]))
         if found >= 0:
+            if not distributed.is_first():
+                paths.fetch(kept[found])
             return opened(kept[found])
         if failed:
             distributed.announce(f"warning: embeddings are not kept in {self.workdir}: {problem}")
@@ -339,7 +345,7 @@ class EmbeddingCache:
     def remove_stale(self, task: Task) -> None:
         """Removes what no call will ask for again: embeddings of checkpoints that are gone or were
         trained anew, of records that the store of `task` no longer holds, and leftovers."""
-        steps = {path.name for path in (self.workdir / "checkpoints").iterdir()}
+        steps = {path.name for path in remote(self.workdir / "checkpoints").iterdir()}
         new = task.manifest()
 
         def stale(folder: Path) -> bool:
@@ -378,6 +384,8 @@ def _remove(folder: Path) -> None:
     with contextlib.suppress(OSError):
         (folder / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(folder)
+        if place := address(folder):
+            filesystem(place).rm(place, recursive=True)
 
 
 def _cannot_write(folder: Path, size: int) -> str:

@@ -11,12 +11,12 @@ import sys
 import textwrap
 from pathlib import Path
 
-from gcl_jax import config, paths, runs
+from gcl_jax import config, runs
 from gcl_jax.config import DataConfig, ModelConfig, TrainConfig
 from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line, spelled
 from gcl_jax.models.presets import PRESETS
 from gcl_jax.paths import local_path, output_path
-from gcl_jax.validation import validate
+from gcl_jax.validation import check_workdir, validate
 
 FORMATS = ("open_clip", "hugging_face", "safetensors", "run")
 EXAMPLES = """\
@@ -44,7 +44,7 @@ def import_model(args: argparse.Namespace) -> None:
     logs.quiet_libraries()
     if args.context_length < 0:
         raise UserError(f"--context_length={args.context_length} must be above 0")
-    paths.check_workdir(args.workdir)
+    check_workdir(args.workdir)
     _require_unused(args.workdir, "--workdir")
     model = model_config(args.source, args.model, args.tokenizer, args.context_length)
     data = DataConfig(
@@ -185,7 +185,7 @@ def export_run(args: argparse.Namespace) -> None:
     # What may be missing is told before jax and the model are loaded.
     runs.load_config(args.workdir)
     if args.format == "run":
-        paths.check_workdir(args.out)
+        check_workdir(args.out)
         _require_unused(args.out, "--out")
 
     from gcl_jax.port.pretrained import export_pretrained

@@ -15,9 +15,10 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, StorageError, UserError, in_one_line
 from gcl_jax.evaluate.ranked import evaluate_in_training
+from gcl_jax.runs import alone_in
 from gcl_jax.train.monitor import Compilations, Monitor, Trace, diagnosis
-from gcl_jax.train.setup import alone_in, less_memory, make_training, start_or_continue
-from gcl_jax.validation import validate
+from gcl_jax.train.setup import less_memory, make_training, start_or_continue
+from gcl_jax.validation import check_workdir, validate
 
 
 class Interrupted(Exception):
@@ -83,8 +84,8 @@ def train(
         raise ConfigError(f"workdir={workdir!r} must be the path of a directory")
     validate(cfg)
     logs.quiet_libraries()
-    workdir = paths.local_path(workdir)
-    paths.check_workdir(workdir)
+    workdir = paths.output_path(workdir)
+    check_workdir(workdir)
     with alone_in(workdir), Compilations() as compiled:
         return _train(cfg, workdir, profile, resume_changes, compiled)
 
@@ -106,7 +107,10 @@ def _train(
         sharding.in_memory(lambda: less_memory(training)),
         contextlib.closing(batches),
         distributed.StopSignals() as signals,  # a repeated signal must not end the last save
-        Checkpointer(workdir, cfg.checkpoint, config=cfg) as checkpointer,
+        logs.Uploads(workdir, lead=first) as uploads,
+        Checkpointer(
+            workdir, cfg.checkpoint, config=cfg, before_complete=uploads.send
+        ) as checkpointer,
         distributed.Watchdog(cfg.hang_seconds) as watchdog,
     ):
         step, state = start_or_continue(training, checkpointer, workdir, resume_changes)
@@ -164,5 +168,5 @@ def _train(
                     raise Interrupted(signum, step)
         if not finished:
             distributed.announce(f"in all: {compiled}")
-    rows = logs.read_metrics(workdir / "metrics.jsonl")
+    rows = logs.read_metrics(logs.growing(workdir) / logs.METRICS)
     return rows[-1] if rows else {}

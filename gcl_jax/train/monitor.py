@@ -162,12 +162,13 @@ class Monitor:
         ids = multihost_utils.process_allgather(ids, tiled=True)
         if not distributed.is_first():
             return
-        path = self._workdir / "nonfinite_steps.jsonl"
+        path = logs.growing(self._workdir) / logs.NONFINITE
         line = {"step": step, "loss": repr(loss), "gradient_norm": repr(norm)}
         with path.open("a") as file:
             file.write(json.dumps(line | {name: x.tolist() for name, x in ids.items()}) + "\n")
         distributed.announce(
-            f"\nstep {step} is skipped: loss {loss:g}, gradient norm {norm:g} (its pairs: {path})"
+            f"\nstep {step} is skipped: loss {loss:g}, gradient norm {norm:g} (its pairs: "
+            f"{self._workdir / logs.NONFINITE})"
         )
 
     def _log(self, step: int, metrics: Mapping[str, np.ndarray], ended: float) -> None:
@@ -242,7 +243,7 @@ class Trace:
     def of(self, step: int) -> contextlib.AbstractContextManager:
         """While step `step` is dispatched."""
         if step in self._profile and not self._running:
-            jax.profiler.start_trace(self._workdir)
+            jax.profiler.start_trace(logs.growing(self._workdir))
             self._running = True
         elif self._running and step not in self._profile:
             self.__exit__()
@@ -267,7 +268,7 @@ def diagnosis(skipped: Sequence[int], params: Params, workdir: Path) -> str:
     )
     return (
         f"the loss or its gradients were not finite in {len(skipped)} steps in a row, "
-        f"{skipped[0]} to {skipped[-1]} ({workdir / 'nonfinite_steps.jsonl'} has their pairs); "
+        f"{skipped[0]} to {skipped[-1]} ({workdir / logs.NONFINITE} has their pairs); "
         f"{found}"
     )
 

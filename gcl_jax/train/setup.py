@@ -1,17 +1,13 @@
 """What a training run is made of, before its first step."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import re
-import socket
-import sys
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import filelock
 import jax
 import numpy as np
 import optax
@@ -36,7 +32,7 @@ from gcl_jax.models import flops
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.models.layers import Numerics
 from gcl_jax.prepare.stores import open_store
-from gcl_jax.runs import load_config, require_sealed
+from gcl_jax.runs import is_run, load_config, require_sealed
 from gcl_jax.sharding import Params
 from gcl_jax.train.flags import RESUMABLE
 from gcl_jax.train.step import Metrics, known_weights, make_train_step
@@ -203,68 +199,6 @@ def require_metric(cfg: TrainConfig) -> None:
         )
 
 
-# A training that gives no sign of life for so long has ended. Other hosts look at the same file
-# through a cache, for a minute where the folder is a bucket.
-LEASE_SECONDS = 120
-
-
-@contextlib.contextmanager
-def alone_in(workdir: Path) -> Iterator[None]:
-    """Makes the folder `workdir`, and keeps it for this training: a second one would delete what
-    the first is saving. The lock of one that was killed is taken over: at once on the same host,
-    else after `LEASE_SECONDS` without a sign of life.
-
-    Raises:
-        ConfigError: another training runs there. On all processes.
-    """
-    refusal, lock, made = "", None, not workdir.exists()
-    if distributed.is_first():
-        workdir.mkdir(parents=True, exist_ok=True)
-        lock = filelock.SoftFileLease(
-            workdir / "lock",
-            lease_duration=LEASE_SECONDS,
-            poll_interval=0.5,
-            on_compromise=lambda _: print(
-                f"warning: {workdir}/lock is lost: another training may run there", file=sys.stderr
-            ),
-        )
-        refusal = _taken(lock, workdir)
-    if jax.process_count() > 1:
-        taken = multihost_utils.broadcast_one_to_all(np.bool_(bool(refusal)))
-        refusal = refusal or (f"another training runs in {workdir}" if taken else "")
-    if refusal:
-        raise ConfigError(refusal)
-    try:
-        yield
-    finally:
-        if lock:
-            lock.release()
-            if made:  # and nothing was written
-                with contextlib.suppress(OSError):
-                    workdir.rmdir()
-
-
-def _taken(lock: filelock.SoftFileLease, workdir: Path) -> str:
-    """Acquires `lock`; if another training holds it, says so instead."""
-    with contextlib.suppress(filelock.Timeout):
-        lock.acquire(timeout=1)  # one look finds that an owner is dead, another takes over
-        return ""
-    owner = lock.owner
-    there = f"process {owner.pid} of {owner.hostname}" if owner else "another process"
-    if owner and owner.hostname != socket.gethostname():
-        distributed.announce(
-            f"{there} was the last to train in {workdir}; waiting up to {1.5 * LEASE_SECONDS:g} s "
-            "to see whether it still does"
-        )
-        with contextlib.suppress(filelock.Timeout):
-            lock.acquire(timeout=1.5 * LEASE_SECONDS)
-            return ""
-    return (
-        f"another training runs in {workdir}, {there}: end that one, or choose another --workdir "
-        "(if the processes were to train together, see docs/pods.md)"
-    )
-
-
 def start_or_continue(
     training: Training,
     checkpointer: Checkpointer,
@@ -280,7 +214,8 @@ def start_or_continue(
         DataError: checkpoints or weights that cannot be read.
     """
     cfg, steps = training.cfg, training.steps
-    if not checkpointer.directory.is_dir():
+    # A bucket has no empty folders.
+    if not paths.address(workdir) and not checkpointer.directory.is_dir():
         raise ConfigError(
             f"--workdir={workdir} must lie on storage that all processes share: process "
             f"{jax.process_index()} does not see what process 0 writes there"
@@ -325,7 +260,7 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     source, step = paths.local_path(cfg.init_from), None
     if not source.exists() and (found := re.fullmatch(r"(.+)@(\d+)", cfg.init_from)):
         source, step = paths.local_path(found[1]), int(found[2])
-    if (source / "config.json").is_file() and (source / "checkpoints").is_dir():
+    if is_run(source):
         with Checkpointer(source, cfg.checkpoint, read_only=True) as checkpointer:
             return checkpointer.restore_params(abstract, optional, step)
     from gcl_jax.port.pretrained import load_pretrained  # with other libraries' readers
