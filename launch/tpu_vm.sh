@@ -178,8 +178,8 @@ pack() {
 install() {
   local mount=""
   if [[ -n ${BUCKET:-} ]]; then
-    # On a flat bucket gcsfuse renames no folder with files otherwise, by which a checkpoint or a
-    # store may be finished.
+    # The limit is for other programs: without it gcsfuse renames no folder with files on a flat
+    # bucket. gcl_jax renames none there.
     mount="command -v gcsfuse >/dev/null || {
       key=/usr/share/keyrings/cloud.google.asc apt=https://packages.cloud.google.com/apt
       curl -fsS \$apt/doc/apt-key.gpg | sudo tee \$key >/dev/null
