@@ -202,7 +202,7 @@ def read_collectives(
     The part is told by jax's names of the operations and by the shapes: that of a parameter, its
     share or its slice for one layer; the global batch, which only the loss has on one device.
     Arrays of three or more dimensions that are neither are activations: these should not move.
-    Between slices gradients are summed, and only what the loss exchanges goes other ways.
+    Between slices gradients are summed, and but for activations only the loss does otherwise.
 
     Args:
         program: a compiled training step.
@@ -232,13 +232,17 @@ def read_collectives(
                 continue
             exposed = not _is_hidden(outer, body, place)
             if outer.opcode == "send" and (found := _TRANSFER.search(outer.line)):
-                kind = _TRANSFERS[found[2]]
-                sent = outer.arrays[0].size * _share_sent(kind, slices)
+                kind, array = _TRANSFERS[found[2]], outer.arrays[0]
+                sent = array.size * _share_sent(kind, slices)
                 if kind == "all-gather":
                     sent *= slices  # the array is a device's own
                 elif kind == "collective-permute":
                     sent *= outer.line.count("->") / devices  # not all take part
-                part = "gradients" if kind == "all-reduce" else "loss"
+                part = _part(kind, _origin(outer, program), False, array, batch, shapes)
+                if kind == "all-reduce":
+                    part = "gradients"
+                elif part != "activations" or len(_squeezed(array.dims)) < 2:
+                    part = "loss"
                 add(kind, part, runs, runs * sent, exposed, "dcn")
                 continue
             for one in program.within(outer):
