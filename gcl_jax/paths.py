@@ -117,8 +117,9 @@ def filesystem(place: str) -> "AbstractFileSystem":
     os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     import fsspec
 
-    # Other processes write there, too.
-    fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
+    # Other processes write there, too; what arrives is compared with what was sent.
+    told = {"use_listings_cache": False} | ({"consistency": "md5"} if scheme == "gs" else {})
+    fsspec.config.conf[scheme] = told | fsspec.config.conf.get(scheme, {})
     for name in ("gcsfs", "google.auth"):  # which print tracebacks of what they raise
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:

@@ -4,6 +4,7 @@ What it ignores is added here: the precondition of an upload, and the generation
 """
 
 import contextlib
+import http.server
 import subprocess
 import sys
 import threading
@@ -93,6 +94,7 @@ def main():
     without_generation, objects.download = objects.download, download
     objects._media_upload = conditional(objects._media_upload)
     objects._multipart_upload = conditional(objects._multipart_upload)
+    http.server.HTTPServer.request_queue_size = 128  # who finds no place waits for seconds
     server = create_server("localhost", 0, in_memory=True, default_bucket=BUCKET)
     server.start()
     print(f"http://localhost:{server._api._httpd.server_port}", flush=True)
