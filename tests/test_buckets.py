@@ -21,6 +21,7 @@ from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.mine import __main__ as mine
 from gcl_jax.paths import building, fetch, listing, output_path
 from gcl_jax.port import __main__ as port
+from gcl_jax.port.pretrained import model_config
 from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare import stores
 from gcl_jax.prepare.stores import finished_store, publish, vacant, write_store
@@ -176,6 +177,7 @@ def test_the_commands_give_the_same_in_a_bucket_as_here(bucket, tmp_path, run):
     depend_on_the_place = {"store/store.json", "store/checksums.sha256"}
     for name in ours.keys() - depend_on_the_place:
         assert ours[name].replace(bytes(here), bucket.encode()) == theirs[name], name
+    assert model_config(f"{bucket}/model") == model_config(str(here / "model"))
     assert bytes(tmp_path / "cache") not in b"".join(theirs.values())
 
 

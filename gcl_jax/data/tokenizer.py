@@ -24,6 +24,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers, processors
 
 from gcl_jax.errors import ConfigError, first_line, to_install
+from gcl_jax.paths import local_path
 
 CLIP_START, CLIP_END = "<start_of_text>", "<end_of_text>"
 # CLIP's pattern is case-insensitive. That matters for its few words, where the long s is an s, and
@@ -208,7 +209,7 @@ def load_hugging_face(name: str) -> Any:
         from transformers import AutoTokenizer  # slow to import, and needed here only
     except ImportError:
         raise ConfigError(f"tokenizer {name!r} needs transformers: {to_install('text')}") from None
-    folder = Path(name).expanduser()
+    folder = local_path(name)
     if not folder.is_dir():
         folder = _download(name)
     if not any(True for pattern in _VOCABULARIES for _ in folder.glob(pattern)):

@@ -11,6 +11,7 @@ from typing import Any
 
 from gcl_jax.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig
 from gcl_jax.errors import ConfigError, DataError, first_line, to_install
+from gcl_jax.paths import local_path
 from gcl_jax.port.convert import (
     ONE,
     ONE_ONE,
@@ -312,7 +313,7 @@ def locate(source: str) -> Path:
     Raises:
         DataError: no such file, or the hub cannot be reached and the cache has no copy.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.exists():
         return path
     if not is_hub_id(source):

@@ -15,6 +15,7 @@ from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.data.tokenizer import clip_bpe
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.presets import HF_TOWERS, OPEN_CLIP, from_open_clip
+from gcl_jax.paths import local_path
 from gcl_jax.port.convert import (
     ONE,
     ONE_ONE,
@@ -196,7 +197,7 @@ def _tokenizer(text: TextConfig) -> dict[str, Any]:
     made: dict[str, Any] = {}
     if text.tokenizer != "clip":
         # open_clip looks beside its config anyway; a path of this machine would help nobody.
-        made["hf_tokenizer_name"] = "." if Path(text.tokenizer).is_dir() else text.tokenizer
+        made["hf_tokenizer_name"] = "." if local_path(text.tokenizer).is_dir() else text.tokenizer
     if text.clean:
         made["tokenizer_kwargs"] = {"clean": text.clean}
     return made

@@ -126,9 +126,9 @@ def from_hugging_face(config: Mapping[str, Any]) -> ModelConfig:
 def with_tokenizer_of(source: str, cfg: ModelConfig) -> ModelConfig:
     """`cfg` with the tokenizer that lies in the folder `source`, if one does and CLIP's is not
     asked for."""
-    folder = Path(source).expanduser()
+    folder = paths.path_of(source)
     if cfg.text.tokenizer != "clip" and (folder / "tokenizer_config.json").is_file():
-        cfg.text.tokenizer = str(folder.absolute())
+        cfg.text.tokenizer = paths.address(folder) or str(folder.absolute())
     return cfg
 
 
@@ -288,7 +288,8 @@ def export_pretrained(
             (made / path).parent.mkdir(exist_ok=True)
             values = json.dumps(values, indent=2, ensure_ascii=False)
             (made / path).write_text(values + "\n", "utf-8")
-        if text.tokenizer != "clip" and (format != "safetensors" or Path(text.tokenizer).is_dir()):
+        of_folder = paths.local_path(text.tokenizer).is_dir()
+        if text.tokenizer != "clip" and (format != "safetensors" or of_folder):
             load_hugging_face(text.tokenizer).save_pretrained(made)
         elif format == "hugging_face":
             open_clip.write_tokenizer(made, text.context_length)
