@@ -36,7 +36,8 @@ def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None)
     global batches of `batch_size`.
 
     `cfg.slices` of 0 is what the devices say: of TPUs those that share an interconnect, of GPUs
-    those of a host. Any other number divides the devices in their order, that of the processes.
+    those of a host, or all, where `data` or `fsdp` is larger than a host. Any other number divides
+    the devices in their order, that of the processes.
 
     The axes are Auto: the towers' gathers and concatenations then need no annotations, and every
     place where a sharding matters (parameters, moments, batches, loss) states it.
@@ -48,13 +49,15 @@ def make_mesh(cfg: MeshConfig, batch_size: int, devices: Sequence | None = None)
     devices = jax.devices() if devices is None else devices
     count, sizes = len(devices), Counter(getattr(one, "slice_index", 0) for one in devices)
     said = len(sizes) if len({*sizes.values()}) == 1 else 1
-    slices = cfg.slices or said
+    sized = cfg.fsdp * max(cfg.data, 1)
+    fits = devices[0].platform == "tpu" or sized <= count // said
+    slices = cfg.slices or (said if fits else 1)
     if slices != said > 1 and devices[0].platform == "tpu":
         raise ConfigError(f"config.mesh.slices={slices}, but the TPUs are {said} slices; set 0")
     data = count // (slices * cfg.fsdp) if cfg.data == -1 else cfg.data
     if slices * data * cfg.fsdp != count:
         of_slices = f"slices={slices} x " if slices > 1 else ""
-        hint = "; fsdp is within a slice (of GPUs, a host, unless slices=1)" if of_slices else ""
+        hint = "; data and fsdp are those of a slice" if of_slices else ""
         raise ConfigError(
             f"config.mesh: {of_slices}data={cfg.data} x fsdp={cfg.fsdp} does not make the {count} "
             f"devices that there are{hint}"

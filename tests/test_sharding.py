@@ -65,7 +65,7 @@ def test_make_mesh_takes_all_devices(cfg, shape):
         (MeshConfig(fsdp=3), 24, "fsdp=3 does not make the 8 devices"),
         (MeshConfig(), 12, "12 is no multiple of the 8 devices"),
         (MeshConfig(slices=3), 24, "slices=3 x data=-1 x fsdp=1 does not make the 8 devices"),
-        (MeshConfig(fsdp=8, slices=2), 16, "devices that there are; fsdp is within a slice"),
+        (MeshConfig(fsdp=8, slices=2), 16, "there are; data and fsdp are those of a slice"),
     ],
 )
 def test_a_mesh_that_does_not_fit_is_refused(cfg, batch_size, message):
@@ -91,11 +91,12 @@ def test_slices_are_those_that_the_devices_say():
         made = make_mesh(cfg, 8, devices)
         assert made.devices.shape == (2, 2, 2)
         assert [[x.id for x in one.flat] for one in made.devices] == [[0, 2, 4, 6], [1, 3, 5, 7]]
-    with pytest.raises(ConfigError, match="slices=2 x data=-1 x fsdp=8 does not make the 8"):
-        make_mesh(MeshConfig(fsdp=8), 8, devices)
-    assert make_mesh(MeshConfig(fsdp=8, slices=1), 8, devices).devices.shape == (1, 1, 8)
+    for cfg in (MeshConfig(fsdp=8), MeshConfig(fsdp=8, slices=1), MeshConfig(4, 2)):
+        assert make_mesh(cfg, 8, devices).devices.shape == (1, 8 // cfg.fsdp, cfg.fsdp)
     assert make_mesh(MeshConfig(), 6, devices[:4] + devices[4::2]).devices.shape == (1, 6, 1)
     tpus = [dataclasses.replace(x, platform="tpu") for x in devices]
+    with pytest.raises(ConfigError, match="slices=2 x data=-1 x fsdp=8 does not make the 8"):
+        make_mesh(MeshConfig(fsdp=8), 8, tpus)
     with pytest.raises(ConfigError, match="slices=4, but the TPUs are 2 slices; set 0"):
         make_mesh(MeshConfig(slices=4), 8, tpus)
 
