@@ -6,7 +6,9 @@ import datetime
 import decimal
 import io
 import json
+import math
 import pickle
+import re
 import shutil
 import struct
 import subprocess
@@ -416,7 +418,7 @@ BAD_LINES = {  # a line of the file, reason, what the message says
         "columns": (b"q,a,5,img/a.png\n", "wrong number of columns", "4 cells, 5"),
         "quote": (b'q,"a"b,5,,t\n', "broken CSV", "expected after"),
         "open quote": (b'q,"a,5,,t\n', "broken CSV", "quote a field"),
-        "latin-1": ("q,x,5,,Tür\n".encode("latin-1"), "not UTF-8", "'title'"),
+        "latin-1": ("q,x,5,,Tür\n".encode("latin-1"), "not UTF-8", "CSV) 'Tür': if that is right"),
     },
     ".jsonl": {
         "cut": (b'{"query": "q", \n', "broken JSON", "property name"),
@@ -610,6 +612,14 @@ def test_wrong_arguments(folder, change, message, policy):
         ("pairs.jsonl", b"", "is empty"),
         ("pairs.parquet", b"PAR1", "not a readable parquet file"),
         ("pairs.xlsx", b"", "unknown format; use one of .csv"),
+        ("pairs.xlsx", b"", 'in Excel save it as "CSV UTF-8"'),
+        ("pairs.csv", b"PK\3\4..", 'an Excel workbook; in Excel save it as "CSV UTF-8"'),
+        ("pairs.txt", b"query\n", "rename it, if it is a table"),
+        (
+            "pairs.csv",
+            "query,Größe\n".encode("cp1252"),
+            "cp1252 .*'Größe': .*iconv -f cp1252",
+        ),
         ("pairs.csv.gz", b"", "unknown format; unpack it, and use one of .csv"),
         ("pairs.csv", "query,id\n".encode("utf-16-le"), "not UTF-8"),
         ("pairs.csv", "query,id\n".encode("utf-16"), "no column 'score'; there are query, id"),
@@ -662,6 +672,8 @@ DIALECTS = {
     '猫, p2, "Cat; tabby", 90\n',
     "tabs.csv": "query\tproduct_id\ttitle\tscore\nred, shoes\tp1\tHeels\t50\n"
     "猫\tp2\tCat; tabby\t90\n",
+    "shouted.csv": "SEP=|\nquery|product_id|title|score\nred, shoes|p1|Heels|50\n"
+    "猫|p2|Cat; tabby|90\n",
     "commas.tsv": 'query,product_id,title,score\n"red, shoes",p1,Heels,50\n猫,p2,Cat; tabby,90\n',
 }
 
@@ -680,6 +692,46 @@ def test_dialects(folder, name, encoding):
     for litter in ("_SUCCESS", f".part-00000-{name}.crc", f"._{name}", ".DS_Store"):
         (parts / litter).write_bytes(b"\0\1")
     assert titles(run(folder, parts, fields=TEXT_FIELDS)) == TWO
+
+
+SCORES = {  # the scores, and whether the recipe is logarithmic, or none is needed
+    "grades": ([0, 1, 2, 3], False),
+    "cosines": ([-0.7, 0.1, 0.3, 0.9], False),
+    "above": ([7, 100, 700, 1234564], True),
+    "clicks": ([0, 0, 1, 1, 2, 3, 980], True),
+    "clicks up to 100": ([1, 1, 2, 2, 3, 97], True),
+    "margins": ([-1, -1, 0, 0, 0, 41], True),
+    "good": ([1, 50, 100], None),
+    "all alike": ([100, 100], None),
+}
+
+
+@pytest.mark.parametrize("kind", SCORES)
+def test_recipe_for_scores(folder, kind):
+    """What the message says of other scores makes good ones of them, in the same order."""
+    scores, logarithmic = SCORES[kind]
+    rows = [{"query": f"q{i}", "id": "a", "score": s, "title": "t"} for i, s in enumerate(scores)]
+    pairs = write_table(folder / "pairs.csv", rows)
+    fields = "--query_fields=query --document_fields=title --id_column=id"
+    try:
+        told = prepare.summary(run(folder, pairs, fields=fields))
+    except DataError as error:
+        told = str(error)
+    recipe = re.search(r" becomes (1 \+ 99 .*?)(?:$|; scores lie)", told, re.MULTILINE)
+    assert bool(recipe) == (logarithmic is not None), told
+    if recipe:
+        assert ("log1p" in recipe[1]) == logarithmic
+        made = [eval(recipe[1], {"s": s, "log1p": math.log1p}) for s in scores]
+        assert (min(made), max(made)) == (1, 100)
+        assert np.array_equal(np.argsort(made, stable=True), np.argsort(scores, stable=True))
+
+
+def test_recipe_where_bad_scores_are_left_out(folder):
+    rows = [{"query": f"q{s}", "id": "a", "score": s, "title": "t"} for s in (0, 3, 8)]
+    pairs = write_table(folder / "pairs.csv", rows)
+    fields = "--query_fields=query --document_fields=title --id_column=id"
+    store = run(folder, pairs, "--on_error=skip", fields=fields)
+    assert "go from 0 to 8; a score s becomes 1 + 99 * s / 8\n" in prepare.summary(store)
 
 
 def test_long_cells(folder):

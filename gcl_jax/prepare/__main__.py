@@ -43,9 +43,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from gcl_jax.data.store import VERSION
 from gcl_jax.errors import ConfigError, reported_in_one_line, spelled
 from gcl_jax.paths import local_path, output_path
+from gcl_jax.prepare.records import scores_recipe
 from gcl_jax.prepare.source import BadRows, arguments_of, code_checksum, make_source
 from gcl_jax.prepare.stores import finished_store, trained_on, write_store
 from gcl_jax.registry import SOURCES, load_extensions
@@ -349,6 +352,11 @@ def summary(store) -> str:
                 lines.append(f"  {side} field {field}: missing in {count}")
     if merged := provenance.get("merged spellings"):
         lines.append(f"  queries that differ in case or blanks only, merged: {merged} spellings")
+    recipe = provenance.get("scores")
+    if provenance["source"] == "tables" and not recipe:
+        recipe = scores_recipe(np.concatenate([store.pairs(n).score for n in info["splits"]]))
+    if recipe:
+        lines.append(f"  {recipe}")
     if hidden := provenance.get("hidden files"):
         lines.append(f"  hidden files (.DS_Store, ._*, __MACOSX), not read: {hidden}")
     if info.get("image_size"):

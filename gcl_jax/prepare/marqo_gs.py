@@ -30,6 +30,7 @@ from gcl_jax.prepare.rows import (
     Format,
     Row,
     Rows,
+    Table,
     as_object,
     count_bytes,
     is_a,
@@ -37,7 +38,7 @@ from gcl_jax.prepare.rows import (
     without_duplicate_keys,
 )
 from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Split
-from gcl_jax.prepare.tables import PAPER_SPLITS, Columns, Table, TablesSource
+from gcl_jax.prepare.tables import PAPER_SPLITS, Columns, TablesSource
 from gcl_jax.registry import SOURCES
 
 DOCUMENT_FIELDS = {"image": "image", "title": "text"}

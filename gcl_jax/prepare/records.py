@@ -18,6 +18,9 @@ from gcl_jax.data.negatives import compacted
 from gcl_jax.prepare.rows import Formats, Row, is_a, read_rows
 from gcl_jax.prepare.source import Item, Loaded, Place, Reason, Record, RowError, load_image
 
+MAX_SCORE = 100.0
+HEAVY_TAIL = 20  # times the median: 13 are the most of 10,000 from an exponential distribution
+
 
 class TableRecords:
     """Of every record its id, its place and a hash of its cells; `numbers` maps ids to 0, 1, ... in
@@ -336,10 +339,46 @@ def score_cell(value: object) -> float:
             raise TypeError
         score = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
-        raise RowError(Reason.BAD_SCORE, f"{value!r} is no number") from None
-    if not 1 <= score <= 100:  # NaN too
+        point = ": a point parts decimals, nothing thousands" if "," in str(value) else ""
+        raise RowError(Reason.BAD_SCORE, f"{value!r} is no number{point}") from None
+    if not 1 <= score <= MAX_SCORE:  # NaN too
         raise RowError(Reason.BAD_SCORE, f"{value!r}")
     return score
+
+
+def all_scores(files: Sequence[Path], column: str, formats: Formats) -> np.ndarray:
+    """The numbers of a column, in or out of 1..100, NaN where there is none."""
+
+    def number(row: Row | RowError) -> float:
+        try:
+            return math.nan if isinstance(row, RowError) else float(row[column])  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return math.nan
+
+    rows = (row for file in files for _, row in read_rows(file, [column], formats))
+    return np.fromiter(map(number, rows), float)
+
+
+def scores_recipe(scores: np.ndarray) -> str:
+    """What to do with scores that leave 1..100, or of which a few are far above the others, as
+    clicks are; "" if there is nothing to do. NaN is no score."""
+    scores = scores[np.isfinite(scores)]
+    if not scores.size:
+        return ""
+    low, high = float(scores.min()), float(scores.max())
+    above = scores[scores > low] - low
+    heavy = above.size > 0 and high - low > HEAVY_TAIL * np.median(above)
+    inside = low >= 1 and high <= MAX_SCORE
+    if low == high or (inside and not heavy):
+        return "" if inside else f"every score is {low:g}: give all of them 100"
+    least, span = str(low).removesuffix(".0"), str(high - low).removesuffix(".0")
+    shifted = "s" if not low else f"(s - {least})" if low > 0 else f"(s + {least[1:]})"
+    recipe, shape = f"1 + 99 * {shifted} / {span}", ""
+    if heavy:
+        recipe = f"1 + 99 * log1p({shifted.strip('()')}) / log1p({span})"
+        shape = f", half of those above the least at most {low + float(np.median(above)):g}"
+    wish = "if they are counts, as clicks are, s becomes" if inside else "a score s becomes"
+    return f"the scores go from {low:g} to {high:g}{shape}; {wish} {recipe}"
 
 
 def split_cell(value: object) -> str:

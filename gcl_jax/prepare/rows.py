@@ -3,6 +3,7 @@
 import codecs
 import collections
 import csv
+import dataclasses
 import functools
 import io
 import itertools
@@ -23,6 +24,8 @@ READ_BUFFER = 1 << 20  # bytes of a column, or characters of a JSON object, read
 MAX_ENTRY = 1 << 24  # characters; more than an entry of a JSON object or a cell can have
 _MARKS = {codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32"}
 _MARKS |= {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+_WORKBOOKS = b"PK\3\4", b"\xd0\xcf\x11\xe0"  # how .xlsx and .xls files begin
+_FROM_EXCEL = 'in Excel save it as "CSV UTF-8"'
 csv.field_size_limit(max(csv.field_size_limit(), MAX_ENTRY))
 
 Row = dict[str, object]
@@ -37,6 +40,16 @@ class Format(NamedTuple):
 
     rows: Callable[[Path, list[str]], Rows]
     count: Callable[[Path], int]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Table:
+    """A file of pairs or of documents: the corpus that its documents belong to, and the split that
+    its pairs make, where no column and no draw decides it."""
+
+    path: Path
+    corpus: str = "all"
+    split: str = "train"
 
 
 Formats = Mapping[str, Format]  # by a file's suffix; "" is a folder
@@ -67,6 +80,8 @@ def open_text(path: Path) -> io.TextIOWrapper:
     """Decodes UTF-8, and UTF-16 and 32 that begin with a byte order mark."""
     with path.open("rb") as file:
         head = file.read(4)
+    if head.startswith(_WORKBOOKS):
+        raise DataError(f"{path}: an Excel workbook; {_FROM_EXCEL}")
     encoding = next((name for mark, name in _MARKS.items() if head.startswith(mark)), "utf-8-sig")
     if encoding == "utf-8-sig" and b"\0" in head:
         raise DataError(f"{path}: not UTF-8 (zero bytes); save the file as UTF-8")
@@ -113,7 +128,7 @@ def _dialect(lines: "_Lines", columns: list[str], delimiters: str) -> tuple[str,
     """The first of `delimiters` that gives a header with all `columns`, or what Excel's first line
     "sep=;" says; and whether blanks stand around the names. The header is still to be read."""
     first = next(lines, "")
-    said = re.fullmatch(r'"?sep=(.)"?\s*', first)
+    said = re.fullmatch(r'"?(?i:sep)=(.)"?\s*', first)
     header = next(lines, "") if said else first
     lines.put_back(1 if said else 0)
     for delimiter in (delimiters := said[1] if said else delimiters):
@@ -268,15 +283,21 @@ def _format(path: Path, formats: Formats) -> Format:
         raise DataError(f"{path}: no such file")
     found = formats.get("" if path.is_dir() else path.suffix.lower())
     if found is None:
-        packed = path.suffix.lower() in (".gz", ".bz2", ".xz", ".zst", ".zip")
-        unpack = "unpack it, and " if packed else ""
-        raise DataError(f"{path}: unknown format; {unpack}use one of {', '.join(formats)}")
+        fix = f"use one of {', '.join(formats)}"
+        if is_a(path, ".gz", ".bz2", ".xz", ".zst", ".zip"):
+            fix = f"unpack it, and {fix}"
+        elif is_a(path, ".xlsx", ".xlsm", ".xls", ".ods"):
+            fix = f"{fix} ({_FROM_EXCEL})"
+        elif is_a(path, ".txt"):
+            fix = f"{fix} (rename it, if it is a table)"
+        raise DataError(f"{path}: unknown format; {fix}")
     return found
 
 
 def _require_columns(path: Path, columns: list[str], present: list[str]) -> None:
     if not _is_utf8(present):
-        raise DataError(f"{path}, line 1: not UTF-8; save the file as UTF-8")
+        text = next(name for name in present if not _is_utf8([name]))
+        raise DataError(f"{path}, line 1: not UTF-8{_in_cp1252(text)}; save the file as UTF-8")
     if not present:
         raise DataError(f"{path}: the file is empty or has no header line")
     for column in columns:
@@ -296,8 +317,20 @@ def _checked(row: Row, columns: list[str]) -> Row | RowError:
             return RowError(Reason.TOO_LARGE, f"column {column!r} has {len(value)} bytes")
     if _is_utf8([value for value in row.values() if isinstance(value, str)]):
         return row
-    bad = next(column for column, value in row.items() if not _is_utf8([str(value)]))
-    return RowError(Reason.NOT_UTF8, f"column {bad!r}")
+    bad, text = next((c, str(value)) for c, value in row.items() if not _is_utf8([str(value)]))
+    return RowError(Reason.NOT_UTF8, f"column {bad!r}{_in_cp1252(text)}")
+
+
+def _in_cp1252(text: str) -> str:
+    """How a text with undecodable bytes reads in what Excel's plain "CSV" is written in."""
+    try:
+        read = text.encode(errors="surrogateescape").decode("cp1252")
+    except UnicodeError:  # a surrogate that stood in JSON, or a byte that is no character
+        return ""
+    return (
+        f", in cp1252 (Excel's plain CSV) {read[:50]!r}: if that is right, iconv -f cp1252 "
+        "-t utf-8 converts the file"
+    )
 
 
 def _is_utf8(texts: list[str]) -> bool:

@@ -20,14 +20,17 @@ from gcl_jax.data.store import Pairs
 from gcl_jax.data.tokenizer import CLEANERS
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.records import (
+    MAX_SCORE,
     GivenNegatives,
     TableRecords,
+    all_scores,
     cells_of,
     id_cell,
     score_cell,
+    scores_recipe,
     split_cell,
 )
-from gcl_jax.prepare.rows import TABLES, Formats, Row, count_rows, read_rows, table_files
+from gcl_jax.prepare.rows import TABLES, Formats, Row, Table, count_rows, read_rows, table_files
 from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Source, Split
 from gcl_jax.registry import SOURCES
 
@@ -38,7 +41,6 @@ PAPER_SPLITS = {
     "novel_document": (0, 1),
     "zero_shot": (1, 1),
 }
-MAX_SCORE = 100.0
 _PAIR = np.dtype("i4, i4, f4, i4, i4, i8, i4")
 _PAIR.names = ("query", "document", "score", "split", "file", "row", "given")
 
@@ -66,16 +68,6 @@ class Columns:
             raise DataError("a query with an image needs a column with its id")
         if self.negative_queries and list(self.query_fields.values()) != ["text"]:
             raise DataError("negative queries are texts: they need queries of one text field")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Table:
-    """A file of pairs or of documents: the corpus that its documents belong to, and the split that
-    its pairs make, where no column and no draw decides it."""
-
-    path: Path
-    corpus: str = "all"
-    split: str = "train"
 
 
 class TablesSource(Source):
@@ -190,6 +182,7 @@ class TablesSource(Source):
         }
 
     def provenance(self) -> dict[str, object]:
+        skipped = self._bad_rows.counts()
         return {
             "source": "tables",
             "pairs": [str(table.path) for table in self._pair_tables],
@@ -198,6 +191,7 @@ class TablesSource(Source):
             "split": self._split,
             "seed": self._seed,
             **({"merged spellings": len(self._merged)} if self._merged else {}),
+            **({"scores": self._recipe} if Reason.BAD_SCORE.label in skipped else {}),
             **self._about,
         }
 
@@ -241,7 +235,7 @@ class TablesSource(Source):
                 table = self._pair_tables[file]
                 corpus = self._corpora.index(table.corpus)
                 query_id, query = self._query(row)
-                score = score_cell(row[names.score]) if names.score else MAX_SCORE
+                score = self._score(row[names.score]) if names.score else MAX_SCORE
                 split = split_cell(row[names.split]) if names.split else table.split
                 negatives = self._negatives.read(
                     row,
@@ -270,6 +264,18 @@ class TablesSource(Source):
                     place.row,
                     self._negatives.add(negatives),
                 )
+
+    def _score(self, cell: object) -> float:
+        try:
+            return score_cell(cell)
+        except RowError as error:
+            told = [error.detail, *([self._recipe] if self._recipe else [])]
+            raise RowError(error.reason, "; ".join(told)) from None
+
+    @functools.cached_property
+    def _recipe(self) -> str:
+        files = [table.path for table in self._pair_tables]
+        return scores_recipe(all_scores(files, str(self._columns.score), self._formats))
 
     def _query(self, row: Row) -> tuple[str, tuple]:
         values = cells_of(row, self.query_fields)
