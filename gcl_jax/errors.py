@@ -20,6 +20,9 @@ class UserError(argparse.ArgumentTypeError, ValueError):
 
     exit_code = 2  # of commands
 
+    def __str__(self) -> str:
+        return spelled(super().__str__())
+
 
 class ConfigError(UserError):
     """A configuration that cannot work."""

@@ -159,7 +159,7 @@ def path_of(text: str | os.PathLike) -> Path:
     """The path on this machine of what an argument names, as it is here now: nothing is fetched."""
     name = os.fspath(text)
     if not name or "\0" in name:
-        raise UserError(f"{name!r} is no path")
+        raise UserError(f"{name!r} is no path: it is empty, or has a null byte")
     if (found := _ADDRESS.match(name)) is None:
         try:
             return Path(name).expanduser()
@@ -222,13 +222,16 @@ def _is_copy(path: Path, about: dict[str, Any] | None = None) -> bool:
 def alone_at(path: Path) -> Iterator[Path]:
     """An empty folder, for the one process of this machine that brings `path` in step."""
     folder = cache_folder() / "copying" / hashlib.sha256(bytes(path)).hexdigest()[:24]
-    folder.parent.mkdir(parents=True, exist_ok=True)
     lock = filelock.FileLock(folder.with_suffix(".lock"))
     try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
         held = lock.acquire(blocking=False)
     except filelock.Timeout:
         print(f"waiting for another process, which copies {errors.spelled(path)}", file=sys.stderr)
         held = lock.acquire()
+    except OSError as error:
+        said = f"{cache_folder()} cannot be written ({error.strerror or error})"
+        raise UserError(f"{said}; set GCL_JAX_CACHE to a folder that can be") from None
     with held:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
@@ -286,8 +289,8 @@ def fetch(path: Path) -> None:
             for kind, digest in (("md5", md5_of(there[name])), ("sha256", sums.get(name))):
                 if digest and digest_of(copy, kind) != digest:
                     raise DataError(
-                        f"{address(path / name)} is damaged: its {kind} is another; prepare the "
-                        "store again, or copy it there again"
+                        f"{address(path / name)} is damaged: its {kind} is another; copy it there "
+                        "again, or remove the folder and prepare it again"
                     )
             mark_copy(copy, there[name])
             (path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -304,8 +307,8 @@ def _checksums(place: str, there: dict[str, dict[str, Any]]) -> dict[str, str]:
     sums = {name: digest for digest, _, name in (x.partition("  ") for x in text.splitlines())}
     if missing := sorted(sums.keys() - there.keys()):
         raise DataError(
-            f"{place}/{missing[0]} is missing, says {CHECKSUMS}; prepare the store again, or copy "
-            "it there again"
+            f"{place}/{missing[0]} is missing, says {CHECKSUMS}; copy it there again, or remove "
+            "the folder and prepare it again"
         )
     return sums
 

@@ -3,15 +3,19 @@
 import contextlib
 import errno
 import functools
+import io
 import os
 import re
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from conftest import TinySource
+from PIL import Image
 from test_search import untrained_run
 
+import gcl_jax
 from gcl_jax import config, paths
 from gcl_jax.data import __main__ as data
 from gcl_jax.data.store import RankedStore, visible_files
@@ -179,6 +183,29 @@ def test_the_commands_give_the_same_in_a_bucket_as_here(bucket, tmp_path, run):
         assert ours[name].replace(bytes(here), bucket.encode()) == theirs[name], name
     assert model_config(f"{bucket}/model") == model_config(str(here / "model"))
     assert bytes(tmp_path / "cache") not in b"".join(theirs.values())
+
+
+def test_python_takes_addresses_and_its_errors_name_them(bucket, tmp_path, run, monkeypatch):
+    workdir = untrained_run(TinySource(), tmp_path / "run")
+    for form in ("run", "open_clip"):
+        run(port, "export", f"--workdir={workdir}", f"--format={form}", f"--out={bucket}/{form}")
+    picture = io.BytesIO()
+    Image.new("RGB", (20, 20), (200, 0, 0)).save(picture, "PNG")
+    paths.filesystem(bucket).pipe_file(f"{bucket}/red.png", picture.getvalue())
+    here, there = gcl_jax.load(workdir), gcl_jax.load(f"{bucket}/run")
+    np.testing.assert_array_equal(
+        here.encode([{"image": picture.getvalue(), "title": "red"}]),
+        there.encode([{"image": f"{bucket}/red.png", "title": "red"}]),
+    )
+    assert gcl_jax.preset(f"{bucket}/open_clip/open_clip_config.json").embed_dim == here.embed_dim
+    for call in (gcl_jax.load, gcl_jax.from_pretrained, gcl_jax.open_store, gcl_jax.preset):
+        with pytest.raises(UserError, match=f"{bucket}/no.json"):
+            call(f"{bucket}/no.json")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GCL_JAX_CACHE", str(tmp_path / "file/cache"))
+    for workdir in (f"{bucket}/run", f"{bucket}/new"):
+        told = run(embed, f"--workdir={workdir}", f"--out={bucket}/vectors")
+        assert "file/cache cannot be written (Not a directory); set GCL_JAX_CACHE to" in told
 
 
 def said(call, *arguments):

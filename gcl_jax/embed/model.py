@@ -189,9 +189,8 @@ class GivenRecords(Records):
             elif isinstance(value, np.ndarray):
                 value = Image.fromarray(value)
             elif kind == "image" and isinstance(value, str | os.PathLike):
-                path = Path(value)
                 try:
-                    value = read_file(path)
+                    path, value = str(value), read_file(local_path(value))
                 except (OSError, ValueError) as error:
                     raise DataError(
                         f"{record['id']}, field {field!r}: cannot read the image: {error}"
@@ -274,7 +273,7 @@ def load(
     Raises:
         UserError: `workdir` is no run, or has no such checkpoint or dimensions.
     """
-    folder = Path(_path("workdir", workdir))
+    folder = local_path(_path("workdir", workdir))
     if not folder.is_dir():
         raise UserError(f"{folder} is no directory of a training run")
     kinds = None if image_fields is None else _texts_but(image_fields)

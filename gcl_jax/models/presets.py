@@ -13,11 +13,11 @@ import json
 import re
 from collections.abc import Mapping
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from gcl_jax.config import ModelConfig, PreprocessConfig, TextConfig, VisionConfig, from_dict
 from gcl_jax.errors import ConfigError
+from gcl_jax.paths import local_path
 
 # SigLIP's towers by timm's name of the size: width, layers, heads, MLP ratio.
 SIGLIP_SIZES = {
@@ -242,10 +242,11 @@ def preset(name: str) -> ModelConfig:
             + (f"near are {near}; " if near else "")
             + "`python -m gcl_jax.port --list` prints all, and an open_clip JSON file will do too"
         )
-    if not Path(name).is_file():
+    path = local_path(name)
+    if not path.is_file():
         raise ConfigError(f"model configuration {name}: no such file")
     try:
-        return from_open_clip(json.loads(Path(name).read_text()))
+        return from_open_clip(json.loads(path.read_text()))
     except OSError as error:
         raise ConfigError(f"model configuration {name}: {error.strerror}") from None
     except ConfigError as error:
