@@ -31,7 +31,8 @@ ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
 }
 COMMAND = (
-    "-m gcl_jax.prepare --pairs=pairs.csv --query_fields=query --id_column=id --score_column=score"
+    "-m gcl_jax.prepare --pairs=pairs.csv --query_fields=query --id_column=id --score_column=score "
+    "--val_share=0"
 )
 EDGE = 256  # of the store with reduced images that `--pipeline` compares as well
 

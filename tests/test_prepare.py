@@ -734,6 +734,67 @@ def test_recipe_where_bad_scores_are_left_out(folder):
     assert "go from 0 to 8; a score s becomes 1 + 99 * s / 8\n" in prepare.summary(store)
 
 
+def ranked(queries: int) -> list[dict]:
+    """Every query's words stand there under two ids."""
+    row = {"p": "p1", "title": "title", "score": 9}
+    documents = [row, row | {"p": "p2", "title": "other"}, row | {"p": "p3", "score": 50}]
+    return [
+        document | {"query": f"query {q // 2}", "id": f"q{q}"}
+        for q in range(queries)
+        for document in documents
+    ]
+
+
+@pytest.mark.parametrize(
+    ("queries", "arguments", "share", "told"),
+    [
+        (200, "", 0.1, "val is 0.1 of the queries, seed 0; --val_share=0 makes none"),
+        (200, "--seed=3", 0.1, "seed 3"),
+        (200, "--val_share=0.3", 0.3, "val is 0.3 of the queries"),
+        (40, "--val_share=0.5", 0.5, "val is 0.5 of the queries"),
+        (40, "", 0, "no val: fewer than 100 queries; --val_share=0.1 makes one"),
+        (200, "--val_share=0", 0, ""),
+        (200, "--split=train", 0, ""),
+    ],
+)
+def test_val_by_queries(folder, queries, arguments, share, told):
+    """No query is on both sides, nor are its words; all documents are searched."""
+    pairs = write_table(folder / "pairs.csv", ranked(queries))
+    fields = "--query_fields=query --document_fields=title --id_column=p --query_id_column=id"
+    store = run(folder, pairs, *arguments.split(), fields=fields)
+    assert store.splits == ["train", "val"][: 2 if share else 1]
+    assert told in prepare.summary(store)
+    assert ("val is" in prepare.summary(store)) == bool(share)
+    words = {
+        split: {store.queries[q]["query"] for q in store.pairs(split).query}
+        for split in store.splits
+    }
+    assert sum(map(len, words.values())) == len(set().union(*words.values()))
+    assert len(words.get("val", ())) == round(share * sum(map(len, words.values())))
+    assert sum(len(store.pairs(split)) for split in store.splits) == 3 * queries
+    assert all(len(store.corpus(split)) == 3 for split in store.splits)
+    again = run(folder, pairs, *arguments.split(), fields=fields)
+    assert again.digest == store.digest
+    with pytest.raises(UserError, match="exists already"):
+        run(folder, pairs, "--val_share=0.2", fields=fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--val_share=1", "--val_share=1.0 is not from 0 to below 1"),
+        ("--val_share=nan", "is not from 0 to below 1"),
+        ("--val_share=0.1 --split=paper", "leave out --split"),
+        ("--val_share=0.1 --split_column=title", "leave out --split"),
+        ("--val_share=0.01", "no pair is left for split 'val'"),
+    ],
+)
+def test_val_that_cannot_be(folder, arguments, message):
+    pairs = write_table(folder / "pairs.csv", PAIRS)
+    with pytest.raises(UserError, match=message):
+        run(folder, pairs, *arguments.split())
+
+
 def test_long_cells(folder):
     """Python's reader stops at 131,072 characters."""
     names = json.dumps([f"n{i}" for i in range(15_000)])

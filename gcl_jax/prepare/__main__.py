@@ -215,11 +215,23 @@ def make_parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--split",
         choices=("train", "paper"),
-        help="all pairs in one split (default), or the paper's in_domain, novel_query, "
-        "novel_document and zero_shot, drawn from 80/20 of the queries and 50/50 of the documents",
+        help="all pairs in one split, or the paper's in_domain, novel_query, novel_document and "
+        "zero_shot, drawn from 80/20 of the queries and 50/50 of the documents (default: train and "
+        "val by --val_share)",
     )
-    one.add_argument("--split_column", metavar="COLUMN", help="the column that names each split")
-    splits.add_argument("--seed", type=int, help="of the paper's splits (default 0)")
+    one.add_argument(
+        "--split_column",
+        metavar="COLUMN",
+        help="the column that names each split; the queries of every split search all documents",
+    )
+    splits.add_argument(
+        "--val_share",
+        type=float,
+        metavar="SHARE",
+        help="of the queries, with all their pairs, for a split val; they search all documents "
+        "(default: 0.1 of 100 queries or more, without the flags above; 0: one split)",
+    )
+    splits.add_argument("--seed", type=int, help="of splits that are drawn (default 0)")
     return parser
 
 
@@ -316,6 +328,10 @@ def fingerprint_of(
     that they name, or that lie in folders that they name. Image files are taken as unchanging."""
     options = {k: v for k, v in vars(args).items() if k not in NO_CONTENT}
     options |= {k: v for k, v in ABSENT.items() if options[k] is None}
+    if args.val_share is None and args.source == "tables" and not (args.split or args.split_column):
+        options["val_share"] = "default"
+    if not options["val_share"]:
+        del options["val_share"]
     if args.image_size is None:  # Earlier versions had no such flag.
         del options["image_size"]
     if not make.__module__.startswith("gcl_jax."):
@@ -352,6 +368,8 @@ def summary(store) -> str:
                 lines.append(f"  {side} field {field}: missing in {count}")
     if merged := provenance.get("merged spellings"):
         lines.append(f"  queries that differ in case or blanks only, merged: {merged} spellings")
+    if validation := provenance.get("validation"):
+        lines.append(f"  {validation}")
     recipe = provenance.get("scores")
     if provenance["source"] == "tables" and not recipe:
         recipe = scores_recipe(np.concatenate([store.pairs(n).score for n in info["splits"]]))

@@ -13,8 +13,8 @@ from gcl_jax.data.store import is_hidden, visible_files
 from gcl_jax.data.transforms import IMAGE_ENDINGS
 from gcl_jax.errors import DataError
 from gcl_jax.prepare.rows import Format, Row, Rows, Table, is_a, json_object, table_files
-from gcl_jax.prepare.source import BadRows, Reason, RowError
-from gcl_jax.prepare.tables import Columns, TablesSource
+from gcl_jax.prepare.source import BadRows, Columns, Reason, RowError
+from gcl_jax.prepare.tables import TablesSource
 from gcl_jax.registry import SOURCES
 
 CAPTION_KEYS = ("caption", "text")

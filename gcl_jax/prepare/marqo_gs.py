@@ -37,8 +37,8 @@ from gcl_jax.prepare.rows import (
     open_text,
     without_duplicate_keys,
 )
-from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Split
-from gcl_jax.prepare.tables import PAPER_SPLITS, Columns, TablesSource
+from gcl_jax.prepare.source import BadRows, Columns, Place, Reason, RowError, Split
+from gcl_jax.prepare.tables import PAPER_SPLITS, TablesSource
 from gcl_jax.registry import SOURCES
 
 DOCUMENT_FIELDS = {"image": "image", "title": "text"}

@@ -169,6 +169,31 @@ class Loaded:
     errors: list[tuple[Place, RowError]]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Columns:
+    """Which columns mean what; fields map a column to its kind, "text" or "image". Without
+    `query_id`, the query's texts identify it; without `score`, every pair has the best one. The
+    cells of `negative_documents` list ids, those of `negative_queries` texts of queries."""
+
+    query_fields: dict[str, str]
+    document_fields: dict[str, str]
+    document_id: str
+    score: str | None
+    query_id: str | None = None
+    split: str | None = None
+    negative_documents: str | None = None
+    negative_queries: str | None = None
+
+    def __post_init__(self) -> None:
+        for fields in (self.query_fields, self.document_fields):
+            if "id" in fields:
+                raise DataError("a field cannot be named 'id'; rename that column")
+        if self.query_id is None and "image" in self.query_fields.values():
+            raise DataError("a query with an image needs a column with its id")
+        if self.negative_queries and list(self.query_fields.values()) != ["text"]:
+            raise DataError("negative queries are texts: they need queries of one text field")
+
+
 # A source yields records, or what loads one in another thread: reading and decoding an image takes
 # longer than writing it.
 Item = Record | Callable[[], Loaded]
@@ -188,6 +213,12 @@ class Split:
     corpus: str = "all"
     negatives: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     ground_truth: Mapping[str, Pairs] = dataclasses.field(default_factory=dict)
+
+
+def drawn(groups: np.ndarray, share: float, rng: np.random.Generator) -> np.ndarray:
+    """int8 (n,): 1 for members of a `share` of the different `groups`, (n,), else 0."""
+    found, member = np.unique(groups, return_inverse=True)
+    return (rng.permutation(len(found)) < round(len(found) * share))[member].astype(np.int8)
 
 
 class Source(abc.ABC):

@@ -18,7 +18,7 @@ import numpy as np
 from gcl_jax import logs
 from gcl_jax.data.store import Pairs
 from gcl_jax.data.tokenizer import CLEANERS
-from gcl_jax.errors import DataError
+from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare.records import (
     MAX_SCORE,
     GivenNegatives,
@@ -31,7 +31,7 @@ from gcl_jax.prepare.records import (
     split_cell,
 )
 from gcl_jax.prepare.rows import TABLES, Formats, Row, Table, count_rows, read_rows, table_files
-from gcl_jax.prepare.source import BadRows, Place, Reason, RowError, Source, Split
+from gcl_jax.prepare.source import BadRows, Columns, Place, Reason, RowError, Source, Split, drawn
 from gcl_jax.registry import SOURCES
 
 # The half of the queries and of the documents (its corpus) that each split of the paper takes.
@@ -41,33 +41,10 @@ PAPER_SPLITS = {
     "novel_document": (0, 1),
     "zero_shot": (1, 1),
 }
+VAL_SPLITS = {"train": (0, 0), "val": (1, 0)}
+VAL_SHARE, VAL_QUERIES = 0.1, 100  # by default, of so many queries or more
 _PAIR = np.dtype("i4, i4, f4, i4, i4, i8, i4")
 _PAIR.names = ("query", "document", "score", "split", "file", "row", "given")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Columns:
-    """Which columns mean what; fields map a column to its kind, "text" or "image". Without
-    `query_id`, the query's texts identify it; without `score`, every pair has the best one. The
-    cells of `negative_documents` list ids, those of `negative_queries` texts of queries."""
-
-    query_fields: dict[str, str]
-    document_fields: dict[str, str]
-    document_id: str
-    score: str | None
-    query_id: str | None = None
-    split: str | None = None
-    negative_documents: str | None = None
-    negative_queries: str | None = None
-
-    def __post_init__(self) -> None:
-        for fields in (self.query_fields, self.document_fields):
-            if "id" in fields:
-                raise DataError("a field cannot be named 'id'; rename that column")
-        if self.query_id is None and "image" in self.query_fields.values():
-            raise DataError("a query with an image needs a column with its id")
-        if self.negative_queries and list(self.query_fields.values()) != ["text"]:
-            raise DataError("negative queries are texts: they need queries of one text field")
 
 
 class TablesSource(Source):
@@ -75,9 +52,11 @@ class TablesSource(Source):
     their own, `documents`.
 
     Splits are those that a column names, or the paper's four (`split="paper"`), drawn with `seed`:
-    80% of the queries and 50% of the documents are in domain; else each table names its own.
+    80% of the queries and 50% of the documents are in domain; else each table names its own, or
+    "val" is drawn.
 
     Args:
+        val_share: of the queries, drawn for "val"; None: a tenth, if there are 100 or more.
         in_order_of_pairs: write documents as the pairs first name them, not as their files do.
         merge_spellings: unless queries have ids, take those that differ in case and blanks only,
             which a tokenizer may not tell apart, for the one that comes first.
@@ -97,6 +76,7 @@ class TablesSource(Source):
         documents: Sequence[Table] = (),
         image_root: Path | None = None,
         split: str = "train",
+        val_share: float | None = 0.0,
         seed: int = 0,
         in_order_of_pairs: bool = False,
         merge_spellings: bool = True,
@@ -108,6 +88,8 @@ class TablesSource(Source):
         self._pair_tables, self._document_tables = pairs, documents
         self._formats, self._about = formats, about or {}
         self._merge = merge_spellings and columns.query_id is None
+        self._val_share = val_share
+        self._drawn = PAPER_SPLITS if split == "paper" else VAL_SPLITS if val_share != 0 else {}
         self._first: dict[tuple, tuple] = {}  # cells as a tokenizer sees them: the first such cells
         self._merged: set[tuple] = set()
         self._words: dict[tuple, int] = {}
@@ -155,8 +137,9 @@ class TablesSource(Source):
             corpus = {name: corpus.get(name, self._corpora[0]) for name in masks}
         else:
             query, document = (halves[side][pairs[side]] for side in ("query", "document"))
-            masks = {n: (query == q) & (document == d) for n, (q, d) in PAPER_SPLITS.items()}
-            corpus = {name: f"half_{half}" for name, (_, half) in PAPER_SPLITS.items()}
+            masks = {n: (query == q) & (document == d) for n, (q, d) in self._drawn.items()}
+            one = "half_{}" if self._split == "paper" else self._corpora[0]
+            corpus = {name: one.format(half) for name, (_, half) in self._drawn.items()}
         if len(pairs) and (empty := [name for name, mask in masks.items() if not mask.any()]):
             raise DataError(f"no pair is left for split {empty[0]!r}; give more, or fewer splits")
         columns = Pairs.__slots__
@@ -171,10 +154,9 @@ class TablesSource(Source):
         }
 
     def corpora(self) -> dict[str, np.ndarray]:
-        if self._halves is not None:
-            return {
-                f"half_{half}": np.flatnonzero(self._halves["document"] == half) for half in (0, 1)
-            }
+        if self._split == "paper" and self._halves:
+            half_of = self._halves["document"]
+            return {f"half_{half}": np.flatnonzero(half_of == half) for half in (0, 1)}
         positions = self._documents.positions()
         return {
             name: np.sort(positions[self._documents.members(number) & self._documents.kept])
@@ -190,6 +172,7 @@ class TablesSource(Source):
             "columns": dataclasses.asdict(self._columns),
             "split": self._split,
             "seed": self._seed,
+            **({"validation": self._validation()} if self._drawn is VAL_SPLITS else {}),
             **({"merged spellings": len(self._merged)} if self._merged else {}),
             **({"scores": self._recipe} if Reason.BAD_SCORE.label in skipped else {}),
             **self._about,
@@ -252,7 +235,7 @@ class TablesSource(Source):
                 elif not self._documents.is_in(document_id := self._document_id(row), corpus):
                     raise RowError(Reason.UNKNOWN_DOCUMENT, repr(document_id))
                 number = self._queries.add(file, place.row, query_id, query)
-                if self._split == "paper" and number == len(self._words_of):
+                if self._drawn and number == len(self._words_of):
                     words = self._words.setdefault(_cleaned(query), len(self._words))
                     self._words_of.append(words)
                 yield (
@@ -338,21 +321,29 @@ class TablesSource(Source):
 
     @functools.cached_property
     def _halves(self) -> dict[str, np.ndarray] | None:
-        """The paper's split: 1 for a fifth of the queries and half of the documents, else 0; -1 for
-        a query without pairs, which are the last ones."""
-        if self._split != "paper":
+        """1 for the queries and documents that were drawn, in the paper's split a fifth and half,
+        else 0; -1 for a query without pairs, which are the last ones. None if nothing is drawn."""
+        if not self._drawn:
             return None
         rng = np.random.default_rng(self._seed)
-
-        def draw(groups: np.ndarray, one_in: int) -> np.ndarray:
-            found, member = np.unique(groups, return_inverse=True)
-            drawn = rng.permutation(len(found)) < round(len(found) / one_in)
-            return drawn[member].astype(np.int8)
-
         paired, alone = np.split(self._queries.kept, [self._paired_queries])
         words = np.array(self._words_of, np.int64)[paired]  # one side for several ids of the same
-        query = np.append(draw(words, 5), np.full(alone.sum(), -1, np.int8))
-        return {"query": query, "document": draw(np.flatnonzero(self._documents.kept), 2)}
+        if self._split == "paper":
+            shares = 1 / 5, 1 / 2
+        elif self._val_share is None and len(np.unique(words)) < VAL_QUERIES:
+            return None
+        else:
+            shares = VAL_SHARE if self._val_share is None else self._val_share, 0
+        query = np.append(drawn(words, shares[0], rng), np.full(alone.sum(), -1, np.int8))
+        documents = drawn(np.flatnonzero(self._documents.kept), shares[1], rng)
+        return {"query": query, "document": documents}
+
+    def _validation(self) -> str:
+        if self._halves is None:
+            few = f"fewer than {VAL_QUERIES} queries"
+            return f"no val: {few}; --val_share={VAL_SHARE} makes one"
+        share = VAL_SHARE if self._val_share is None else self._val_share
+        return f"val is {share:.3g} of the queries, seed {self._seed}; --val_share=0 makes none"
 
 
 @functools.lru_cache(2**16)
@@ -374,11 +365,18 @@ def tables_source(
     negative_documents_column: str | None = None,
     negative_queries_column: str | None = None,
     split_column: str | None = None,
-    split: str = "train",
+    split: str | None = None,
+    val_share: float | None = None,
     seed: int = 0,
     image_root: Path | None = None,
 ) -> TablesSource:
     """Tables of scored pairs, and of their documents if these stand in files of their own."""
+    if not 0 <= (val_share or 0) < 1:
+        raise ConfigError(f"--val_share={val_share} is not from 0 to below 1")
+    if val_share and (split == "paper" or split_column):
+        raise ConfigError("--val_share draws from one split: leave out --split and --split_column")
+    if val_share is None and (split or split_column):
+        val_share = 0.0
     columns = Columns(
         query_fields,
         document_fields,
@@ -395,6 +393,7 @@ def tables_source(
         bad_rows,
         documents=[Table(file) for path in documents for file in table_files(path)],
         image_root=image_root,
-        split=split,
+        split=split or "train",
+        val_share=val_share,
         seed=seed,
     )
