@@ -373,9 +373,9 @@ def objectives(metric: str) -> str:
     return markdown([METRICS[metric], *SPLITS.values()], rows)
 
 
-def photos(metric: str) -> str:
+def photos(metric: str, name: str = "photos, 240 steps") -> str:
     """CLIP and GCL on images that decide."""
-    figures = load("photos")["photos, 240 steps"]
+    figures = load("photos")[name]
     rows = [
         [name, *(f"{of[split][metric]:.3f}" for split in SPLITS)]
         for name, of in figures["baselines"].items()
@@ -529,6 +529,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "objectives_recall": lambda: objectives("Recall@10"),
     "photos_ndcg": lambda: photos("NDCG@10"),
     "photos_err": lambda: photos("mERR"),
+    "photos_convnet": lambda: photos("NDCG@10", "photos, convnet, 240 steps"),
     "chips": chips,
     "pods": pods,
     "meshes": meshes,
