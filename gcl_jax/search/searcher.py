@@ -161,6 +161,7 @@ def fields_of_kind(records: Records, record: Mapping[str, Any], kind: str) -> di
 
 def save_images(documents: Records, rows: np.ndarray, folder: Path, prefix: str) -> None:
     """Writes the images of the documents `rows` as stored: FOLDER/PREFIX-RANK-FIELD.TYPE."""
+    folder.mkdir(parents=True, exist_ok=True)
     for rank, row in enumerate(rows, 1):
         for field, encoded in fields_of_kind(documents, documents[row], "image").items():
             name = f"{prefix}-{rank:02}-{field}.{image_type(encoded)}"
