@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import ConfigError, DataError, spelled
 from gcl_jax.evaluate import metrics, trec
 from gcl_jax.evaluate.judgements import group_members
 from gcl_jax.paths import replacing, write_json
@@ -331,7 +331,7 @@ def format_comparison(a: Path, b: Path, comparison: Mapping[str, Mapping[str, Di
             split = ""
     text = text_table(["split", "metric", "A", "B", "B - A", "95% interval", "p", ""], rows)
     return (
-        f"A: {a}\nB: {b}\n\n{text}\n\n"
+        f"A: {spelled(a)}\nB: {spelled(b)}\n\n{text}\n\n"
         "* the interval excludes 0. p: two-sided paired t-test, not corrected for their\n"
         "  number. The interval: 10,000 paired bootstrap samples of the queries."
     )

@@ -114,7 +114,8 @@ def read_metrics(
         except (ValueError, KeyError, TypeError, AttributeError):
             what = "no evaluation"
         again = f"python -m gcl_jax.evaluate --workdir={workdir} --checkpoint={step}"
-        print(f"{path} is {what}, so the model card leaves it out; `{again}`", file=sys.stderr)
+        line = f"{path} is {what}, so the model card leaves it out; `{again}`"
+        print(spelled(line), file=sys.stderr)
     return metrics
 
 
