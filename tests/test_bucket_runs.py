@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -171,25 +173,18 @@ def arrays(workdir, step):
     return {name: np.asarray(x) for name, x in saved.read(wanted).items()}, saved.data
 
 
-def test_a_run_in_a_bucket_survives_the_death_of_all_its_processes(
-    bucket, bucket_server, config_file, tmp_path, monkeypatch
-):
-    """Two, on hosts that share nothing but the bucket, killed in the midst of a save; one continues
-    like one that continues from the same checkpoint on this machine."""
-    cfg = config.load(config_file.with_suffix(".json"))
-    cfg.optim.steps, cfg.optim.batch_size, cfg.eval.every = 12, 8, 0
-    config.save(cfg, config_file.with_suffix(".json"))
-    place = f"{bucket}/run"
+def on_two_hosts(command, hosts):
+    """`command` as two processes, which share nothing but the bucket."""
     with socket.create_server(("localhost", 0)) as server:
         flags = [f"--coordinator=localhost:{server.getsockname()[1]}", "--num_processes=2"]
-    pair = [
-        subprocess.Popen(
-            train_command(config_file, place, *flags, f"--process_id={rank}"),
-            env=ENVIRONMENT | bucket_server | {"GCL_JAX_CACHE": str(tmp_path / f"host{rank}")},
-            cwd=ROOT,
-        )
-        for rank in range(2)
+    return [
+        subprocess.Popen([*command, *flags, f"--process_id={rank}"], env=host, cwd=ROOT)
+        for rank, host in enumerate(hosts)
     ]
+
+
+def kill_in_a_save(pair, place):
+    """Once there is a checkpoint, and another is being written."""
     try:
         deadline = time.monotonic() + PATIENCE_SECONDS
         while True:
@@ -205,6 +200,28 @@ def test_a_run_in_a_bucket_survives_the_death_of_all_its_processes(
         for process in pair:
             process.kill()
             process.wait()
+
+
+@pytest.fixture
+def hosts(bucket_server, tmp_path):
+    """The environments of processes on two hosts."""
+    return [
+        ENVIRONMENT | bucket_server | {"GCL_JAX_CACHE": str(tmp_path / f"host{rank}")}
+        for rank in range(2)
+    ]
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_survives_the_death_of_all_its_processes(
+    bucket, hosts, config_file, tmp_path, monkeypatch
+):
+    """Two, on hosts that share nothing but the bucket, killed in the midst of a save; one continues
+    like one that continues from the same checkpoint on this machine."""
+    cfg = config.load(config_file.with_suffix(".json"))
+    cfg.optim.steps, cfg.optim.batch_size, cfg.eval.every = 12, 8, 0
+    config.save(cfg, config_file.with_suffix(".json"))
+    place = f"{bucket}/run"
+    kill_in_a_save(on_two_hosts(train_command(config_file, place), hosts), place)
     monkeypatch.setenv("GCL_JAX_CACHE", str(tmp_path / "host0"))  # which need not wait for itself
     workdir = output_path(place)
     step = max(complete_steps(remote(workdir / "checkpoints")))
@@ -231,3 +248,69 @@ def test_a_run_in_a_bucket_survives_the_death_of_all_its_processes(
     assert sum("tfevents" in name for name in names) == 2
     assert "lease.json" not in names
     assert address(workdir) == place
+
+
+@pytest.mark.slow
+def test_a_whole_life_in_a_bucket_is_that_on_this_machine(bucket, hosts, config_file, tmp_path):
+    """By the commands: from a table to vectors, negatives and another run, on two hosts in turn.
+    What they write is compared with what the same commands write here, from the same checkpoint."""
+    cfg = config.load(config_file.with_suffix(".json"))
+    cfg.optim.steps, cfg.optim.batch_size, cfg.eval.every = 12, 8, 0
+    cfg.data.document_fields, cfg.data.query_fields = {"title": 1.0}, {"query": 1.0}
+    config.save(cfg, config_file.with_suffix(".json"))
+    rows = (f"find {i % 20},d{i % 97},thing {i % 97},{1 + i * 37 % 100}\n" for i in range(240))
+    (tmp_path / "pairs.csv").write_text("query,id,title,score\n" + "".join(rows))
+    here = tmp_path / "here"
+    columns = ["--query_fields=query", "--document_fields=title", "--id_column=id"]
+    columns += ["--score_column=score", "--split=paper"]
+
+    def call(name, *arguments, host=0):
+        command = [sys.executable, "-m", f"gcl_jax.{name}", *map(str, arguments)]
+        done = subprocess.run(command, env=hosts[host], cwd=ROOT, text=True, capture_output=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    for place in (here, bucket):
+        call("prepare", f"--pairs={tmp_path}/pairs.csv", *columns, f"--out={place}/store")
+    train_there = train_command(config_file, f"{bucket}/run", f"--config.data.store={bucket}/store")
+    kill_in_a_save(on_two_hosts(train_there, hosts), f"{bucket}/run")
+    filesystem(bucket).get(f"{bucket}/run/", str(here / "run"), recursive=True)
+    (here / "run/lease.json").unlink()
+
+    printed = {here: "", bucket: ""}
+    for place in printed:
+        store, run = f"--config.data.store={place}/store", f"--workdir={place}/run"
+        call("train", train_there[3], train_there[5], run)
+        for host, name, *arguments in (
+            (1, "evaluate", run),
+            (0, "search", run, "find 3", "--top_k=5"),
+            (1, "embed", run, f"--out={place}/vectors", "--export=parquet"),
+            (0, "mine", run, f"--out={place}/mined", "--relative_margin=0"),
+            (1, "report", run),
+            (0, "port", "export", run, "--format=run", f"--out={place}/parameters"),
+            (1, "evaluate", f"--workdir={place}/parameters"),
+            (0, "evaluate", "--compare", f"{place}/run", f"{place}/parameters"),
+            (1, "data", "verify", f"{place}/store"),
+        ):
+            printed[place] += call(name, *arguments, host=host)
+        start = f"--config.init_from={place}/run@8"
+        call("train", train_there[3], store, f"--workdir={place}/next", start, host=1)
+    alike = [re.sub(r"\d+ bytes", "", text) for text in printed.values()]
+    assert alike[0].replace(str(here), bucket) == alike[1]
+    names = {x.relative_to(here).as_posix() for x in here.rglob("*") if x.is_file()}
+    compared = [x for x in names if re.match("(run/eval|vectors|mined|parameters/eval)/", x)]
+    assert len(compared) >= 9  # of evaluations, embeddings and negatives
+    for name in compared:
+        theirs = filesystem(bucket).cat_file(f"{bucket}/{name}")
+        assert (here / name).read_bytes().replace(bytes(here), bucket.encode()) == theirs, name
+    for run in ("run", "next"):
+        theirs = filesystem(bucket).cat_file(f"{bucket}/{run}/metrics.jsonl").splitlines()
+        ours = (here / run / "metrics.jsonl").read_text().splitlines()
+        losses = [[json.loads(x).get("loss") for x in rows] for rows in (ours, theirs)]
+        assert losses[0] == losses[1]
+    assert all(
+        process.wait(PATIENCE_SECONDS) == 0
+        for process in on_two_hosts(
+            [sys.executable, "-m", "gcl_jax.evaluate", f"--workdir={bucket}/run"], hosts
+        )
+    )
