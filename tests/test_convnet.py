@@ -51,7 +51,7 @@ def by_torch(params, images):
 
 
 def test_embeddings_and_gradients_equal_torchs():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs the [parity] extra")
     graphdef, state = nnx.split(tower())
     images = np.random.default_rng(0).normal(size=(3, 16, 16, 3)).astype(np.float32)
     weights = np.random.default_rng(1).normal(size=(3, 24)).astype(np.float32)

@@ -1,18 +1,24 @@
 """launch/sky.yaml as SkyPilot itself reads it; in an environment of its own: `make test-sky`."""
 
 import copy
+import importlib.util
 from pathlib import Path
 
 import pytest
 import yaml
 
-sky = pytest.importorskip("sky", reason="needs skypilot: make test-sky")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("sky") is None, reason="needs make test-sky"),
+]
 
 TASK = yaml.safe_load((Path(__file__).parents[1] / "launch/sky.yaml").read_text())
 GIVEN = {"BUCKET": "mine", "STORE": "/bucket/a", "WORKDIR": "/bucket/runs/a", "CONFIG": "c.py"}
 
 
 def read(given, **changes):
+    import sky
+
     return sky.Task.from_yaml_config(copy.deepcopy(TASK) | changes, env_overrides=[*given.items()])
 
 
