@@ -309,13 +309,18 @@ def adafactor(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTrans
 
 @OPTIMIZERS.register("muon")
 def muon(cfg: OptimConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """optax's for the matrices of the blocks, each layer's own, and AdamW for all else, at updates
-    of one size (arXiv 2502.16982), so that `lr` means what it does for AdamW."""
+    """optax's for the matrices of the blocks, each layer's own, and their convolutions, and AdamW
+    for all else, at updates of one size (arXiv 2502.16982), so that `lr` means what it does for
+    AdamW."""
+    matrix = optax.contrib.MuonDimensionNumbers(1, 2)  # (layers, inputs, outputs)
+    kernel = optax.contrib.MuonDimensionNumbers((0, 1, 2), 3)  # (height, width, inputs, outputs)
 
     def matrices(params):
         def of(path, x):
-            is_one = _is_stacked(path) and x.ndim == 3  # (layers, inputs, outputs)
-            return optax.contrib.MuonDimensionNumbers(1, 2) if is_one else None
+            if _is_stacked(path):
+                return matrix if x.ndim == 3 else None
+            within = any(getattr(key, "key", None) == "layers" for key in path)
+            return kernel if within and x.ndim == 4 else None
 
         return jax.tree_util.tree_map_with_path(of, params)
 

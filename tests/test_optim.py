@@ -312,7 +312,9 @@ def drawn(shapes):
 
 
 BLOCKS = "visual.transformer.blocks"
+CONVOLUTION = "visual.layers.0.conv_1"
 SHAPES = {f"{BLOCKS}.kernel": (2, 8, 12), f"{BLOCKS}.bias": (2, 12), "visual.proj": (8, 4)}
+SHAPES |= {CONVOLUTION: (3, 3, 4, 12), "visual.stem": (3, 3, 3, 4)}
 
 
 def updates_of(cfg, times=1):
@@ -360,16 +362,18 @@ def test_an_optimizer_takes_what_it_knows_of_the_options():
 def test_muon_orthogonalises_every_layer_and_leaves_the_rest_to_adamw():
     plain = {"lr": 0.1, "warmup_steps": 0, "weight_decay": 0.1}
     muon, adamw = (updates_of(OptimConfig(optimizer=name, **plain)) for name in ("muon", "adamw"))
-    for name in (f"{BLOCKS}.bias", "visual.proj"):
+    for name in (f"{BLOCKS}.bias", "visual.proj", "visual.stem"):
         np.testing.assert_allclose(
             muon[name], updates_of(OptimConfig(optimizer="nadamw", **plain))[name], rtol=1e-4
         )
-    decay = -0.1 * 0.1 * np.asarray(drawn(SHAPES)[0]["visual"]["transformer"]["blocks"]["kernel"])
-    sizes = np.linalg.svd(muon[f"{BLOCKS}.kernel"] - decay, compute_uv=False)
-    assert sizes.shape == (2, 8)
-    assert sizes.max() < 2 * sizes.min()
+    params = traverse_util.flatten_dict(drawn(SHAPES)[0], sep=".")
     rms = lambda x: np.sqrt((x**2).mean())
-    assert 0.1 < rms(muon[f"{BLOCKS}.kernel"]) / rms(adamw[f"{BLOCKS}.kernel"]) < 0.4
+    for name, matrices in ((f"{BLOCKS}.kernel", (2, 8, 12)), (CONVOLUTION, (1, 36, 12))):
+        update = muon[name] + 0.1 * 0.1 * np.asarray(params[name])
+        sizes = np.linalg.svd(update.reshape(matrices), compute_uv=False)
+        assert sizes.shape == (matrices[0], min(matrices[1:]))
+        assert sizes.max() < 2 * sizes.min()
+        assert 0.1 < rms(muon[name]) / rms(adamw[name]) < 0.4
 
 
 def test_layers_are_frozen_and_slowed_whatever_the_optimizer():

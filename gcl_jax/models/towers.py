@@ -2,6 +2,7 @@
 build them, a small convolutional network, CLIP's text transformer, and BERT.
 `gcl_jax.models.families` declares them."""
 
+import functools
 import math
 
 import jax
@@ -182,11 +183,31 @@ def _convolved(
 ) -> Float[Array, "b y x d"]:
     """3 x 3 with a border of zeros; the first output stands on the first cell, whatever the stride,
     as in torch with padding 1."""
+    convolve = functools.partial(_convolve, stride=stride)
+    weights = kernel[...].astype(x.dtype)
+    if stride == 1:
+        return convolve(x, weights)
+    # XLA's gradients of strided convolutions on CPUs take two to five times as long.
+    by_product = functools.partial(_convolve_by_product, stride=stride)
+    return jax.lax.platform_dependent(x, weights, cpu=by_product, default=convolve)
+
+
+def _convolve(x, kernel, stride: int):
     layout = ("NHWC", "HWIO", "NHWC")
     pads = [(1, 1), (1, 1)]
-    return jax.lax.conv_general_dilated(
-        x, kernel[...].astype(x.dtype), (stride, stride), pads, dimension_numbers=layout
-    )
+    return jax.lax.conv_general_dilated(x, kernel, (stride, stride), pads, dimension_numbers=layout)
+
+
+def _convolve_by_product(x, kernel, stride: int):
+    """The same as one product of matrices, each cell with its neighbours side by side."""
+    rows, columns = (-(-size // stride) for size in x.shape[1:3])
+    padded = jnp.pad(x, ((0, 0), (1, stride), (1, stride), (0, 0)))
+    neighbours = [
+        padded[:, i : i + stride * rows : stride, j : j + stride * columns : stride]
+        for i in range(3)
+        for j in range(3)
+    ]
+    return jnp.concatenate(neighbours, -1) @ kernel.reshape(-1, kernel.shape[-1])
 
 
 class TextTransformer(nnx.Module):
