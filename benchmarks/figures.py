@@ -301,6 +301,22 @@ def loss() -> str:
     return markdown(["pairs", *methods.values()], rows)
 
 
+def serving() -> str:
+    """The API under load: one client after another, many at a time, and without batches."""
+    kinds = {
+        "one_by_one": "{clients}, one request after another",
+        "together": "{clients} at a time",
+        "unbatched": "{clients} at a time, were there no batches",
+    }
+    rows = []
+    for name, what in kinds.items():
+        found = load("serve")["api"][name]
+        times = [f"{found[key]:.0f}" for key in ("per_second", "median", "p99")]
+        failed = f"{found['errors']} of {found['requests']:,}"
+        rows.append([what.format(**found), *times, failed])
+    return markdown(["clients", "answers per second", "median, ms", "p99, ms", "errors"], rows)
+
+
 CLIP_OR_GCL = {
     "CLIP": "CLIP (constant weights)",
     "GCL inverse": "GCL, inverse weights, diagonal (the paper's)",
@@ -520,6 +536,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "speed_short": speed_short,
     "loss": loss,
+    "serving": serving,
     "gcl_vs_clip_ndcg": lambda: gcl_vs_clip("NDCG@10"),
     "gcl_vs_clip_err": lambda: gcl_vs_clip("mERR"),
     "gcl_vs_clip_short": gcl_vs_clip_short,

@@ -23,6 +23,7 @@ COMMANDS = {
     "evaluate": "evaluate a run, or the results of any system; compare two",
     "report": "a page about one run or several",
     "search": "search with a run, in the terminal or on a page",
+    "serve": "embed and search for other programs: a JSON API",
     "embed": "embeddings of a store, for FAISS, USearch and others",
     "mine": "hard negatives that a run finds",
     "port": "pretrained models in, trained ones out",

@@ -212,6 +212,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """The type of an option that is a port to listen at."""
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
+    return int(text)
+
+
 def field_weights(text: str) -> dict[str, float]:
     """The type of an option such as "image=0.2,title=0.8"; a field without a weight has 1."""
     weights: dict[str, float] = {}

@@ -16,7 +16,7 @@ import numpy as np
 from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import UserError, reported_in_one_line
 from gcl_jax.paths import local_path, output_path
-from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store
+from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store, port
 from gcl_jax.search.searcher import (
     SearchIndex,
     as_results,
@@ -122,12 +122,6 @@ def serve_runs(args: argparse.Namespace) -> None:
     serve(args.workdir, checkpoints, args.split, args.embed_dim, args.port)
 
 
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is no port, 0 to 65535")
-    return int(text)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m gcl_jax.search",
@@ -177,7 +171,7 @@ def main() -> None:
         "--serve", action="store_true", help="serve a search page to this machine's browser"
     )
     parser.add_argument(
-        "--port", type=_port, default=8000, help="of the page; 0 is any free one (default: 8000)"
+        "--port", type=port, default=8000, help="of the page; 0 is any free one (default: 8000)"
     )
     args = parser.parse_intermixed_args()
     default = vars(parser.parse_intermixed_args(["--workdir=."]))

@@ -1,10 +1,14 @@
 """A run that answers queries, and what it found: as JSON, as a table, as image files."""
 
+import collections
 import functools
-import io
-from collections.abc import Mapping, Sequence
+import queue
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int, UInt8
@@ -16,8 +20,13 @@ from gcl_jax.errors import DataError
 from gcl_jax.paths import replacing
 from gcl_jax.runs import NEWEST, Run, load_run
 
+if TYPE_CHECKING:
+    from gcl_jax.data.pipeline import Side
+
 Query = Mapping[str, str | bytes | np.ndarray]
 MAX_K = 100
+WAIT = 0.002  # seconds that the first question of a batch waits for others
+PLACES = 1024  # questions that may wait
 
 
 class SearchIndex:
@@ -83,9 +92,92 @@ class SearchIndex:
         return Index(self._documents, ids=self._rows)
 
 
+class Batcher:
+    """A thread that answers the questions of others, as many cost a device little more than one:
+    up to `most` of one form at a time, those that came first before others.
+
+    Attributes:
+        sizes: {questions in a batch: how many batches}.
+    """
+
+    def __init__(self, answer: Callable[[Any, list], Sequence], most: int):
+        """`answer(form, questions)` returns an answer for each."""
+        self._answer, self._most = answer, most
+        self._waiting: list[tuple[Hashable, Any, Future]] = []
+        self._changed, self._closed = threading.Condition(), False
+        self.sizes: collections.Counter[int] = collections.Counter()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def __len__(self) -> int:
+        """How many wait."""
+        return len(self._waiting)
+
+    def submit(self, form: Hashable, questions: Sequence) -> list[Future]:
+        """A future for each question; all of them wait, or none.
+
+        Raises:
+            queue.Full: they would be more than `PLACES`, or it is closed.
+        """
+        futures: list[Future] = [Future() for _ in questions]
+        with self._changed:
+            if self._closed or len(self._waiting) + len(futures) > PLACES:
+                raise queue.Full
+            self._waiting += zip([form] * len(futures), questions, futures, strict=True)
+            self._changed.notify()
+        return futures
+
+    def close(self) -> None:
+        """Returns when all that waits is answered."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while batch := self._next():
+            form, questions, futures = batch[0][0], [b[1] for b in batch], [b[2] for b in batch]
+            try:
+                answers = self._answer(form, questions)
+            except Exception as error:  # is that of whoever asked
+                for future in futures:
+                    future.set_exception(error)
+            else:
+                for future, one in zip(futures, answers, strict=True):
+                    future.set_result(one)
+
+    def _next(self) -> list[tuple[Hashable, Any, Future]]:
+        """Nothing if it is closed and nobody waits."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closed)
+            end = time.monotonic() + WAIT
+            while len(self._waiting) < self._most and not self._closed:
+                if not self._changed.wait(end - time.monotonic()):
+                    break
+            alike = [one for one in self._waiting if one[0] == self._waiting[0][0]][: self._most]
+            taken = set(map(id, alike))
+            self._waiting = [one for one in self._waiting if id(one) not in taken]
+            if alike:
+                self.sizes[len(alike)] += 1
+            return alike
+
+
+class Found(NamedTuple):
+    """The embedding of a query or document, and what is nearest to it, if that was asked for: the
+    `MAX_K` best cosines and their rows in the store, best first."""
+
+    embedding: Float[np.ndarray, " e"]
+    scores: Float[np.ndarray, " k"]
+    rows: Int[np.ndarray, " k"]
+
+
 class Searcher:
-    """A run that answers one text or image at a time. The towers are shared by all fields, so
-    either may be asked, whatever the query fields of the training data are."""
+    """A run that answers many threads, in batches. A text or an image alone can be asked for,
+    whatever the query fields of the training data are: the towers are shared by all fields.
+
+    Attributes:
+        forms: {what is asked: (side, {field: kind}, {field: weight})}; a batch is of one form.
+    """
 
     def __init__(
         self,
@@ -93,29 +185,65 @@ class Searcher:
         split: str | None,
         embed_dim: int | None,
         checkpoint: str = NEWEST,
+        batch_sizes: Sequence[int] = (1,),
     ):
         """Embeds the documents, of the corpus of `split` or all, unless the run keeps their
-        embeddings, and compiles what queries need.
+        embeddings, and compiles what batches of `batch_sizes` (ascending) need; others are filled
+        up to these. Records of several fields are compiled for where there are several sizes.
 
         Raises:
             ConfigError, DataError, UserError: `workdir` is no run, or has no such split or
                 dimensions; a document that cannot be read.
         """
         run = load_run(workdir, embed_dim, checkpoint=checkpoint)
-        self._model = run.cfg.model
+        self._model, self._sizes = run.cfg.model, batch_sizes
         self.name, self.store, self.step = str(workdir), run.store, run.step
         self.takes_images = run.cfg.model.vision is not None
         rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))
         self._index = SearchIndex(run, rows, workdir)
-        self.documents = len(rows)
-        self.search({"text": "warm up"}, 1)
+        self.documents, self.dimensions = len(rows), self._index.model.embed_dim
+        self.forms: dict[str, tuple[Side, dict[str, str], dict[str, float]]] = {
+            "text": ("query", {"text": "text"}, {"text": 1.0})
+        }
         if self.takes_images:
-            file = io.BytesIO()
-            Image.new("RGB", (8, 8)).save(file, "PNG")
-            self.search({"image": file.getvalue()}, 1)
+            self.forms["image"] = ("document", {"image": "image"}, {"image": 1.0})
+        sides: tuple[Side, ...] = "query", "document"
+        for side in sides:
+            weights = {f: weight for f, weight in self._index.model.fields(side).items() if weight}
+            kinds = {field: run.store.kinds[side][field] for field in weights}
+            self.forms[side] = (side, kinds, weights)
+        warm = list(self.forms) if len(batch_sizes) > 1 else ["text", "image"]
+        for form in filter(self.forms.__contains__, warm):
+            record = {field: self._nothing(kind) for field, kind in self.forms[form][1].items()}
+            for size in batch_sizes:
+                self._answer(form, [(record, True)] * size)
+        self.batcher = Batcher(self._answer, batch_sizes[-1])
+
+    def _nothing(self, kind: str) -> str | np.ndarray:
+        if kind == "text" or self._model.vision is None:
+            return "warm up"
+        size = self._model.vision.image_size
+        return np.zeros((size, size, 3), np.uint8)
+
+    def _answer(self, form: str, asked: list[tuple[Mapping[str, Any], bool]]) -> list[Found]:
+        from gcl_jax.embed.model import GivenRecords
+
+        side, kinds, weights = self.forms[form]
+        records = [record for record, _ in asked]
+        size = next(size for size in self._sizes if size >= len(asked))
+        given = GivenRecords(form, kinds, records + records[-1:] * (size - len(asked)))
+        # Not by `Model.encode`, which compiles for the fields that there are.
+        embedder = self._index.model.embedder
+        found = embedder.embed(side, given, list(kinds), np.arange(size), quiet=True)
+        embeddings = found.merged(weights)
+        scores, rows = np.zeros((size, 0), np.float32), np.zeros((size, 0), np.int32)
+        if any(searched for _, searched in asked):
+            # Always as many: another number would have to be compiled.
+            scores, rows = self._index.nearest(embeddings, MAX_K)
+        return [Found(*one) for one in zip(embeddings, scores, rows, strict=True)][: len(asked)]
 
     def pixels(self, encoded: bytes) -> UInt8[np.ndarray, "size size 3"]:
-        """What the image tower sees of an image, for `search`: nothing here waits for the device.
+        """What the image tower sees of an image: nothing here waits for the device.
 
         Raises:
             DataError: an unreadable image.
@@ -124,21 +252,29 @@ class Searcher:
         transform = ImageTransform(self._model.vision.image_size, self._model.preprocess)
         return transform(decode_image(encoded, deep=False))
 
+    def ask(self, form: str, records: Sequence[Query], search: bool) -> list[Found]:
+        """Embeds records, and with `search` looks for the `MAX_K` documents nearest to each.
+
+        Args:
+            form: one of `forms`.
+            records: {field: text, image file or its `pixels`}, with a field of the form's at least.
+
+        Raises:
+            queue.Full: too many wait.
+        """
+        futures = self.batcher.submit(form, [(record, search) for record in records])
+        return [future.result() for future in futures]
+
     def search(
         self, query: Query, top_k: int
     ) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " k"]]:
         """(cosines, rows in the store), each (top_k,), of {"text": ...} or {"image": ...}.
 
         Raises:
-            DataError: an unreadable image.
+            queue.Full: too many wait.
         """
-        model = self._index.model
-        ((kind, value),) = query.items()
-        encode: Any = model.encode_text if kind == "text" else model.encode_image
-        embeddings = encode([value])
-        # Always as many: another number would have to be compiled.
-        scores, rows = self._index.nearest(embeddings, MAX_K)
-        return scores[0, :top_k], rows[0, :top_k]
+        (found,) = self.ask(next(iter(query)), [query], search=True)
+        return found.scores[:top_k], found.rows[:top_k]
 
 
 def image_type(encoded: bytes) -> str:

@@ -9,11 +9,14 @@ import contextlib
 import importlib.resources
 import json
 import os
+import queue
+import select
 import socket
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from http.server import HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +28,11 @@ from werkzeug.exceptions import (
     RequestEntityTooLarge,
 )
 from werkzeug.routing import Map, Rule
-from werkzeug.serving import ThreadedWSGIServer, WSGIRequestHandler
+from werkzeug.serving import (
+    ThreadedWSGIServer,
+    WSGIRequestHandler,
+    select_address_family,
+)
 from werkzeug.wrappers import Request, Response
 
 from gcl_jax.data.store import Records
@@ -59,8 +66,34 @@ HEADERS = {
 }
 
 
-class SearchApp:
-    """The page and its API as a WSGI application."""
+class App:
+    """A WSGI application that says what it refuses, and what fails, as {"error": one line}."""
+
+    def answer(self, environ) -> Response:
+        raise NotImplementedError
+
+    def __call__(self, environ, start_response):
+        try:
+            response = self.answer(environ)
+        except HTTPException as error:
+            response = as_json({"error": error.description}, error.code)
+            # Such as the methods that are allowed.
+            more = (x for x in error.get_headers(environ) if x[0] != "Content-Type")
+            response.headers.extend(more)
+        except queue.Full:
+            response = as_json({"error": "too many wait for an answer; ask again later"}, 429)
+        except UserError as error:
+            response = as_json({"error": in_one_line(error)}, 400)
+        except Exception:
+            traceback.print_exc()
+            response = as_json({"error": "internal error; the terminal has its traceback"}, 500)
+        for name, value in HEADERS.items():
+            response.headers.setdefault(name, value)
+        return response(environ, start_response)
+
+
+class SearchApp(App):
+    """The page and its API."""
 
     def __init__(self, searchers: Sequence[Searcher]):
         """All searchers search the same store."""
@@ -84,39 +117,16 @@ class SearchApp:
             merge_slashes=False,
         )
 
-    def __call__(self, environ, start_response):
-        try:
-            response = self._answer(environ)
-        except HTTPException as error:
-            response = _json({"error": error.description}, error.code)
-        except UserError as error:
-            response = _json({"error": in_one_line(error)}, 400)
-        except Exception:
-            traceback.print_exc()
-            response = _json({"error": "internal error; the terminal has its traceback"}, 500)
-        for name, value in HEADERS.items():
-            response.headers.setdefault(name, value)
-        return response(environ, start_response)
-
-    def _answer(self, environ) -> Response:
-        request = Request(environ)
-        request.max_content_length = MAX_BYTES
-        request.trusted_hosts = HOSTS
-        # Reading `host` compares it with the trusted ones; without a header it is our own.
-        if not (request.host and request.headers.get("Host")):
-            raise BadRequest("a request needs a Host header")
+    def answer(self, environ) -> Response:
+        request = local_request(environ)
         endpoint, values = self._urls.bind_to_environ(environ).match()
-        # A link from elsewhere may open the page; nothing else may be asked from elsewhere.
-        site = request.headers.get("Sec-Fetch-Site", "none")
-        if request.path != "/" and site not in ("same-origin", "none"):
-            raise Forbidden("asked by another site")
         return endpoint(request, **values)
 
     def _asset(self, name: str) -> Response:
         return Response(self._assets[name], content_type=f"{PAGE[name]}; charset=utf-8")
 
     def _info(self, request: Request) -> Response:
-        return _json(
+        return as_json(
             {
                 "store": self._store.name,
                 "documents": self._searchers[0].documents,
@@ -129,7 +139,7 @@ class SearchApp:
         )
 
     def _search(self, request: Request) -> Response:
-        top_k = _whole(request.args.get("k", "10"))
+        top_k = whole_number(request.args.get("k", "10"))
         if top_k is None or not 1 <= top_k <= MAX_K:
             raise BadRequest(f"k is not a whole number from 1 to {MAX_K}")
         if request.method == "POST":
@@ -146,7 +156,7 @@ class SearchApp:
             for result, row in zip(results, rows.tolist(), strict=True):
                 result |= {"row": row, "images": self._image_addresses(row)}
             runs.append({"name": searcher.name, "milliseconds": milliseconds, "results": results})
-        return _json({"query": queries[0].get("text"), "k": top_k, "runs": runs})
+        return as_json({"query": queries[0].get("text"), "k": top_k, "runs": runs})
 
     def _image_queries(self, request: Request) -> list[Query]:
         """What each searcher sees of the image."""
@@ -169,7 +179,7 @@ class SearchApp:
         return [f"/image/{row}/{field}" for field in images]
 
     def _image(self, request: Request, row: str, field: str) -> Response:
-        documents, number = self._store.documents, _whole(row)
+        documents, number = self._store.documents, whole_number(row)
         if number is None or number >= len(documents) or documents.fields.get(field) != "image":
             raise NotFound("there is no such image")
         encoded = fields_of_kind(documents, documents[number], "image").get(field)
@@ -183,6 +193,25 @@ class SearchApp:
             raise NotFound(f"no browser shows {kind}")
         headers = {"Content-Security-Policy": "default-src 'none'; sandbox"}
         return Response(encoded, content_type=f"image/{kind}", headers=headers)
+
+
+def local_request(environ) -> Request:
+    """A request that somebody at this machine makes.
+
+    Raises:
+        BadRequest, Forbidden: another page in the same browser makes it, or it might.
+    """
+    request = Request(environ)
+    request.max_content_length = MAX_BYTES
+    request.trusted_hosts = HOSTS
+    # Reading `host` compares it with the trusted ones; without a header it is our own.
+    if not (request.host and request.headers.get("Host")):
+        raise BadRequest("a request needs a Host header")
+    # A link from elsewhere may open the page; nothing else may be asked from elsewhere.
+    site = request.headers.get("Sec-Fetch-Site", "none")
+    if request.path != "/" and site not in ("same-origin", "none"):
+        raise Forbidden("asked by another site")
+    return request
 
 
 def _text_query(request: Request) -> Query:
@@ -209,12 +238,12 @@ def check_image(encoded: bytes) -> None:
         )
 
 
-def _whole(text: str) -> int | None:
+def whole_number(text: str) -> int | None:
     """None if it is no whole number of a sensible length."""
     return int(text) if text.isdecimal() and len(text) <= 18 else None
 
 
-def _json(value: object, status: int | None = 200) -> Response:
+def as_json(value: object, status: int | None = 200) -> Response:
     body = json.dumps(value, ensure_ascii=False)
     return Response(body, status=status, content_type="application/json; charset=utf-8")
 
@@ -234,11 +263,28 @@ class QuietHandler(WSGIRequestHandler):
 
 
 class LimitedServer(ThreadedWSGIServer):
-    """Answers at most `CONNECTIONS` at a time, the others with 503."""
+    """Answers at most `connections` at a time (default: `CONNECTIONS`), the others with 503."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, connections: int | None = None, **kwargs):
         super().__init__(*args, **kwargs)
-        self._places = threading.Semaphore(CONNECTIONS)
+        self._connections = connections or CONNECTIONS
+        self._places = threading.Semaphore(self._connections)
+
+    def start(self) -> None:
+        """Serves in another thread, until `drain`."""
+        # Werkzeug's own closes the socket when it ends.
+        threading.Thread(target=HTTPServer.serve_forever, args=(self,), daemon=True).start()
+
+    def drain(self, seconds: float) -> None:
+        """Takes no more connections; returns when all there are have been answered, or later than
+        `seconds`."""
+        self.shutdown()
+        while select.select([self], [], [], 0)[0]:  # they are connected, and know nothing of it
+            self.handle_request()
+        end = time.monotonic() + seconds
+        for _ in range(self._connections):
+            self._places.acquire(timeout=max(0, end - time.monotonic()))
+        self.server_close()
 
     def process_request(self, request, client_address) -> None:
         if self._places.acquire(blocking=False):
@@ -255,6 +301,23 @@ class LimitedServer(ThreadedWSGIServer):
             self._places.release()
 
 
+@contextlib.contextmanager
+def listening(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket at the address; `port` 0 takes a free one.
+
+    Raises:
+        UserError: there is no such address here, or it is in use.
+    """
+    with socket.socket(select_address_family(host, port)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+            listener.listen()
+        except OSError as error:
+            raise UserError(f"--port={port}: {error.strerror}; choose another one") from None
+        yield listener
+
+
 def serve(
     workdirs: Sequence[Path],
     checkpoints: Sequence[str],
@@ -268,14 +331,7 @@ def serve(
     Raises:
         ConfigError, DataError, UserError: as `Searcher`; the port is in use.
     """
-    with socket.socket() as listener:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            listener.bind((ADDRESS, port))
-            listener.listen()
-        except OSError as error:
-            reason = os.strerror(error.errno or 0)
-            raise UserError(f"--port={port}: {reason}; choose another one") from None
+    with listening(ADDRESS, port) as listener:
         runs = zip(workdirs, checkpoints, strict=True)
         app = SearchApp([Searcher(w, split, embed_dim, checkpoint) for w, checkpoint in runs])
         server = LimitedServer(ADDRESS, port, app, QuietHandler, fd=listener.fileno())
