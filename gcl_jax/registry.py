@@ -157,6 +157,7 @@ SOURCES = Registry(
     "source",
     {
         "tables": "gcl_jax.prepare.tables",
+        "clicks": "gcl_jax.prepare.clicks",
         "marqo_gs": "gcl_jax.prepare.marqo_gs",
         "webdataset": "gcl_jax.prepare.captions",
         "folder": "gcl_jax.prepare.captions",

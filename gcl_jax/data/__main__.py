@@ -137,6 +137,7 @@ def as_text(store: RankedStore, splits: list[SplitFigures]) -> str:
         lines.append("  scores:")
         for edges, count, length in split.bars():
             lines.append(f"  {edges:>8} {count:>9} {'#' * round(BAR * length)}".rstrip())
+    lines += provenance.get("report", [])
     if skipped := provenance["skipped"]:
         lines.append(f"skipped, listed in {store.directory / 'skipped.jsonl'}:")
         lines += [f"  {reason}: {count}" for reason, count in skipped.items()]

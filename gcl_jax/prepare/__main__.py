@@ -8,6 +8,11 @@ path, or in parquet bytes.
   python -m gcl_jax.prepare --out=stores/shop --pairs=pairs.csv --query_fields=query \\
       --document_fields=image:image,title --id_column=product_id --score_column=score
 
+--source=clicks: logs of what was shown and clicked, which become scores (docs/data.md).
+
+  python -m gcl_jax.prepare --out=stores/shop --source=clicks --log=log.csv \\
+      --documents=products.csv --document_fields=image:image,title
+
 --source=marqo_gs: the folder --data of Marqo-GS-10M or a variant, as the authors' archive or as
 parquet shards. --source=webdataset: tar files --data with images and captions. --source=folder: the
 images below --data with captions. Captions have no scores: every pair has the best one.
@@ -48,6 +53,7 @@ import numpy as np
 from gcl_jax.data.store import VERSION
 from gcl_jax.errors import ConfigError, reported_in_one_line, spelled
 from gcl_jax.paths import local_path, output_path
+from gcl_jax.prepare.clicks import FLAGS
 from gcl_jax.prepare.records import scores_recipe
 from gcl_jax.prepare.source import BadRows, arguments_of, code_checksum, make_source
 from gcl_jax.prepare.stores import finished_store, trained_on, write_store
@@ -158,11 +164,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument_group("tables").add_argument
     add(
-        "--pairs",
-        type=local_path,
-        nargs="+",
-        metavar="FILE",
-        help="files with one scored pair a row",
+        "--pairs", type=local_path, nargs="+", metavar="FILE", help="files with a scored pair a row"
     )
     add(
         "--documents",
@@ -171,12 +173,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="files with one document a row (default: the documents stand in the pairs' rows)",
     )
-    add(
-        "--query_fields",
-        type=parse_fields,
-        metavar="COLUMNS",
-        help="the query's columns, e.g. query",
-    )
+    add("--query_fields", type=parse_fields, metavar="COLUMNS", help="the query's, e.g. query")
     add(
         "--document_fields",
         type=parse_fields,
@@ -201,6 +198,9 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="COLUMN",
         help="hard negatives: a list of other queries' texts",
     )
+    clicks = parser.add_argument_group("clicks, beside --documents and the columns of tables")
+    for name, about in FLAGS.items():
+        clicks.add_argument(f"--{name}", **about)
     add = parser.add_argument_group("folder").add_argument
     add(
         "--captions",
@@ -327,13 +327,14 @@ def fingerprint_of(
     """Stands for what decides a store's content: the arguments, and size and time of the tables
     that they name, or that lie in folders that they name. Image files are taken as unchanging."""
     options = {k: v for k, v in vars(args).items() if k not in NO_CONTENT}
+    for name in ("image_size", *FLAGS):  # Earlier versions had no such flags.
+        if options[name] is None:
+            del options[name]
     options |= {k: v for k, v in ABSENT.items() if options[k] is None}
     if args.val_share is None and args.source == "tables" and not (args.split or args.split_column):
         options["val_share"] = "default"
     if not options["val_share"]:
         del options["val_share"]
-    if args.image_size is None:  # Earlier versions had no such flag.
-        del options["image_size"]
     if not make.__module__.startswith("gcl_jax."):
         options["own"] = [code_checksum(make), sorted(args.source_options)]
     files = []
@@ -370,6 +371,7 @@ def summary(store) -> str:
         lines.append(f"  queries that differ in case or blanks only, merged: {merged} spellings")
     if validation := provenance.get("validation"):
         lines.append(f"  {validation}")
+    lines += provenance.get("report", [])
     recipe = provenance.get("scores")
     if provenance["source"] == "tables" and not recipe:
         recipe = scores_recipe(np.concatenate([store.pairs(n).score for n in info["splits"]]))

@@ -377,6 +377,7 @@ def scores_recipe(scores: np.ndarray) -> str:
     if heavy:
         recipe = f"1 + 99 * log1p({shifted.strip('()')}) / log1p({span})"
         shape = f", half of those above the least at most {low + float(np.median(above)):g}"
+        shape += " (of a log of clicks --source=clicks makes scores)"
     wish = "if they are counts, as clicks are, s becomes" if inside else "a score s becomes"
     return f"the scores go from {low:g} to {high:g}{shape}; {wish} {recipe}"
 

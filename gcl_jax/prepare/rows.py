@@ -126,7 +126,8 @@ def _csv_rows(path: Path, columns: list[str]) -> Rows:
 
 def _dialect(lines: "_Lines", columns: list[str], delimiters: str) -> tuple[str, bool]:
     """The first of `delimiters` that gives a header with all `columns`, or what Excel's first line
-    "sep=;" says; and whether blanks stand around the names. The header is still to be read."""
+    "sep=;" says, else the most frequent one, for the message; and whether blanks stand around the
+    names. The header is still to be read."""
     first = next(lines, "")
     said = re.fullmatch(r'"?(?i:sep)=(.)"?\s*', first)
     header = next(lines, "") if said else first
@@ -138,7 +139,7 @@ def _dialect(lines: "_Lines", columns: list[str], delimiters: str) -> tuple[str,
             return delimiter, False
         if {*columns} <= {name.strip() for name in bare}:
             return delimiter, True
-    return delimiters[0], False
+    return max(delimiters, key=header.count), False
 
 
 def _tab_cells(line: str) -> list[str]:

@@ -44,6 +44,12 @@ class Reason(enum.Enum):
     BAD_ID = "bad id", "write ids as texts, or as whole numbers up to 2**53"
     EMPTY_DOCUMENT = "empty document", "give every document at least one of its fields"
     BAD_SCORE = "bad score", "scores lie in 1..100, 100 best"
+    BAD_COUNT = "bad count", "counts are numbers from 0, thousands not parted"
+    BAD_POSITION = "bad position", "positions are whole numbers, that of the first result is 1"
+    MORE_CLICKS = (
+        "more clicks than impressions",
+        "clicked or not, a showing counts once; --impressions_column names how many a row has",
+    )
     BAD_SPLIT = "bad split name", "use letters, digits, '_' and '-'"
     BAD_LIST = "bad list", 'write a JSON list of texts, ["a", "b"]'
     BAD_GRADE = "bad grade", "grades are whole numbers from 0 to 100"

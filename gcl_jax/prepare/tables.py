@@ -236,7 +236,7 @@ class TablesSource(Source):
                     raise RowError(Reason.UNKNOWN_DOCUMENT, repr(document_id))
                 number = self._queries.add(file, place.row, query_id, query)
                 if self._drawn and number == len(self._words_of):
-                    words = self._words.setdefault(_cleaned(query), len(self._words))
+                    words = self._words.setdefault(cleaned(query), len(self._words))
                     self._words_of.append(words)
                 yield (
                     number,
@@ -274,7 +274,7 @@ class TablesSource(Source):
     def _one_spelling(self, values: tuple) -> tuple:
         if not self._merge:
             return values
-        first = self._first.setdefault(_cleaned(values), values)
+        first = self._first.setdefault(cleaned(values), values)
         if first != values:
             self._merged.add(values)
         return first
@@ -347,9 +347,18 @@ class TablesSource(Source):
 
 
 @functools.lru_cache(2**16)
-def _cleaned(values: tuple) -> tuple:
+def cleaned(values: tuple) -> tuple:
     """Cells as the tokenizer of CLIP sees them."""
     return tuple(CLEANERS["lower"](x) if isinstance(x, str) else x for x in values)
+
+
+def checked_share(share: float | None, split: str | None, column: str | None) -> float | None:
+    """`val_share` of `TablesSource` as the command's flags have it. Raises `ConfigError`."""
+    if not 0 <= (share or 0) < 1:
+        raise ConfigError(f"--val_share={share} is not from 0 to below 1")
+    if share and (split == "paper" or column):
+        raise ConfigError("--val_share draws from one split: leave out --split and --split_column")
+    return 0.0 if share is None and (split or column) else share
 
 
 @SOURCES.register("tables")
@@ -371,22 +380,9 @@ def tables_source(
     image_root: Path | None = None,
 ) -> TablesSource:
     """Tables of scored pairs, and of their documents if these stand in files of their own."""
-    if not 0 <= (val_share or 0) < 1:
-        raise ConfigError(f"--val_share={val_share} is not from 0 to below 1")
-    if val_share and (split == "paper" or split_column):
-        raise ConfigError("--val_share draws from one split: leave out --split and --split_column")
-    if val_share is None and (split or split_column):
-        val_share = 0.0
-    columns = Columns(
-        query_fields,
-        document_fields,
-        id_column,
-        score_column,
-        query_id_column,
-        split_column,
-        negative_documents_column,
-        negative_queries_column,
-    )
+    named = id_column, score_column, query_id_column, split_column
+    negatives = negative_documents_column, negative_queries_column
+    columns = Columns(query_fields, document_fields, *named, *negatives)
     return TablesSource(
         [Table(file) for path in pairs for file in table_files(path)],
         columns,
@@ -394,6 +390,6 @@ def tables_source(
         documents=[Table(file) for path in documents for file in table_files(path)],
         image_root=image_root,
         split=split or "train",
-        val_share=val_share,
+        val_share=checked_share(val_share, split, split_column),
         seed=seed,
     )
