@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 # {what messages would say: what they say instead}; `paths` knows of copies of what is in buckets.
 SPELLED: dict[str, str] = {}
@@ -37,6 +38,14 @@ class StorageError(UserError):
     command goes on from the last checkpoint."""
 
     exit_code = 74  # EX_IOERR
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Of a command. A flag is written out: the beginning of a longer one would be taken for that,
+    also where it is another that is mistyped."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"allow_abbrev": False} | options)
 
 
 def first_line(error: BaseException) -> str:

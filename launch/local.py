@@ -25,7 +25,9 @@ GRACE_SECONDS = 10
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--processes", type=_positive, default=2)
     parser.add_argument("--devices", type=_positive, default=2, help="of each process")

@@ -11,7 +11,7 @@ import commands
 import pytest
 from processes import ENVIRONMENT, ROOT
 
-from gcl_jax import config, validation
+from gcl_jax import config, errors, validation
 from gcl_jax.train import flags
 
 COMMANDS = (
@@ -130,6 +130,19 @@ def test_addresses_are_refused_by_every_argument_that_names_a_path(tmp_path):
     assert [path.name for path in tmp_path.iterdir() if path.suffix != ".txt"] == ["configs"]
     for source in (ROOT / "gcl_jax").glob("*/__main__.py"):
         assert "type=Path" not in source.read_text(), source
+
+
+def test_no_command_takes_the_beginning_of_a_flag_for_it(capsys):
+    """Every parser of a command is this one, and so are those of its subcommands."""
+    for source in (ROOT / "gcl_jax").rglob("*.py"):
+        assert "argparse.ArgumentParser(" not in source.read_text(), source
+    parser = errors.ArgumentParser()
+    part = parser.add_subparsers().add_parser("part")
+    for one, words in (parser, ["--work=x"]), (part, ["part", "--work=x"]):
+        one.add_argument("--workdir")
+        with pytest.raises(SystemExit):
+            parser.parse_args(words)
+        assert "unrecognized arguments: --work=x" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [name for name in FIRST_VERSION if name != "config"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from gcl_jax.data.store import Pairs, RankedStore, Records, damaged_files, files_of
 from gcl_jax.data.transforms import thumbnail
-from gcl_jax.errors import reported_in_one_line, spelled
+from gcl_jax.errors import ArgumentParser, reported_in_one_line, spelled
 from gcl_jax.paths import output_path, replacing
 from gcl_jax.prepare.stores import directory_of, open_store, trained_on
 
@@ -20,7 +20,7 @@ BAR = 40
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.data", description="Look at a store that training reads."
     )
     commands = parser.add_subparsers(dest="command", required=True)

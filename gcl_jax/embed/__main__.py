@@ -17,7 +17,7 @@ import numpy as np
 from gcl_jax import distributed, logs, runs
 from gcl_jax.config import DataConfig
 from gcl_jax.data.store import RankedStore
-from gcl_jax.errors import UserError, reported_in_one_line, spelled, to_install
+from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line, spelled, to_install
 from gcl_jax.paths import local_path, output_path, replacing
 from gcl_jax.prepare.stores import open_store
 
@@ -157,7 +157,7 @@ EXPORTS: dict[str, tuple[Callable[[np.ndarray, Path, Path], None], str, str, str
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.embed",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -17,7 +17,7 @@ the whole corpus of its split exactly, top 1000.
 import argparse
 
 from gcl_jax import distributed, runs
-from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
 from gcl_jax.evaluate import results
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.registry import load_extensions
@@ -58,7 +58,7 @@ def of_workdir(args: argparse.Namespace) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.evaluate",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

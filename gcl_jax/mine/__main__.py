@@ -26,7 +26,7 @@ from jaxtyping import Int
 
 from gcl_jax import distributed, paths, runs
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
-from gcl_jax.errors import DataError, reported_in_one_line, spelled
+from gcl_jax.errors import ArgumentParser, DataError, reported_in_one_line, spelled
 from gcl_jax.mine.mining import Mining, mine_negatives
 from gcl_jax.paths import local_path, output_path, write_json
 from gcl_jax.prepare.stores import publish, vacant
@@ -126,11 +126,10 @@ def summary(side: str, rows: Int[np.ndarray, "n h"], wanted: int) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.mine",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

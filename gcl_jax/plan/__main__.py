@@ -12,7 +12,7 @@ import os
 import sys
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.errors import ConfigError, reported_in_one_line
+from gcl_jax.errors import ArgumentParser, ConfigError, reported_in_one_line
 from gcl_jax.paths import output_path, write_json
 from gcl_jax.train import flags
 
@@ -66,11 +66,10 @@ def share(text: str) -> float:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.plan",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--topology",

@@ -13,7 +13,14 @@ from pathlib import Path
 
 from gcl_jax import config, runs
 from gcl_jax.config import DataConfig, ModelConfig, TrainConfig
-from gcl_jax.errors import ConfigError, DataError, UserError, reported_in_one_line, spelled
+from gcl_jax.errors import (
+    ArgumentParser,
+    ConfigError,
+    DataError,
+    UserError,
+    reported_in_one_line,
+    spelled,
+)
 from gcl_jax.models.presets import PRESETS
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.validation import check_workdir, validate
@@ -120,7 +127,7 @@ def read_metrics(
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.port",
         description=__doc__,
         epilog=EXAMPLES,

@@ -51,7 +51,7 @@ from typing import Any
 import numpy as np
 
 from gcl_jax.data.store import VERSION
-from gcl_jax.errors import ConfigError, reported_in_one_line, spelled
+from gcl_jax.errors import ArgumentParser, ConfigError, reported_in_one_line, spelled
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.prepare.clicks import FLAGS
 from gcl_jax.prepare.records import scores_recipe
@@ -83,11 +83,10 @@ def parse_fields(text: str) -> dict[str, str]:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add(

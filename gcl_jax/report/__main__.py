@@ -5,15 +5,13 @@ model finds for a few test queries. With several --workdir it compares the other
 and writes FIRST/comparison.html. The file stands alone: no script, nothing loaded from elsewhere.
 """
 
-import argparse
-
-from gcl_jax.errors import reported_in_one_line, spelled
+from gcl_jax.errors import ArgumentParser, reported_in_one_line, spelled
 from gcl_jax.paths import local_path
 from gcl_jax.report.pages import write_report
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.report",
         description="Write a page about a trained and evaluated model, WORKDIR/report.html, or "
         "about several: FIRST/comparison.html.",

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from gcl_jax.data.transforms import read_file
-from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store, port
 from gcl_jax.search.searcher import (
@@ -123,7 +123,7 @@ def serve_runs(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.search",
         description="Search the documents of a trained model.",
         epilog='example: python -m gcl_jax.search --workdir=runs/demo "sad cat" --top_k=5',

@@ -16,7 +16,7 @@ import os
 from pathlib import Path
 
 from gcl_jax import runs
-from gcl_jax.errors import UserError, reported_in_one_line
+from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
 from gcl_jax.paths import local_path
 from gcl_jax.runs import one_store
 
@@ -52,7 +52,7 @@ def token_of(token: str | None, file: Path | None) -> str | None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.serve",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

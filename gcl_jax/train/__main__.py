@@ -9,7 +9,7 @@ import argparse
 import sys
 
 from gcl_jax import distributed
-from gcl_jax.errors import ConfigError, reported_in_one_line
+from gcl_jax.errors import ArgumentParser, ConfigError, reported_in_one_line
 from gcl_jax.paths import output_path
 from gcl_jax.train import flags
 
@@ -25,11 +25,10 @@ def steps(text: str) -> range:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m gcl_jax.train",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--workdir",
