@@ -3,7 +3,8 @@
 Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT.parquet, query by
 query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables. With --write_runs also
 the judgements and what was found, for trec_eval and its like; with --groups also the means of
-groups of queries. --recall and --classify evaluate images and texts as is usual for CLIP.
+groups of queries; with --hybrid also those of BM25, and of BM25 fused with the embeddings. --recall
+and --classify evaluate images and texts as is usual for CLIP.
 
 Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files), two evaluated runs
 are compared by `--compare RUN_A RUN_B`.
@@ -22,9 +23,10 @@ from gcl_jax.evaluate import results
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.registry import load_extensions
 from gcl_jax.runs import load_config, one_store
+from gcl_jax.search import hybrid
 
 # What each way of calling the command has of its own.
-RANKED = ("max_queries", "write_runs", "groups", "group_by")
+RANKED = ("max_queries", "write_runs", "groups", "group_by", "hybrid")
 OPTIONS = {
     "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify"),
     "classify": ("classnames", "templates"),
@@ -36,7 +38,9 @@ def of_workdir(args: argparse.Namespace) -> str:
     """What is asked of a run, as a table."""
     # What may be missing is told before jax and the model are loaded.
     if args.classify is None:
-        one_store([args.workdir])
+        store = one_store([args.workdir])
+        if args.hybrid:
+            hybrid.check(store, store.resolve(load_config(args.workdir)).data.query_fields)
     else:
         load_config(args.workdir)
 
@@ -53,6 +57,7 @@ def of_workdir(args: argparse.Namespace) -> str:
         args.max_queries,
         write_runs=args.write_runs,
         group_by=args.group_by if args.groups or args.group_by else None,
+        by_words=args.hybrid,
         **model,
     )
 
@@ -94,6 +99,7 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="FIELD",
         help="--groups, and by the values of this text field of the queries; may be given again",
     )
+    add("--hybrid", action="store_true", help="BM25 over the texts, too, and both of them fused")
     other = parser.add_mutually_exclusive_group()
     other.add_argument(
         "--recall", action="store_true", help="instead: Recall@k of captions and images, both ways"

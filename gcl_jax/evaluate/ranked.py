@@ -32,6 +32,7 @@ from gcl_jax.evaluate.judgements import (
 from gcl_jax.evaluate.results import SplitResult
 from gcl_jax.paths import write_json
 from gcl_jax.runs import NEWEST, load_run
+from gcl_jax.search.hybrid import Words, text_of
 from gcl_jax.search.index import exact_top_k
 
 RECALL_KS = (1, 5, 10)
@@ -46,11 +47,13 @@ def evaluate_splits(
     rankings: bool = False,
     group_by: Sequence[str] | None = None,
     cache: EmbeddingCache | None = None,
+    by_words: bool = False,
 ) -> dict[str, SplitResult]:
     """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each.
 
     With `rankings` they have what was found, with `group_by` the groups of the queries, these
-    fields among them. The documents' embeddings are those of `cache`, if it is given.
+    fields among them. The documents' embeddings are those of `cache`, if it is given. `by_words`
+    adds BM25, and BM25 with the embeddings.
     """
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     for line in () if quiet else records_without_fields(cfg, store):
@@ -95,6 +98,7 @@ def evaluate_splits(
             [store.queries.ids[row] for row in judged[split].queries],
             [store.documents.ids[row] for row in corpus] if rankings else None,
             groups.get(split, {}),
+            _by_words(cfg, store, judged[split].queries, corpus) if by_words else None,
         )
         for split, corpus in corpora.items()
     }
@@ -109,6 +113,7 @@ def evaluate_split(
     query_ids: list[str],
     document_ids: list[str] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
+    words: tuple[Words, Sequence[str]] | None = None,
 ) -> SplitResult:
     """The results of one split: merged queries and documents, every document field alone, and every
     query field of `cfg.eval.query_fields` alone, on the queries that have it.
@@ -119,6 +124,7 @@ def evaluate_split(
             `document_rank` is that of `in_trec_order`.
         document_ids: of the corpus, if the result is to have the ranking.
         groups: {grouping: the group of each query}.
+        words: of the documents, and the texts of the queries, for results as "BM25" and "hybrid".
     """
     several = len({*cfg.data.query_fields, *cfg.eval.query_fields}) > 1
     having = {
@@ -138,6 +144,14 @@ def evaluate_split(
         if field != "merged":
             hits = exact_top_k(merged, embeddings, cfg.eval.top_k)
             by_documents[field] = judged_metrics(judgements, *hits, document_rank)
+    if words is not None:
+        index, texts = words
+        by_both = {
+            "BM25": index.search(texts, cfg.eval.top_k),
+            "hybrid": index.joined(texts, found, cfg.eval.top_k),
+        }
+        for name, hits in by_both.items():
+            by_documents[name] = judged_metrics(judgements, *hits, document_rank)
     by_query_field = {}
     ranks = np.full((len(query_ids), len(having)), np.nan)
     for column, (field, rows) in enumerate(having.items()):
@@ -150,6 +164,16 @@ def evaluate_split(
     if document_ids is not None:
         ranking = as_ranking(judgements, scores, found, query_ids, document_ids)
     return SplitResult(query_ids, by_documents, by_query_field, variance, ranking, groups or {})
+
+
+def _by_words(
+    cfg: TrainConfig, store: RankedStore, queries: np.ndarray, corpus: np.ndarray
+) -> tuple[Words, list[str]]:
+    """The words of a split's documents, and the texts of the fields by which queries are asked."""
+    asked = [field for field, weight in cfg.data.query_fields.items() if weight > 0]
+    records = (store.queries[row] for row in queries)
+    texts = [text_of(store.queries, {f: record[f] for f in asked}) for record in records]
+    return Words(store.documents, corpus), texts
 
 
 def id_ranks(records: Records) -> np.ndarray:
@@ -221,9 +245,10 @@ def evaluate_workdir(
     write_runs: bool = False,
     group_by: Sequence[str] | None = None,
     checkpoint: str = NEWEST,
+    by_words: bool = False,
 ) -> str:
-    """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` is that
-    of `evaluate_splits`."""
+    """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` and
+    `by_words` are those of `evaluate_splits`."""
     cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
     found = evaluate_splits(
         cfg,
@@ -233,6 +258,7 @@ def evaluate_workdir(
         rankings=write_runs,
         group_by=group_by,
         cache=EmbeddingCache(workdir, step),
+        by_words=by_words,
     )
     model = results.of_model(cfg, params, step)
     if not distributed.is_first():

@@ -17,6 +17,7 @@ from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store, port
+from gcl_jax.search import hybrid
 from gcl_jax.search.searcher import (
     SearchIndex,
     as_results,
@@ -29,7 +30,7 @@ from gcl_jax.search.searcher import (
 # Arguments that only one of the two ways to search has; the page asks for its own.
 SERVED = {"port": "--port"}
 NOT_SERVED = {"texts": "QUERY", "query": "--query", "top_k": "--top_k", "json": "--json"}
-NOT_SERVED["images"] = "--images"
+NOT_SERVED |= {"images": "--images", "hybrid": "--hybrid"}
 
 
 def parse_queries(
@@ -86,12 +87,20 @@ def search_run(args: argparse.Namespace) -> None:
         field: store.queries.fields[field] for field, w in cfg.data.query_fields.items() if w > 0
     }
     queries = parse_queries(kinds, args.texts, args.query)
+    if args.hybrid:
+        hybrid.check(store, cfg.data.query_fields)
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
 
     run = load_run(workdir, args.embed_dim, checkpoint=checkpoint)
     index = SearchIndex(run, rows, workdir)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    answers = zip(queries, *index.search(queries, args.top_k), strict=True)
+    hits = index.search(queries, max(args.top_k, hybrid.DEPTH if args.hybrid else 0))
+    if args.hybrid:
+        texts = [hybrid.text_of(store.queries, query) for query in queries]
+        words, near = hybrid.Words(store.documents, rows), np.searchsorted(rows, hits[1])
+        scores, best = words.joined(texts, near, args.top_k)
+        hits = scores, rows[best]
+    answers = zip(queries, *hits, strict=True)
     for number, (query, scores, found) in enumerate(answers, 1):
         results = as_results(store.documents, scores, found)
         shown = [v if isinstance(v, str) else f"<{image_type(v)}>" for v in query.values() if v]
@@ -157,6 +166,11 @@ def main() -> None:
         "--embed_dim",
         type=count,
         help="leading dimensions of the embeddings (default: config)",
+    )
+    parser.add_argument(
+        "--hybrid",
+        action="store_true",
+        help="rank by words (BM25) and embeddings together: reciprocal rank fusion",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per query, one per line"
