@@ -10,6 +10,7 @@ import bisect
 import collections
 import hmac
 import json
+import os
 import signal
 import threading
 import time
@@ -49,6 +50,8 @@ MAX_RECORDS = 256  # of a request
 MAX_CHARACTERS = 10_000  # of a text
 GRACE = 20  # seconds for what is in flight when a signal comes
 SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+# Images take memory while they are decoded, and a core is left for those who only send texts.
+DECODING = threading.Semaphore(max(1, (os.cpu_count() or 1) - 1))
 PATHS = ("/embed", "/search", "/health", "/metrics")
 
 
@@ -293,7 +296,8 @@ def _image(searcher: Searcher, where: str, encoded: Any) -> np.ndarray:
     try:
         data = base64.b64decode(encoded, validate=True)
         check_image(data)
-        return searcher.pixels(data)
+        with DECODING:
+            return searcher.pixels(data)
     except (TypeError, ValueError, binascii.Error) as error:
         reason = error if isinstance(error, DataError) else "an image is a file in base64"
         raise BadRequest(f"{where}: {reason}") from None
