@@ -185,6 +185,11 @@ class ModelConfig:
     init_logit_bias: float | None = option(
         None, "learned bias of the logits, as SigLIP has it, starts here; none: no bias"
     )
+    gates: bool = option(
+        False,
+        "how much a field counts in a merged embedding is learned, record by record; the weights "
+        "of data.query_fields and data.document_fields are where it starts",
+    )
     dtype: str = option("float32", "of what the towers compute", DTYPES)
     param_dtype: str = option("float32", "of the parameters", DTYPES)
     attention: str = option(

@@ -84,9 +84,9 @@ def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
     scalar, or for stacked blocks (layers, 1, ...), with 0 for a frozen layer.
 
     Frozen are the matches of `cfg.freeze` and, in a model with LoRA, all but `lora_a`, `lora_b`,
-    `logit_scale` and `logit_bias`. In a tower of n blocks the embeddings count as layer 0, the
-    blocks as 1 to n, all that follows as n + 1; the factor is layer_decay^(n + 1 - layer), as in
-    BEiT (arXiv 2106.08254). Temperature and bias belong to no tower: 1.
+    `logit_scale`, `logit_bias` and the gates. In a tower of n blocks the embeddings count as layer
+    0, the blocks as 1 to n, all that follows as n + 1; the factor is layer_decay^(n + 1 - layer),
+    as in BEiT (arXiv 2106.08254). Temperature and bias belong to no tower: 1.
 
     Args:
         params: the whole model's, arrays or ShapeDtypeStructs.
@@ -106,7 +106,8 @@ def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
         for layer, layer_name in _layers(name, depth):
             patterns = {pattern for pattern in cfg.freeze if re.match(pattern, layer_name)}
             matched |= patterns
-            frozen = patterns or (lora and not name.endswith(adapting))
+            adapts = name.endswith(adapting) or _tower(name) == "gates"
+            frozen = patterns or (lora and not adapts)
             factors.append(0.0 if frozen else cfg.layer_decay ** (depth + 1 - layer))
         if any(factors):
             shape = (-1, *[1] * (x.ndim - 1)) if ".blocks." in name else ()

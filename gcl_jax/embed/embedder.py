@@ -92,7 +92,7 @@ class Embedder:
         def encode(params, batch):
             embeddings = merge(graphdef, params).encode_fields(batch["inputs"])
             if dim < cfg.model.embed_dim:
-                embeddings = truncated(embeddings, dim)
+                embeddings = truncated(embeddings, dim, cfg.model.gates)
             # Other hosts have read it, too, so it comes back from the devices.
             return embeddings, batch["present"]
 

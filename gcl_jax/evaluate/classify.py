@@ -81,7 +81,7 @@ def classifier(
     embedded = embedder.embed(
         "query", records, ["text"], np.arange(len(texts)), description="prompts"
     )
-    means = embedded.fields["text"].reshape(len(classnames), len(templates), -1).mean(axis=1)
+    means = embedded.merged({"text": 1.0}).reshape(len(classnames), len(templates), -1).mean(axis=1)
     return means / np.linalg.norm(means, axis=1, keepdims=True)
 
 
@@ -115,7 +115,7 @@ def classify(embedder: Embedder, data: Labelled, templates: Sequence[str] = TEMP
     records = GivenRecords(str(data.source), {"image": "image"}, rows)
     numbers = np.arange(len(rows))
     embedded = embedder.embed("document", records, ["image"], numbers, description="images")
-    result = accuracy(embedded.fields["image"], classes, data.labels)
+    result = accuracy(embedded.merged({"image": 1.0}), classes, data.labels)
     result["per_class"] = {data.classnames[c]: x for c, x in result["per_class"].items()}
     return {"images": len(rows), "classes": len(data.classnames), **result}
 

@@ -24,7 +24,7 @@ from gcl_jax.errors import first_line
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.objectives import Merged, Negatives, asked
 from gcl_jax.losses.pairs import KnownWeights, PairRows, Softmax, Sum, Tile
-from gcl_jax.models.clip import merge_fields, truncated
+from gcl_jax.models.clip import merge_fields, normalize, truncated
 
 Embeddings = Mapping[str, Mapping[str, Any]]
 
@@ -118,7 +118,8 @@ def multi_field_loss(
 
     Args:
         embeddings: of "query" and "document" {field: float32 (b, e)}, of "negative_query" and
-            "negative_document", if there are any, {field: float32 (b, h, e)}; of length 1.
+            "negative_document", if there are any, {field: float32 (b, h, e)}; of length 1, or as
+            long as the field counts.
         batch: as `gcl_jax.data.pipeline` describes it; and "known", a `KnownWeights`, if all known
             relevance is the target; and "key", a random key, if an objective draws numbers.
         logit_scale: the factor itself.
@@ -152,8 +153,9 @@ def _of_terms(
             present = batch["query_present"][q] & batch["document_present"][d]
             terms.append(Term(q, d, dataclasses.replace(merged.rows, valid=present)))
             term_weights[f"{q}:{d}"] = weight
-    queries = {**embeddings["query"], MERGED: merged.queries}
-    documents = {**embeddings["document"], MERGED: merged.documents}
+    queries = {**merged.query_fields, MERGED: merged.queries}
+    alone = {field: normalize(x) for field, x in embeddings["document"].items()}
+    documents = {**alone, MERGED: merged.documents}
     return merged.logits(queries, documents, terms, known=merged.known, bias=bias), term_weights
 
 
@@ -187,7 +189,7 @@ def merged_batch(
         documents,
         PairRows(batch["weight"], valid, batch["query_id"], batch["document_id"]).completed(),
         logit_scale,
-        query_fields=embeddings["query"],
+        query_fields={field: normalize(x) for field, x in embeddings["query"].items()},
         query_present=batch["query_present"],
         negatives=negatives,
         key=batch.get("key"),
@@ -200,9 +202,9 @@ def merged_batch(
     )
 
 
-def over_dims(loss_of: Callable, dims: Sequence[int]) -> Callable:
-    """`loss_of`, averaged over embeddings truncated to each of `dims`; itself without any:
-    Matryoshka learning (arXiv 2205.13147).
+def over_dims(loss_of: Callable, dims: Sequence[int], gated: bool = False) -> Callable:
+    """`loss_of`, averaged over embeddings truncated to each of `dims`, as those of a `gated` model
+    are; itself without any: Matryoshka learning (arXiv 2205.13147).
 
     As in sentence-transformers' MatryoshkaLoss, the whole embedding counts only if its size is
     among `dims`; there the losses are summed, here averaged, so that the learning rate and the
@@ -223,7 +225,7 @@ def over_dims(loss_of: Callable, dims: Sequence[int]) -> Callable:
         totals: list[jax.Array] = []
         terms: dict[str, jax.Array] = {}
         for dim in dims:
-            cut = {side: truncated(fields, dim) for side, fields in embeddings.items()}
+            cut = {side: truncated(fields, dim, gated) for side, fields in embeddings.items()}
             total, own = loss_of(cut, *args, **kwargs)
             totals.append(total)
             terms |= {f"{name}@{dim}": value for name, value in own.items()}

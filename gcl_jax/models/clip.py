@@ -26,9 +26,18 @@ def normalize(x: Float[Array, "... e"]) -> Float[Array, "... e"]:
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-24))
 
 
-def truncated(embeddings: Mapping[str, jax.Array], dim: int) -> dict[str, jax.Array]:
-    """The first `dim` numbers of every field's embeddings, at length 1 again."""
-    return {field: normalize(x[..., :dim]) for field, x in embeddings.items()}
+def truncated(
+    embeddings: Mapping[str, jax.Array], dim: int, gated: bool = False
+) -> dict[str, jax.Array]:
+    """The first `dim` numbers of every field's embeddings, at length 1 again; if `gated`, at the
+    length of the whole, which says how much the field counts."""
+    cut = {field: normalize(x[..., :dim]) for field, x in embeddings.items()}
+    if not gated:
+        return cut
+    lengths = {
+        field: jnp.sum(x * normalize(x), axis=-1, keepdims=True) for field, x in embeddings.items()
+    }
+    return {field: x * lengths[field] for field, x in cut.items()}
 
 
 class CLIP(nnx.Module):
@@ -43,6 +52,9 @@ class CLIP(nnx.Module):
         self.logit_scale = nnx.Param(jnp.float32(cfg.init_logit_scale))
         if cfg.init_logit_bias is not None:
             self.logit_bias = nnx.Param(jnp.float32(cfg.init_logit_bias))
+        kinds = ("image", "text") if vision else ("text",)
+        gates = nnx.Dict({kind: Gate(cfg.embed_dim) for kind in kinds})
+        self.gates = gates if cfg.gates else None
         self.mean, self.std = tuple(cfg.preprocess.mean), tuple(cfg.preprocess.std)
 
     def encode_image(
@@ -62,12 +74,31 @@ class CLIP(nnx.Module):
         self, fields: Fields, key: PRNGKeyArray | None = None
     ) -> dict[str, Float[Array, "b e"]]:
         """Each field through its tower: rank 4 is pixels, rank 2 is token ids. `key`: see
-        `encode_image`; every field draws its own patches."""
+        `encode_image`; every field draws its own patches. With gates, a row is as long as its field
+        counts in `merge_fields`, else of length 1."""
         embeddings = {}
         for i, (name, x) in enumerate(fields.items()):
             own = None if key is None else jax.random.fold_in(key, i)
-            embeddings[name] = self.encode_image(x, own) if x.ndim == 4 else self.encode_text(x)
+            kind = "image" if x.ndim == 4 else "text"
+            embedding = self.encode_image(x, own) if kind == "image" else self.encode_text(x)
+            embeddings[name] = embedding if self.gates is None else self.gates[kind](embedding)
         return embeddings
+
+
+class Gate(nnx.Module):
+    """How much an embedding x of length 1 counts among the fields of its record: it leaves at the
+    length exp(x . direction + bias), which is 1 at the start.
+
+    A merged embedding is then a sum weighted by a softmax over the fields that the record has: a
+    blurred photograph can give way to its title, and a title that says nothing to its photograph.
+    """
+
+    def __init__(self, embed_dim: int):
+        self.direction = nnx.Param(jnp.zeros(embed_dim))
+        self.bias = nnx.Param(jnp.zeros(()))
+
+    def __call__(self, x: Float[Array, "b e"]) -> Float[Array, "b e"]:
+        return x * jnp.exp(x @ self.direction[...] + self.bias[...])[:, None]
 
 
 def merge_fields(

@@ -241,7 +241,7 @@ def from_state_dict(
     does. A text context shorter than the checkpoint's keeps the first positions, so that every
     text that fits has the embedding it had (open_clip interpolates the table instead). With
     `cfg.lora_rank`, the low-rank updates are drawn afresh from `seed`; they change nothing yet. The
-    temperature of a BERT, which has none, and CLIP's bias of the logits are as `cfg` says.
+    temperature of a BERT, which has none, CLIP's bias of the logits, and gates are as `cfg` says.
 
     Raises:
         DataError: keys that are missing, left over, of another shape, no floating-point numbers or
@@ -270,8 +270,11 @@ def _from_state_dict(
         optional.add("logit_bias")
     flat: dict[str, Any] = {
         path: np.float32(getattr(cfg, f"init_{path}"))
-        for path in optional & everything.keys() - state_dict.keys()
+        for path in optional & _flat(everything).keys() - state_dict.keys()
     }
+    for path, x in _flat(everything).items():
+        if path.startswith("gates.") and path not in state_dict:
+            flat[path] = np.zeros(x.shape, np.float32)  # other libraries have none: as at the start
     leaves = {path: x for path, x in _flat(everything).items() if path not in flat}
     rows = _rows(naming, cfg, leaves)
     expected = _expected(rows, leaves)

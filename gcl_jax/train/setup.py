@@ -247,7 +247,7 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
 
     It is the workdir of another run (its moving averages, if it has any), WORKDIR@STEP for one of
     its checkpoints, or whatever `gcl_jax.port.pretrained.load_pretrained` reads. LoRA's matrices,
-    temperature and the logits' bias are left out where it lacks them: they start as the
+    gates, temperature and the logits' bias are left out where it lacks them: they start as the
     configuration says.
 
     Raises:
@@ -256,7 +256,7 @@ def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:
     """
     abstract = abstract_params(cfg.model, mesh)
     wanted = traverse_util.flatten_dict(abstract, sep=".")
-    optional = [n for n in wanted if n.endswith(LORA) or n.startswith("logit_")]
+    optional = [n for n in wanted if n.endswith(LORA) or n.startswith(("logit_", "gates."))]
     source, step = paths.local_path(cfg.init_from), None
     if not source.exists() and (found := re.fullmatch(r"(.+)@(\d+)", cfg.init_from)):
         source, step = paths.local_path(found[1]), int(found[2])

@@ -106,7 +106,7 @@ def make_train_step(
     graphdef, _ = abstract_model(cfg.model, mesh)
     vision = cfg.model.vision
     drops_patches = vision is not None and vision.patch_dropout > 0
-    objective = over_dims(multi_field_loss, cfg.loss.matryoshka_dims)
+    objective = over_dims(multi_field_loss, cfg.loss.matryoshka_dims, cfg.model.gates)
     loss = dataclasses.replace(cfg.loss, dtype=product_dtype(cfg), kernel=checked_kernel(cfg, mesh))
     settings = {"loss": loss, "data": cfg.data, "mesh": mesh}
 
