@@ -482,13 +482,14 @@ def test_the_digest_tells_parameters_apart_but_not_meshes(workdir):
 
 
 @pytest.mark.usefixtures("no_towers")
-def test_exports_read_back(workdir, monkeypatch, tmp_path):
+def test_exports_read_back(workdir, monkeypatch, tmp_path, capsys):
     faiss = pytest.importorskip("faiss", reason="needs the [search] extra")
     usearch = pytest.importorskip("usearch.index", reason="needs the [search] extra")
     monkeypatch.setattr("gcl_jax.embed.__main__.ROWS_AT_A_TIME", 10)
     out = tmp_path / "vectors"
-    exports = ("--export=parquet", "--export=faiss", "--export=usearch")
+    exports = [f"--export={kind}" for kind in embed.EXPORTS]
     call(monkeypatch, embed, workdir, f"--out={out}", *exports)
+    told = capsys.readouterr().out
     embeddings = np.load(out / "embeddings.npy")
     ids = pq.read_table(out / "ids.parquet")["id"].to_pylist()
     table = pq.read_table(out / "embeddings.parquet")
@@ -502,6 +503,20 @@ def test_exports_read_back(workdir, monkeypatch, tmp_path):
     np.testing.assert_allclose(scores, cosines, rtol=1e-5)
     distinct = ~np.isin(expected, (6, 7)).any(axis=1)  # these two documents are the same
     np.testing.assert_array_equal(found[distinct], expected[distinct])
+    rounded = faiss.read_index(str(out / "embeddings.int8.faiss")).reconstruct_n(0, 24)
+    np.testing.assert_allclose(rounded, embeddings, atol=np.ptp(embeddings) / 255)
+    bits = faiss.read_index_binary(str(out / "embeddings.binary.faiss"))
+    codes = faiss.vector_to_array(bits.xb).reshape(24, 2)
+    np.testing.assert_array_equal(codes, np.packbits(embeddings > 0, axis=1))
+    assert (
+        told.count("of the bytes; ") == told.count("100.0% if 24 are scored again (8 queries)") == 2
+    )
+    lost = embed.loss(out, "faiss_int8", queries)
+    near = np.argsort(-queries @ rounded.T, axis=1)[:, :10]
+    best = np.sort(queries @ embeddings.T, axis=1)[:, -10:-9] - 1e-6
+    found = np.take_along_axis(queries @ embeddings.T, near, 1) >= best
+    assert (lost["k"], lost["again"], lost["rescored"]) == (10, 24, 1)
+    assert lost["found"] == pytest.approx(found.mean(), abs=0.021), "near-ties may change places"
     graph = usearch.Index.restore(str(out / "embeddings.usearch"))
     assert len(graph) == 24
     np.testing.assert_allclose(graph.get(np.arange(24)), embeddings, atol=1e-6)

@@ -4,6 +4,7 @@ Makes a folder: `embeddings.npy` (memory-mappable, float32, rows of length 1), `
 of each row) and `manifest.json` (what they were made from). Without --out it is the one that
 evaluate, search and report read, in WORKDIR/embeddings. A call that was killed is continued by the
 same command. Row, key or label i of every --export is row i of `embeddings.npy` and `ids.parquet`.
+Exports that round, int8 and binary, are searched for queries of the store, to tell what they lose.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gcl_jax import distributed, logs, runs
-from gcl_jax.config import DataConfig
+from gcl_jax.config import DataConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line, spelled, to_install
 from gcl_jax.paths import local_path, output_path, replacing
@@ -23,8 +24,15 @@ from gcl_jax.prepare.stores import open_store
 
 if TYPE_CHECKING:
     from gcl_jax.data.pipeline import Side
+    from gcl_jax.embed.embedder import Embedder
 
 ROWS_AT_A_TIME = 65_536  # of exports
+BEST, AGAIN = 10, 100  # that an export should find, and that are scored again to find them
+TRIED = 500  # queries, to tell what an export loses
+TOLD = (
+    "  {size:.1%} of the bytes; {found:.1%} of the {k} best are found, {rescored:.1%} if {again} "
+    "are scored again ({queries} queries)"
+)
 FOLDERS: "dict[Side, str]" = {"document": "documents", "query": "queries"}
 
 
@@ -60,8 +68,14 @@ def embed_run(args: argparse.Namespace) -> None:
     )
     if args.batch_size is not None:
         cfg.eval.batch_size = args.batch_size
+    dim = cfg.eval.embed_dim or cfg.model.embed_dim
+    if "faiss_binary" in args.export and dim % 8:
+        raise UserError(f"--export=faiss_binary: {dim} dimensions are no multiple of 8, of a byte")
     embedder, digest = Embedder(cfg, params, mesh), runs.parameters_digest(params)
     cache = vectors.EmbeddingCache(args.workdir, step)
+    asked = None
+    if args.side != "query" and ROUNDED.keys() & set(args.export):
+        asked = queries_of(cfg, store, embedder)
     sides: list[Side] = list(FOLDERS) if args.side == "both" else [args.side]
     for side in sides:
         rows, kept = rows_of(store, side, args.split), args.out is None
@@ -79,6 +93,45 @@ def embed_run(args: argparse.Namespace) -> None:
             )
             for kind in args.export:
                 print(spelled(export(folder, kind)), flush=True)
+                if kind in ROUNDED and side == "document" and asked is not None:
+                    print(TOLD.format(**loss(folder, kind, asked)), flush=True)
+
+
+def queries_of(cfg: TrainConfig, store: RankedStore, embedder: "Embedder") -> np.ndarray:
+    """float32 (q, e): embeddings of `TRIED` queries of the store, at equal distances."""
+    count = len(store.queries)
+    rows = np.unique(np.linspace(0, count - 1, min(TRIED, count), dtype=int))
+    fields = cfg.data.query_fields
+    found = embedder.embed("query", store.queries, list(fields), rows, quiet=True)
+    return found.merged(fields)
+
+
+def loss(folder: Path, kind: str, queries: np.ndarray) -> dict[str, float]:
+    """What an export of `ROUNDED` loses of exact search over the embeddings in `folder`.
+
+    Returns:
+        "size", its bytes as a share of those of the embeddings; "found", the share of each query's
+        "k" best among as many from the export; "rescored", the same if "again" of them are scored
+        by the embeddings themselves; how many "queries". Documents of equal scores are alike.
+    """
+    from gcl_jax.embed.vectors import EMBEDDINGS
+    from gcl_jax.search.index import exact_top_k
+
+    embeddings = np.load(folder / EMBEDDINGS, mmap_mode="r")
+    k, again = min(BEST, len(embeddings)), min(AGAIN, len(embeddings))
+    exact, _ = exact_top_k(queries, embeddings, k)
+    path = folder / EXPORTS[kind][1]
+    near = ROUNDED[kind](path, queries, again)
+    scores = np.einsum("qe,qde->qd", queries, embeddings[near])
+    good = scores >= exact[:, -1:] - 1e-6
+    return {
+        "size": path.stat().st_size / embeddings.nbytes,
+        "found": float(good[:, :k].mean()),
+        "rescored": float(np.minimum(good.sum(axis=1), k).mean() / k),
+        "k": k,
+        "again": again,
+        "queries": len(queries),
+    }
 
 
 def check_exports(kinds: list[str]) -> None:
@@ -137,6 +190,41 @@ def _faiss(embeddings: np.ndarray, _ids: Path, path: Path) -> None:
     faiss.write_index(index, str(path))
 
 
+def _faiss_int8(embeddings: np.ndarray, _ids: Path, path: Path) -> None:
+    """`IndexScalarQuantizer`: a byte per dimension, between the least and the greatest of each."""
+    import faiss
+
+    index = faiss.IndexScalarQuantizer(
+        embeddings.shape[1], faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
+    )
+    index.train(np.stack([embeddings.min(axis=0), embeddings.max(axis=0)]))
+    for _, block in _blocks(embeddings, "faiss_int8"):
+        index.add(block)
+    faiss.write_index(index, str(path))
+
+
+def _faiss_binary(embeddings: np.ndarray, _ids: Path, path: Path) -> None:
+    """`IndexBinaryFlat`: a bit per dimension, 1 where it is above 0."""
+    import faiss
+
+    index = faiss.IndexBinaryFlat(embeddings.shape[1])
+    for _, block in _blocks(embeddings, "faiss_binary"):
+        index.add(np.packbits(block > 0, axis=1))
+    faiss.write_index_binary(index, str(path))
+
+
+def _near_int8(path: Path, queries: np.ndarray, k: int) -> np.ndarray:
+    import faiss
+
+    return faiss.read_index(str(path)).search(queries, k)[1]
+
+
+def _near_binary(path: Path, queries: np.ndarray, k: int) -> np.ndarray:
+    import faiss
+
+    return faiss.read_index_binary(str(path)).search(np.packbits(queries > 0, axis=1), k)[1]
+
+
 def _usearch(embeddings: np.ndarray, _ids: Path, path: Path) -> None:
     """A graph (HNSW) for approximate search by inner product, float32."""
     from usearch.index import Index
@@ -152,7 +240,14 @@ def _usearch(embeddings: np.ndarray, _ids: Path, path: Path) -> None:
 EXPORTS: dict[str, tuple[Callable[[np.ndarray, Path, Path], None], str, str, str]] = {
     "parquet": (_parquet, "embeddings.parquet", "pyarrow", "pyarrow"),
     "faiss": (_faiss, "embeddings.faiss", "faiss", "faiss-cpu"),
+    "faiss_int8": (_faiss_int8, "embeddings.int8.faiss", "faiss", "faiss-cpu"),
+    "faiss_binary": (_faiss_binary, "embeddings.binary.faiss", "faiss", "faiss-cpu"),
     "usearch": (_usearch, "embeddings.usearch", "usearch", "usearch"),
+}
+# Those that round: the rows (q, k) that a file finds for queries, the best first.
+ROUNDED: dict[str, Callable[[Path, np.ndarray, int], np.ndarray]] = {
+    "faiss_int8": _near_int8,
+    "faiss_binary": _near_binary,
 }
 
 
