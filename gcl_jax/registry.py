@@ -157,8 +157,8 @@ SOURCES = Registry(
     "source",
     {
         "tables": "gcl_jax.prepare.tables",
-        "clicks": "gcl_jax.prepare.clicks",
         "marqo_gs": "gcl_jax.prepare.marqo_gs",
+        "clicks": "gcl_jax.prepare.clicks",
         "webdataset": "gcl_jax.prepare.captions",
         "folder": "gcl_jax.prepare.captions",
         "photos": "gcl_jax.prepare.photos",
