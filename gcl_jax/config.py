@@ -275,7 +275,7 @@ class DataConfig:
 @dataclasses.dataclass(slots=True)
 class OptimConfig:
     """How parameters follow gradients, and for how long: as `steps` say, or if that is 0 as many
-    `examples`, or if that is 0 too as many `epochs`."""
+    `examples`, or if that is 0 too as many `epochs`; if these are None, as the data's size says."""
 
     lr: float = option(2e-5, "peak learning rate", above=0)
     schedule: str = option(
@@ -284,18 +284,31 @@ class OptimConfig:
         "stays (constant), or stays and falls at the end (wsd)",
         registry.SCHEDULES,
     )
-    warmup_steps: int = option(100, "steps in which the learning rate rises to it", at_least=0)
+    warmup_steps: int | None = option(
+        None,
+        "steps in which the learning rate rises to it; None: a tenth of all, at most 2000",
+        at_least=0,
+    )
     decay_fraction: float = option(
         0.2,
         "share of the steps after the warm-up in which the schedule wsd falls",
         at_least=0,
         at_most=1,
     )
-    epochs: float = option(5.0, "times that training visits each pair", at_least=0)
+    epochs: float | None = option(
+        None,
+        "times that training visits each pair; None: 5, or as many more as make 1000 steps, but no "
+        "more than 50",
+        at_least=0,
+    )
     examples: int = option(0, "pairs to train on, in place of epochs", at_least=0)
     steps: int = option(0, "steps to train, in place of both", at_least=0)
     batch_size: int = option(
-        256, "pairs of a step, on all devices together", at_least=1, at_most=2**24
+        0,
+        "pairs of a step, on all devices together; 0: 256, or of fewer than 2048 pairs the largest "
+        "power of 2 that leaves an epoch 8 steps, but 32 if there are as many",
+        at_least=0,
+        at_most=2**24,
     )
     optimizer: str = option(
         "adamw", "adamw, or another of optax by its name there: lion, muon, adafactor, sgd, ..."
@@ -511,7 +524,18 @@ class EvalConfig:
         "the judgements that came with the data, or, where there are none, sampled from the pairs",
         ("test", "dev", "sampled"),
     )
-    every: int = option(0, "steps between evaluations in training; 0: none", at_least=0)
+    every: int | None = option(
+        None,
+        "steps between evaluations in training; 0: none; None: about ten in a run, if there is a "
+        "split val, validation or dev to evaluate that is not trained on, else none",
+        at_least=0,
+    )
+    patience: int = option(
+        0,
+        "training ends after so many evaluations in a row without a larger checkpoint.best; 0: "
+        "never early",
+        at_least=0,
+    )
     max_queries: int = option(2000, "the most queries that are sampled", at_least=1)
     max_queries_in_training: int = option(500, "the same, in training", at_least=1)
     top_k: int = option(1000, "documents that are ranked for a query", at_least=1, at_most=2**20)
@@ -525,11 +549,18 @@ class EvalConfig:
 class CheckpointConfig:
     """Which checkpoints a run writes and keeps; there is always one of the end."""
 
-    every: int = option(200, "steps between checkpoints", at_least=1)
+    every: int | None = option(
+        None,
+        "steps between checkpoints; None: 200, or what divides eval.every where checkpoints are "
+        "compared",
+        at_least=1,
+    )
     keep: int = option(3, "newest checkpoints that stay", at_least=1)
     keep_every: int = option(0, "those of every so many steps stay, too; 0: none", at_least=0)
-    best: str = option(
-        "", "a metric of the evaluation in training, such as in_domain/NDCG@10; empty: none"
+    best: str | None = option(
+        None,
+        "a metric of the evaluation in training, such as in_domain/NDCG@10; empty: none; None: "
+        "NDCG@10 of the split val, validation or dev, if it is evaluated",
     )
     keep_best: int = option(1, "checkpoints with the largest of it that stay", at_least=1)
 

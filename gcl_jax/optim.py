@@ -4,6 +4,7 @@ layer's share of the learning rate.
 
 import functools
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,7 +26,21 @@ from gcl_jax.sharding import Params
 def total_steps(cfg: OptimConfig, num_pairs: int) -> int:
     """`cfg.steps`, or as many as `cfg.examples` or `cfg.epochs` over `num_pairs` need (1 at the
     least)."""
-    return cfg.steps or max(1, round((cfg.examples or cfg.epochs * num_pairs) / cfg.batch_size))
+    examples = cfg.examples or epochs(cfg, num_pairs) * num_pairs
+    return cfg.steps or max(1, round(examples / cfg.batch_size))
+
+
+def epochs(cfg: OptimConfig, num_pairs: int) -> float:
+    """`cfg.epochs`, or if that is None enough of them over `num_pairs` to learn from scratch, and
+    no more than are likely to teach anything: see its meaning."""
+    if cfg.epochs is not None:
+        return cfg.epochs
+    return min(50.0, max(5.0, float(math.ceil(1000 * cfg.batch_size / num_pairs))))
+
+
+def warmup_steps(cfg: OptimConfig, steps: int) -> int:
+    """`cfg.warmup_steps`, or if that is None a tenth of `steps`, at most 2000."""
+    return min(2000, steps // 10) if cfg.warmup_steps is None else cfg.warmup_steps
 
 
 def lr_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
@@ -34,7 +49,7 @@ def lr_schedule(cfg: OptimConfig, steps: int) -> optax.Schedule:
     To add one: `@SCHEDULES.register("mine") def f(cfg, steps) -> optax.Schedule`, the learning rate
     of the `steps` after the warm-up, counted from 0.
     """
-    warmup = min(cfg.warmup_steps, steps)
+    warmup = min(warmup_steps(cfg, steps), steps)
     rise = optax.linear_schedule(cfg.lr / (warmup + 1), cfg.lr, warmup)
     return optax.join_schedules([rise, SCHEDULES[cfg.schedule](cfg, steps - warmup)], [warmup])
 

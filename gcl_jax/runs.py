@@ -75,14 +75,15 @@ def load_config(workdir: Path) -> TrainConfig:
     try:
         return config.load(workdir / "config.json")
     except ConfigError as error:
-        sealed = _sealed(workdir)
-        if sealed is None:
+        found = sealed(workdir)
+        if found is None:
             raise
         _warn(f"warning: {error}; the configuration of the newest checkpoint is taken")
-        return sealed
+        return found
 
 
-def _sealed(workdir: Path) -> TrainConfig | None:
+def sealed(workdir: Path) -> TrainConfig | None:
+    """What the newest checkpoint of the run in `workdir` says, if there is any."""
     if not _has_checkpoints(workdir):
         return None
     from gcl_jax.checkpoints.saved import sealed_config
@@ -98,9 +99,9 @@ def _warn(line: str) -> None:
 
 def require_sealed(cfg: TrainConfig, workdir: Path) -> None:
     """Raises `ConfigError` if config.json describes another model than the checkpoints."""
-    sealed = _sealed(workdir)
-    for one in config.described(ModelConfig, "model.") if sealed else ():
-        ours, theirs = config.value(cfg, one.key), config.value(sealed, one.key)
+    found = sealed(workdir)
+    for one in config.described(ModelConfig, "model.") if found else ():
+        ours, theirs = config.value(cfg, one.key), config.value(found, one.key)
         if ours != theirs:
             raise ConfigError(
                 f"{workdir / 'config.json'} says {one.key}={ours!r}, and the run was trained with "

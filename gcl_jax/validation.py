@@ -23,6 +23,7 @@ from gcl_jax.paths import address, path_of, remote
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
 LARGEST = 2**31 - 1  # whole number: what a device counts with
+CHECKPOINT_EVERY = 200
 
 
 def validate(cfg: TrainConfig) -> None:
@@ -222,9 +223,9 @@ def _validate_objectives(cfg: TrainConfig) -> None:
 
 def _validate_optim(cfg: TrainConfig) -> None:
     optim = cfg.optim
-    require(optim.batch_size >= 2, "optim.batch_size must be 2 or more: one pair has no negatives")
-    asked = max(optim.steps, optim.examples, optim.epochs)
-    require(asked > 0, "optim: set epochs, examples or steps above 0")
+    require(optim.batch_size != 1, "optim.batch_size must be 2 or more: one pair has no negatives")
+    asked = optim.epochs is None or max(optim.steps, optim.examples, optim.epochs) > 0
+    require(asked, "optim: set epochs, examples or steps above 0")
     for pattern in optim.freeze:
         try:
             re.compile(pattern)
@@ -233,18 +234,33 @@ def _validate_optim(cfg: TrainConfig) -> None:
 
 
 def _validate_checkpoint(cfg: TrainConfig) -> None:
-    every, keep_every = cfg.checkpoint.every, cfg.checkpoint.keep_every
+    evaluated, best = cfg.eval.every, cfg.checkpoint.best
+    every, keep_every = checkpoint_every(cfg), cfg.checkpoint.keep_every
     require(
         keep_every % every == 0,
         f"checkpoint.keep_every={keep_every} is no multiple of checkpoint.every={every}: there is "
         "no checkpoint of such a step to keep",
     )
     require(
-        not cfg.checkpoint.best or (cfg.eval.every > 0 and cfg.eval.every % every == 0),
-        f"eval.every={cfg.eval.every} must be a multiple of checkpoint.every={every} for "
-        f"checkpoint.best={cfg.checkpoint.best!r}: only a step that is evaluated and saved can be "
-        "the best",
+        not best or evaluated is None or (evaluated > 0 and evaluated % every == 0),
+        f"eval.every={evaluated} must be a multiple of checkpoint.every={every} for "
+        f"checkpoint.best={best!r}: only a step that is evaluated and saved can be the best",
     )
+    require(
+        not cfg.eval.patience or (evaluated != 0 and best != ""),
+        f"eval.patience={cfg.eval.patience} counts evaluations by checkpoint.best: set that, such "
+        "as in_domain/NDCG@10, and eval.every",
+    )
+
+
+def checkpoint_every(cfg: TrainConfig) -> int:
+    """`cfg.checkpoint.every`, or if that is None 200, or what divides `cfg.eval.every` where
+    checkpoints are compared."""
+    evaluated, compared = cfg.eval.every, cfg.checkpoint.best
+    if cfg.checkpoint.every is not None or not (evaluated and compared):
+        return cfg.checkpoint.every or CHECKPOINT_EVERY
+    shared = math.gcd(evaluated, CHECKPOINT_EVERY)
+    return shared if 4 * shared >= CHECKPOINT_EVERY else evaluated
 
 
 def check_workdir(workdir: Path) -> None:

@@ -360,7 +360,7 @@ def test_loss_falls_and_everything_is_written(cfg, tiny_store, tmp_path):
     evaluated = [row for row in rows if "in_domain/NDCG@10" in row]
     assert [row["step"] for row in evaluated] == [20]
     assert list(tmp_path.glob("events.out.tfevents.*"))
-    assert config.load(tmp_path / "config.json") == tiny_store.resolve(cfg)
+    assert config.load(tmp_path / "config.json") == make_training(cfg).cfg
 
 
 def test_an_epoch_of_unique_queries_is_shorter(cfg, tmp_path, capsys, monkeypatch):

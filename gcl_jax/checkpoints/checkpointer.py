@@ -330,7 +330,7 @@ class Checkpointer:
         return self._scores[step]
 
     def _score_of(self, metrics: Mapping[str, float]) -> float | None:
-        score = metrics.get(self._cfg.best, math.nan)
+        score = metrics.get(self._cfg.best or "", math.nan)
         return None if math.isnan(score) else score
 
 

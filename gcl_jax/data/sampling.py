@@ -104,16 +104,17 @@ def repeated_rows(cfg: TrainConfig, pairs: Pairs) -> float:
     return size**3 / (6 * n**2) if n % size else 0.0
 
 
-def advice(cfg: TrainConfig, pairs: Pairs, steps: int) -> list[str]:
-    """A line for each thing in a run of so many `steps` that learns less than it might."""
+def advice(cfg: TrainConfig, pairs: Pairs, steps: int, chosen: bool = False) -> list[str]:
+    """A line for each thing in a run of so many `steps` that learns less than it might. `chosen`:
+    the size of the batch was not asked for, but follows the pairs."""
     size, lines = cfg.optim.batch_size, []
-    if steps <= cfg.optim.warmup_steps:
+    if steps <= (cfg.optim.warmup_steps or 0):
         lines.append(
             f"config.optim.warmup_steps={cfg.optim.warmup_steps}: the warm-up never "
             f"ends in {steps} steps; a tenth of them is usual, {max(1, steps // 10)}"
         )
     epoch = pairs_per_epoch(cfg, pairs) / size
-    if epoch < FEW_STEPS:
+    if epoch < FEW_STEPS and not chosen:
         lines.append(
             f"an epoch is {epoch:.3g} steps: with so few pairs, a config.optim.batch_size below "
             f"{size} gives more steps for the same work"

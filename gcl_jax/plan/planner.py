@@ -30,6 +30,7 @@ from gcl_jax.plan.work import Work, read_work
 from gcl_jax.prepare.stores import open_store
 from gcl_jax.registry import SOURCES
 from gcl_jax.sharding import batch_sharding, bytes_per_device, make_mesh, replicated
+from gcl_jax.train.setup import spelled_out
 from gcl_jax.train.step import known_weights, make_train_step
 
 GIB, MIB = 2**30, 2**20
@@ -54,15 +55,15 @@ class Data:
 
 
 def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple[TrainConfig, Data]:
-    """`cfg` with its fields spelled out, and its data: those of the store, or, where there is none
-    yet, the fields that `cfg` names, of which `image_fields` are images.
+    """`cfg` with its fields and its length spelled out, and its data: those of the store, or, where
+    there is none yet, the fields that `cfg` names, of which `image_fields` are images.
 
     Raises:
         ConfigError: an image field of a model without image tower.
         DataError: a store that is damaged or lacks what `cfg` names.
     """
-    name, known, given = cfg.data.store, None, tuple[str, ...]()
-    wants_known = cfg.loss.targets == "known"
+    name, pairs, wants_known = cfg.data.store, ASSUMED_PAIRS, cfg.loss.targets == "known"
+    known, given = None, tuple[str, ...]()
     if name in SOURCES or (Path(name) / "store.json").is_file():
         store = open_store(name)
         cfg = store.resolve(cfg)
@@ -75,18 +76,17 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
             known = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
     else:
         default = {"image": 0.5, "title": 0.5} if cfg.model.vision else {"title": 1.0}
-        spelled_out = dataclasses.replace(
+        named = dataclasses.replace(
             cfg.data,
             query_fields=cfg.data.query_fields or {"query": 1.0},
             document_fields=cfg.data.document_fields or default,
         )
-        cfg, images = dataclasses.replace(cfg, data=spelled_out), set(image_fields)
+        cfg, images = dataclasses.replace(cfg, data=named), set(image_fields)
         kinds = {
             side: {field: "image" if field in images else "text" for field in fields}
             for side, fields in cfg.data.weights.items()
         }
         note = f"no store at {name}: fields as the config names them, {ASSUMED_PAIRS:,} pairs"
-        pairs = ASSUMED_PAIRS
         if cfg.data.negatives:
             given = ("document",)
         if wants_known:
@@ -105,7 +105,7 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
                 "no image tower (config.model.vision is None); name text fields only"
             )
     of_text = ("query",) if cfg.data.text_negatives != "none" else ()
-    return cfg, Data(kinds, pairs, (*given, *of_text), known, note)
+    return spelled_out(cfg, pairs), Data(kinds, pairs, (*given, *of_text), known, note)
 
 
 def abstract_batch(cfg: TrainConfig, data: Data, mesh: Mesh) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The training loop: fetch, step, look, evaluate, save; and stop as it is told to."""
 
 import contextlib
+import copy
 import dataclasses
 import os
 from collections.abc import Callable, Collection, Iterator
@@ -15,7 +16,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, StorageError, UserError, in_one_line
 from gcl_jax.evaluate.ranked import evaluate_in_training
-from gcl_jax.runs import alone_in
+from gcl_jax.runs import alone_in, load_config, sealed
 from gcl_jax.train.monitor import Compilations, Monitor, Trace, diagnosis
 from gcl_jax.train.setup import less_memory, make_training, start_or_continue
 from gcl_jax.validation import check_workdir, validate
@@ -97,7 +98,7 @@ def _train(
     resume_changes: Collection[str],
     compiled: Compilations,
 ) -> dict[str, float]:
-    training = make_training(cfg)
+    training = make_training(as_begun(cfg, workdir))
     cfg, batches, steps = training.cfg, training.batches, training.steps
     cfg.extensions = tuple(dict.fromkeys((*cfg.extensions, *registry.extensions)))
     first, step = distributed.is_first(), 0
@@ -125,8 +126,8 @@ def _train(
         ):
             monitor = Monitor(training, workdir, writer, bar, compiled)
             monitor.start_at(step)
-            finished = step >= steps
-            while step < steps:
+            done = finished = step >= steps or monitor.ends_early(step)
+            while not done:
                 # The step before is still running: meanwhile the next batch is fetched and sent.
                 with monitor.waiting():
                     rows = next(batches)
@@ -138,8 +139,11 @@ def _train(
 
                 signum = signals.requested()
                 watchdog.alive()
-                evaluating = cfg.eval.every and step % cfg.eval.every == 0 and step < steps
-                saving = signum or step % cfg.checkpoint.every == 0 or step == steps
+                done = step == steps
+                # The last step is evaluated where checkpoints are compared.
+                due = bool(cfg.eval.every) and step % (cfg.eval.every or 1) == 0
+                evaluating = bool(cfg.checkpoint.best) if done else due
+                saving = signum or done or step % (cfg.checkpoint.every or 1) == 0
                 if evaluating or saving:
                     monitor.settle()
                 checkpointer.check_for_errors()
@@ -152,6 +156,7 @@ def _train(
                     if not restored:
                         raise NonFiniteRun(reason)
                     step, state, _ = restored
+                    done = False
                     distributed.announce(f"\n{reason}; going back to step {step}")
                     monitor.start_at(step, rolled_back=True)
                     continue
@@ -161,12 +166,26 @@ def _train(
                         averaged = embedder.with_params(averaged_params(state))
                         summaries = evaluate_in_training(cfg, training.store, averaged)
                     writer.write(step, summaries)
+                    done = done or monitor.ends_early(step)
                 # What a rollback returns to must be sound, so not in the midst of skipped steps.
-                if saving and (signum or step == steps or not monitor.nonfinite):
+                if (saving or done) and (signum or done or not monitor.nonfinite):
                     checkpointer.save(step, state, batches.get_state(), summaries)
-                if signum and step < steps:
+                if signum and not done:
                     raise Interrupted(signum, step)
         if not finished:
             distributed.announce(f"in all: {compiled}")
     rows = logs.read_metrics(logs.growing(workdir) / logs.METRICS)
-    return rows[-1] if rows else {}
+    return next((row for row in reversed(rows) if "loss" in row), {})
+
+
+def as_begun(cfg: TrainConfig, workdir: Path) -> TrainConfig:
+    """`cfg`, where the run in `workdir` has checkpoints with what it leaves to the data as that run
+    has it: a run that goes on, or grows, keeps its batches and its warm-up."""
+    if sealed(workdir) is None:
+        return cfg
+    begun, cfg = load_config(workdir), copy.deepcopy(cfg)
+    cfg.optim.batch_size = cfg.optim.batch_size or begun.optim.batch_size
+    for name in ("epochs", "warmup_steps"):
+        if getattr(cfg.optim, name) is None:
+            setattr(cfg.optim, name, getattr(begun.optim, name))
+    return cfg

@@ -18,7 +18,7 @@ from flax import traverse_util
 from jax.experimental import multihost_utils
 
 from gcl_jax import distributed, logs
-from gcl_jax.config import NonFiniteConfig
+from gcl_jax.config import NonFiniteConfig, TrainConfig
 from gcl_jax.data.pipeline import Batch
 from gcl_jax.models.flops import find_chip
 from gcl_jax.sharding import Params
@@ -132,6 +132,19 @@ class Monitor:
             self._look_at(self._pending)
             self._pending = None
 
+    def ends_early(self, step: int) -> bool:
+        """Whether the run ends at `step`, by what evaluations have said of it; that is told once.
+        Alike on all processes."""
+        if not self._training.cfg.eval.patience:
+            return False
+        rows = logs.read_metrics(logs.growing(self._workdir) / logs.METRICS)
+        why = out_of_patience(self._training.cfg, rows) if distributed.is_first() else ""
+        if why and step < self._training.steps:
+            distributed.announce(f"\n{why}; the run ends at step {step} of {self._training.steps}")
+        if jax.process_count() > 1:
+            return bool(multihost_utils.broadcast_one_to_all(np.bool_(bool(why))))
+        return bool(why)
+
     def _measure_from(self, step: int, moment: float) -> None:
         self._logged, self._since, self._waited = step, moment, 0.0
 
@@ -200,6 +213,24 @@ class Monitor:
             f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
         )
         self._measure_from(step, ended)
+
+
+def out_of_patience(cfg: TrainConfig, rows: Sequence[dict[str, float]]) -> str:
+    """Why a run with these rows of metrics.jsonl ends before its last step, in words; empty if it
+    does not. `cfg` is spelled out."""
+    best, patience = cfg.checkpoint.best or "", cfg.eval.patience
+    scores = {int(row["step"]): row[best] for row in rows if best in row}
+    finite = [step for step in scores if math.isfinite(scores[step])]
+    if not patience or not finite:
+        return ""
+    top = max(finite, key=lambda step: scores[step])  # the first of equals
+    since = sum(step > top for step in scores)
+    if since < patience:
+        return ""
+    return (
+        f"config.eval.patience={patience}: no {best} above the {scores[top]:.4f} of step {top} in "
+        f"{since} evaluations"
+    )
 
 
 class SpikeAlarm:

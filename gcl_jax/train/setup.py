@@ -1,7 +1,9 @@
 """What a training run is made of, before its first step."""
 
+import copy
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -22,7 +24,7 @@ from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.pipeline import longest_texts, padded_length, sampled_pairs, train_batches
 from gcl_jax.data.sampling import advice, pair_weights, pairs_per_epoch, records_without_fields
-from gcl_jax.data.store import HELD_OUT, RankedStore
+from gcl_jax.data.store import HELD_OUT, Pairs, RankedStore
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, did_you_mean
 from gcl_jax.evaluate import metrics
@@ -36,6 +38,9 @@ from gcl_jax.runs import is_run, load_config, require_sealed
 from gcl_jax.sharding import Params
 from gcl_jax.train.flags import RESUMABLE
 from gcl_jax.train.step import Metrics, known_weights, make_train_step
+from gcl_jax.validation import CHECKPOINT_EVERY, checkpoint_every, validate
+
+VALIDATION = re.compile(r"(val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,25 +81,26 @@ def make_training(cfg: TrainConfig) -> Training:
     # may take minutes.
     tx, text = optim.make_optimizer(cfg.optim, 1, parameters), cfg.model.text
     load_tokenizer(text.tokenizer, text.context_length, text.clean)
-    store, asked = open_store(cfg.data.store), cfg.data.train_split
+    store, asked = open_store(cfg.data.store), cfg
     cfg = store.resolve(cfg)
     # Else GPUs would wait for each other in programs that differ.
     kernel = Numerics.of(cfg.model, jax.default_backend()).attention
     distributed.require_alike({"the code": distributed.code(), "what attends": kernel})
     distributed.require_alike(_options(cfg))
-    mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
-    require_memory(cfg, tx, mesh)
     split = cfg.data.train_split
-    if not asked and HELD_OUT.match(split):
+    if not asked.data.train_split and HELD_OUT.match(split):
         raise ConfigError(
             f"store {store.directory} has no split to train on, only {', '.join(store.splits)}; to "
             f"train on one of these all the same, name it: --config.data.train_split={split}"
         )
+    pairs = sampled_pairs(cfg, store)
+    cfg = spelled_out(cfg, pairs)
     require_metric(cfg)
+    mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
+    require_memory(cfg, tx, mesh)
     for line in records_without_fields(cfg, store):
         distributed.announce(line)
     lengths = text_lengths(cfg, store)
-    pairs = sampled_pairs(cfg, store)
     batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), lengths, pairs)
     distributed.announce(f"training on split {split!r} of {store.directory}: {len(pairs)} pairs")
     queries = [len(np.unique(x.query)) for x in (store.pairs(split), pairs)]
@@ -109,7 +115,8 @@ def make_training(cfg: TrainConfig) -> Training:
             "each epoch, others every time"
         )
     steps = optim.total_steps(cfg.optim, epoch)
-    for line in advice(cfg, pairs, steps):
+    distributed.announce(in_words(cfg, steps, epoch))
+    for line in advice(cfg, pairs, steps, not asked.optim.batch_size):
         distributed.announce(f"warning: {line}")
     tx = optim.make_optimizer(cfg.optim, steps, parameters)
     train_step = make_train_step(cfg, tx, mesh)
@@ -130,6 +137,54 @@ def make_training(cfg: TrainConfig) -> Training:
         constants,
         flops.train_flops(cfg, store.kinds, lengths),
     )
+
+
+def spelled_out(cfg: TrainConfig, pairs: Pairs | int) -> TrainConfig:
+    """A copy of `cfg`, which is resolved for its store, with what it leaves to the `pairs` of the
+    training split, as the samplers see them; or to their number, where there is no store yet.
+
+    Raises:
+        ConfigError: what `pairs_per_epoch` raises, or options that do not go together.
+    """
+    cfg = copy.deepcopy(cfg)
+    options, evaluation, checkpoint = cfg.optim, cfg.eval, cfg.checkpoint
+    count = pairs if isinstance(pairs, int) else len(pairs)
+    options.batch_size = options.batch_size or batch_size(count)
+    epoch = pairs if isinstance(pairs, int) else pairs_per_epoch(cfg, pairs)
+    if not (options.steps or options.examples):
+        options.epochs = optim.epochs(options, epoch)
+    steps = optim.total_steps(options, epoch)
+    options.warmup_steps = optim.warmup_steps(options, steps)
+    held_out = [name for name in evaluation.splits if VALIDATION.match(name)]
+    held_out = [name for name in held_out if name != cfg.data.train_split]
+    if evaluation.every is None:
+        unit = checkpoint.every or (CHECKPOINT_EVERY if steps >= 10 * CHECKPOINT_EVERY else 1)
+        tenth = unit * max(1, round(steps / 10 / unit))
+        evaluation.every = tenth if held_out or checkpoint.best else 0
+    if checkpoint.best is None:
+        comparable = evaluation.every and evaluation.every % (checkpoint.every or 1) == 0
+        checkpoint.best = f"{held_out[0]}/NDCG@10" if held_out and comparable else ""
+    checkpoint.every = checkpoint_every(cfg)
+    validate(cfg)
+    return cfg
+
+
+def batch_size(pairs: int) -> int:
+    """Of so many pairs in the training split: from 32 to 256, if there are as many."""
+    power = lambda most: 2 ** int(math.log2(max(2, most)))
+    return min(256, power(pairs), max(32, power(pairs / 8)))
+
+
+def in_words(cfg: TrainConfig, steps: int, epoch: int) -> str:
+    """The length of a run of `steps` steps, in one line; `cfg` is spelled out."""
+    size, evaluation = cfg.optim.batch_size, cfg.eval
+    parts = [f"{steps} steps of {size} pairs ({steps * size / epoch:.3g} epochs)"]
+    parts.append(f"{cfg.optim.warmup_steps} of them to warm up")
+    if evaluation.every:
+        parts.append(f"an evaluation every {evaluation.every}")
+    if cfg.checkpoint.best:
+        parts.append(f"--checkpoint=best by {cfg.checkpoint.best}")
+    return ", ".join(parts)
 
 
 def less_memory(training: Training) -> str:
