@@ -338,6 +338,12 @@ class OptimConfig:
         "patterns; a parameter whose dotted path starts with a match is not trained ('visual' is "
         "the image tower, 'text.transformer.blocks.[0-5][.]' six layers of the text tower)",
     )
+    lr_multipliers: dict[str, float] = option(
+        {},
+        "times the learning rate, by patterns as those of freeze ('visual' is the image tower); of "
+        "several that match a parameter, their product",
+        at_least=0,
+    )
     layer_decay: float = option(
         1.0, "times the learning rate for each layer away from the output", above=0, at_most=1
     )

@@ -101,7 +101,8 @@ def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
     Frozen are the matches of `cfg.freeze` and, in a model with LoRA, all but `lora_a`, `lora_b`,
     `logit_scale`, `logit_bias` and the gates. In a tower of n blocks the embeddings count as layer
     0, the blocks as 1 to n, all that follows as n + 1; the factor is layer_decay^(n + 1 - layer),
-    as in BEiT (arXiv 2106.08254). Temperature and bias belong to no tower: 1.
+    as in BEiT (arXiv 2106.08254), times those of `cfg.lr_multipliers` that match. Temperature and
+    bias belong to no tower and have no decay.
 
     Args:
         params: the whole model's, arrays or ShapeDtypeStructs.
@@ -111,6 +112,7 @@ def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
     """
     if isinstance(cfg.freeze, str):
         raise ConfigError(f"config.optim.freeze={cfg.freeze!r} must be a tuple of patterns")
+    asked = cfg.lr_multipliers | dict.fromkeys(cfg.freeze, 0.0)
     flat = traverse_util.flatten_dict(params, sep=".")
     depths = {_tower(name): x.shape[0] for name, x in flat.items() if ".blocks." in name}
     lora, adapting = any(n.endswith(LORA) for n in flat), (*LORA, "logit_scale", "logit_bias")
@@ -119,22 +121,25 @@ def lr_multipliers(cfg: OptimConfig, params: Params) -> dict[str, np.ndarray]:
         depth = depths.get(_tower(name), 0)
         factors = []
         for layer, layer_name in _layers(name, depth):
-            patterns = {pattern for pattern in cfg.freeze if re.match(pattern, layer_name)}
-            matched |= patterns
+            patterns = [pattern for pattern in asked if re.match(pattern, layer_name)]
+            matched.update(patterns)
             adapts = name.endswith(adapting) or _tower(name) == "gates"
-            frozen = patterns or (lora and not adapts)
-            factors.append(0.0 if frozen else cfg.layer_decay ** (depth + 1 - layer))
+            asked_for = math.prod(asked[pattern] for pattern in patterns)
+            factor = asked_for if adapts or not lora else 0.0
+            factors.append(factor * cfg.layer_decay ** (depth + 1 - layer))
         if any(factors):
             shape = (-1, *[1] * (x.ndim - 1)) if ".blocks." in name else ()
             multipliers[name] = np.array(factors, np.float32).reshape(shape)
-    if unmatched := [pattern for pattern in cfg.freeze if pattern not in matched]:
+    if unmatched := [pattern for pattern in asked if pattern not in matched]:
+        key = "freeze" if unmatched[0] in cfg.freeze else "lr_multipliers"
         examples = [next(_layers(name, depth=1))[1] for name in (min(flat), max(flat))]
         raise ConfigError(
-            f"config.optim.freeze: {unmatched[0]!r} matches no parameter; their names are like "
+            f"config.optim.{key}: {unmatched[0]!r} matches no parameter; their names are like "
             f"{' and '.join(examples)}"
         )
     if not multipliers:
-        raise ConfigError(f"config.optim.freeze={cfg.freeze!r} leaves nothing to train")
+        also = f" with lr_multipliers={cfg.lr_multipliers!r}" if cfg.lr_multipliers else ""
+        raise ConfigError(f"config.optim.freeze={cfg.freeze!r}{also} leaves nothing to train")
     return multipliers
 
 

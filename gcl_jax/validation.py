@@ -226,11 +226,13 @@ def _validate_optim(cfg: TrainConfig) -> None:
     require(optim.batch_size != 1, "optim.batch_size must be 2 or more: one pair has no negatives")
     asked = optim.epochs is None or max(optim.steps, optim.examples, optim.epochs) > 0
     require(asked, "optim: set epochs, examples or steps above 0")
-    for pattern in optim.freeze:
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ConfigError(f"config.optim.freeze: {pattern!r} is no pattern: {error}") from None
+    for key in ("freeze", "lr_multipliers"):
+        for pattern in getattr(optim, key):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                message = f"config.optim.{key}: {pattern!r} is no pattern: {error}"
+                raise ConfigError(message) from None
 
 
 def _validate_checkpoint(cfg: TrainConfig) -> None:

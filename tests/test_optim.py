@@ -232,6 +232,23 @@ def test_frozen_parameters_have_no_multiplier(freeze, left):
     assert {name.partition(".")[0] for name in multipliers} == left
 
 
+def test_towers_and_layers_have_their_own_share_of_the_rate():
+    """As freeze, layer decay and LoRA have it; 0 freezes, and what matches twice has both."""
+    shapes, half, layer = shapes_of(), {"visual": 0.5}, r"visual\.transformer\.blocks\.1\."
+    plain = lr_multipliers(OptimConfig(layer_decay=0.5), shapes)
+    found = lr_multipliers(OptimConfig(layer_decay=0.5, lr_multipliers=half), shapes)
+    assert found.keys() == plain.keys()
+    for name, x in found.items():
+        np.testing.assert_array_equal(x, plain[name] * (0.5 if name.startswith("visual") else 1))
+    twice = lr_multipliers(OptimConfig(lr_multipliers={"visual": 2.0, layer: 0.25}), shapes)
+    stacked = next(x for name, x in twice.items() if name.startswith("visual.transformer.blocks."))
+    assert stacked.ravel().tolist() == [2.0, 0.5, 2.0]
+    for cfg in (OptimConfig(lr_multipliers={"visual": 0.0}), OptimConfig(freeze=("visual",))):
+        assert lr_multipliers(cfg, shapes).keys() == {n for n in plain if not n.startswith("visu")}
+    with pytest.raises(ConfigError, match=r"^config.optim.lr_multipliers: 'txet' matches no para"):
+        lr_multipliers(OptimConfig(freeze=("visual",), lr_multipliers={"txet": 0.5}), shapes)
+
+
 def test_lora_may_be_frozen_in_part():
     cfg = OptimConfig(freeze=("visual", "logit_scale"))
     multipliers = lr_multipliers(cfg, shapes_of(lora_rank=2))
