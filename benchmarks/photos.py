@@ -1,31 +1,38 @@
-"""Does the image side learn, and does GCL win there? CLIP and GCL on data whose images decide.
+"""Does the image side learn, and does GCL win there? Every part of the recipe, one by one.
 
     pip install -e ".[benchmarks]"
     python -m gcl_jax.prepare --source=photos --data=DIR --out=stores/photos
     python benchmarks/photos.py --store=stores/photos --out=runs/photos
 
 Trains configs/photos_tiny.py, which uses images alone, once for every method and seed: equal data,
-model and steps. Adds BM25 over the titles, which say nothing, and a random ranking. Prints nDCG@10
-and ERR of all four splits, mean over the seeds, and the difference to CLIP with a paired bootstrap
-interval over the test queries, each query's mean over the seeds being one number; an interval that
-excludes zero is marked. benchmarks/photos.json has all figures under --name; it is written anew
-after every run, and a call after an interruption goes on where the last one stopped.
+batches and steps. The config is the recipe: GCL and its listwise form, a convolutional image tower,
+Muon. Methods that start with "ViT, AdamW" train a transformer by AdamW, as this config did before;
+the others change one thing. Adds BM25 over the titles, which say nothing, and a random ranking.
+Prints nDCG@10 and ERR of all four splits, mean over the seeds, and the difference to CLIP as it was
+(or to the first of --methods), with a paired bootstrap interval over the test queries, each query's
+mean over the seeds being one number; an interval that excludes zero is marked.
+benchmarks/photos.json has all figures under --name, also beside CLIP with the recipe's tower and
+optimizer, and beside the recipe; it is written anew after every run, and a call after an
+interruption goes on where the last one stopped.
 
-Further flags, such as --config.optim.lr=3e-4, go to every training: give each set of them an --out
-and a --name of its own.
+--config and --store ask the same of other data, such as configs/emoji_tiny.py. Further flags, such
+as --config.optim.lr=3e-4, go to every training: give each set of them an --out and a --name of its
+own.
 """
 
 import argparse
 import json
+import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 from gcl_vs_clip import untrained
-from objectives import SPLITS, summarise, table
+from objectives import ADAMW, GCL, SPLITS, VIT, summarise, table
 
 from gcl_jax.prepare.stores import open_store
 
@@ -33,27 +40,47 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "photos_tiny.py"
 FIGURES = HERE / "photos.json"
 SHOWN = ("NDCG@10", "mERR")
-BASELINE = "CLIP"
+CLIP = (*GCL, "loss.score_to_weight=constant", "loss.targets=diagonal")
+BASELINE = "ViT, AdamW: CLIP"
+RECIPE = "the recipe"
+BESIDE = ("CLIP", RECIPE)  # to which differences are told, too
 METHODS: dict[str, tuple[str, ...]] = {
-    BASELINE: ("loss.score_to_weight=constant", "loss.targets=diagonal"),
-    "GCL, diagonal": ("loss.score_to_weight=inverse", "loss.targets=diagonal"),
-    "GCL, known": ("loss.score_to_weight=inverse", "loss.targets=known"),
+    BASELINE: (*VIT, *ADAMW, *CLIP),
+    "ViT, AdamW: GCL, diagonal": (*VIT, *ADAMW, *GCL, "loss.targets=diagonal"),
+    "ViT, AdamW: GCL, known": (*VIT, *ADAMW, *GCL),
+    RECIPE: (),
+    "CLIP": CLIP,
+    "GCL, diagonal": (*GCL, "loss.targets=diagonal"),
+    "GCL, known": GCL,
+    "lists alone": ("loss.objectives.gcl=0",),
+    "linear weights": ("loss.score_to_weight=linear",),
+    "AdamW": ADAMW,
+    "AdamW, lr 4e-3": ("optim.optimizer=adamw",),
+    "ViT": VIT,
+    "flips": ("data.augmentation=crop_flip",),
+    "no augmentation": ("data.augmentation=none",),
+    "start at temperature 5": (f"model.init_logit_scale={math.log(5)}",),
+    "start at temperature 50": (f"model.init_logit_scale={math.log(50)}",),
+    "lr 1e-3": ("optim.lr=1e-3",),
+    "lr 8e-3": ("optim.lr=8e-3",),
+    "average of the parameters": ("optim.ema_decay=0.98",),
 }
 
 
 def trained(method: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> Path:
     """The folder of one run, trained and evaluated unless it is there already."""
-    workdir = args.out / f"{method.replace(', ', '-')}-{args.steps}-seed{seed}"
-    if (workdir / "done").exists():
+    name = re.sub("[^a-zA-Z0-9]+", "-", method)
+    workdir = args.out / f"{name}-{args.steps}-seed{seed}"
+    if (workdir / "seconds").exists():
         return workdir
-    flags = [f"--config={CONFIG}", f"--workdir={workdir}", f"--config.data.store={args.store}"]
+    flags = [f"--config={args.config}", f"--workdir={workdir}", f"--config.data.store={args.store}"]
     flags += [f"--config.seed={seed}", f"--config.optim.steps={args.steps}"]
     flags += [f"--config.{flag}" for flag in METHODS[method]]
     started = time.perf_counter()
     run("train", *flags, *overrides)
     seconds = time.perf_counter() - started
     run("evaluate", f"--workdir={workdir}")
-    (workdir / "done").touch()
+    (workdir / "seconds").write_text(f"{seconds:.0f}\n")
     print(f"{method}, seed {seed}: trained in {seconds:.0f} s", flush=True)
     return workdir
 
@@ -67,6 +94,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", default="photos", help="a store, or a source (default: photos)")
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--out", type=Path, default=Path("runs/photos"))
     parser.add_argument("--name", help="of the figures (default: photos, STEPS steps)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -77,7 +105,8 @@ def main() -> None:
         name: {split: {metric: of[metric] for metric in SHOWN} for split, of in splits.items()}
         for name, splits in untrained(open_store(args.store), max_queries=2000).items()
     }
-    methods = list(dict.fromkeys([BASELINE, *args.methods]))
+    baseline = BASELINE if BASELINE in args.methods else args.methods[0]
+    methods = list(dict.fromkeys([baseline, *args.methods]))
     runs: dict[str, list[Path]] = {method: [] for method in methods}
     for seed in args.seeds:
         for method in methods:
@@ -95,14 +124,22 @@ def main() -> None:
                 },
                 "steps": args.steps,
                 "overrides": overrides,
-                "seeds": args.seeds[: len(done[BASELINE])],
+                "seeds": args.seeds[: len(done[baseline])],
+                "training_seconds": {
+                    method: [int((one / "seconds").read_text()) for one in folders]
+                    for method, folders in done.items()
+                },
                 "baselines": baselines,
-                "methods": summarise(per_query, BASELINE, SHOWN),
+                "baseline": baseline,
+                "methods": summarise(per_query, baseline, SHOWN),
+                "beside": {
+                    other: summarise(per_query, other, SHOWN) for other in BESIDE if other in done
+                },
             }
             kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}
             kept[args.name or f"photos, {args.steps} steps"] = figures
             FIGURES.write_text(json.dumps(kept, indent=1) + "\n")
-    print(table(figures["methods"], BASELINE))
+    print(table(figures["methods"], baseline))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from gcl_jax.config import (
     EvalConfig,
     LossConfig,
     ModelConfig,
+    ObjectivesConfig,
     OptimConfig,
     TextConfig,
     TrainConfig,
@@ -18,7 +19,7 @@ def get_config() -> TrainConfig:
         model=ModelConfig(
             embed_dim=128,
             vision=VisionConfig(
-                image_size=48, patch_size=16, width=128, layers=3, act="quick_gelu"
+                family="convnet", image_size=48, patch_size=16, width=128, layers=1, act="gelu"
             ),
             text=TextConfig(context_length=12, width=128, heads=2, layers=1, act="quick_gelu"),
         ),
@@ -28,8 +29,19 @@ def get_config() -> TrainConfig:
             min_crop_area=0.8,
             cached_records=10_000,
         ),
-        loss=LossConfig(score_to_weight="inverse", targets="known"),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, epochs=1, batch_size=512, weight_decay=0.1),
+        loss=LossConfig(
+            score_to_weight="inverse",
+            targets="known",
+            objectives=ObjectivesConfig(gcl=1.0, listnet=1.0),
+        ),
+        optim=OptimConfig(
+            optimizer="muon",
+            lr=4e-3,
+            warmup_steps=50,
+            epochs=1,
+            batch_size=512,
+            weight_decay=0.1,
+        ),
         eval=EvalConfig(every=80),
         checkpoint=CheckpointConfig(every=50),
     )

@@ -36,6 +36,6 @@ def get_config() -> TrainConfig:
             augmentation="crop",
             cached_records=20_000,
         ),
-        loss=LossConfig(objectives=ObjectivesConfig(gcl=0, listnet=1), targets="known"),
+        loss=LossConfig(objectives=ObjectivesConfig(gcl=1, listnet=1), targets="known"),
         optim=OptimConfig(optimizer="muon", lr=4e-3, weight_decay=0.1),
     )

@@ -6,6 +6,7 @@ from gcl_jax.config import (
     EvalConfig,
     LossConfig,
     ModelConfig,
+    ObjectivesConfig,
     OptimConfig,
     PreprocessConfig,
     TextConfig,
@@ -18,7 +19,9 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         model=ModelConfig(
             embed_dim=128,
-            vision=VisionConfig(image_size=32, patch_size=8, width=128, layers=3, act="quick_gelu"),
+            vision=VisionConfig(
+                family="convnet", image_size=32, patch_size=8, width=128, layers=1, act="gelu"
+            ),
             text=TextConfig(context_length=16, width=128, heads=2, layers=1, act="quick_gelu"),
             preprocess=PreprocessConfig(resize_mode="squash"),
         ),
@@ -29,8 +32,19 @@ def get_config() -> TrainConfig:
             min_crop_area=0.7,
             cached_records=20_000,
         ),
-        loss=LossConfig(score_to_weight="inverse", targets="known"),
-        optim=OptimConfig(lr=1e-3, warmup_steps=50, epochs=3, batch_size=512, weight_decay=0.1),
+        loss=LossConfig(
+            score_to_weight="inverse",
+            targets="known",
+            objectives=ObjectivesConfig(gcl=1.0, listnet=1.0),
+        ),
+        optim=OptimConfig(
+            optimizer="muon",
+            lr=4e-3,
+            warmup_steps=50,
+            epochs=3,
+            batch_size=512,
+            weight_decay=0.1,
+        ),
         eval=EvalConfig(every=0),
         checkpoint=CheckpointConfig(every=500),
     )

@@ -384,7 +384,7 @@ def summary(store) -> str:
         lines.append(f"  skipped, listed in {store.directory / 'skipped.jsonl'}:")
         lines += [f"    {reason}: {count}" for reason, count in skipped.items()]
 
-    command = ["python -m gcl_jax.train --config=configs/YOURS.py --workdir=runs/NAME"]
+    command = ["python -m gcl_jax.train --config=configs/own_data.py --workdir=runs/NAME"]
     command += [f"--config.data.store={shlex.quote(str(store.directory))}"]
     return "\n".join([*lines, "Train on it with", "  " + " \\\n    ".join(command)])
 
