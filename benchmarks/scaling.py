@@ -72,15 +72,26 @@ def cases() -> list[Case]:
 
 
 def config(case: Case, chips: int, dtype: str):
-    """A text as the query, an image as the document. The demo's towers embed into 512 dimensions,
-    so that what the loss sends besides embeddings is little."""
-    from gcl_jax.config import DataConfig, LossConfig, MeshConfig, OptimConfig, TrainConfig
+    """A text as the query, an image as the document. The demo's text tower and a transformer of its
+    size for the images embed into 512 dimensions, so that what the loss sends besides embeddings is
+    little."""
+    from gcl_jax.config import (
+        DataConfig,
+        LossConfig,
+        MeshConfig,
+        OptimConfig,
+        TrainConfig,
+        VisionConfig,
+    )
     from gcl_jax.models.presets import preset
 
     if case.model == "demo":
         path = HERE.parent / "configs" / "emoji_tiny.py"
         model = runpy.run_path(str(path))["get_config"]().model
         model.embed_dim = 512
+        model.vision = VisionConfig(
+            image_size=48, patch_size=16, width=128, layers=3, act="quick_gelu"
+        )
     else:
         model = preset(case.model)
     model.dtype, model.remat = dtype, "full"

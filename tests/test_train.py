@@ -627,7 +627,7 @@ def command(*flags, **env):
         (["--config.optim.lr=-1"], "config.optim.lr=-1.0 must be above 0"),
         (["--config.data.store=nowhere"], "nowhere holds no store"),
         (["--profile=9:3"], "--profile=9:3: write FIRST:LAST"),
-        (["--config.mesh.fsdp=3"], "does not make the 1 devices"),
+        (["--config.mesh.fsdp=3", "--config.optim.batch_size=12"], "does not make the 1 devices"),
         (["--config.data.train_split=tarin"], "has no split 'tarin'; it has in_domain"),
         (['--config.optim.freeze=("visual","txt")'], "freeze: 'txt' matches no parameter"),
     ],
