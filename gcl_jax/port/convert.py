@@ -258,7 +258,8 @@ def _from_state_dict(
 ) -> Params:
     """`prefix` is what stood before every key; errors name it too."""
     everything = abstract_model(cfg)[1]
-    is_ours = _flat(everything).keys() <= state_dict.keys()
+    whole = _flat(everything)
+    is_ours = whole.keys() <= state_dict.keys()
     naming = "gcl_jax" if is_ours else _recognised(state_dict)
     if naming is None:
         some = ", ".join(sorted(state_dict)[:3]) + (", ..." if len(state_dict) > 3 else "")
@@ -268,14 +269,12 @@ def _from_state_dict(
     optional = set(NAMINGS[naming].never)
     if naming != "gcl_jax" and cfg.vision is not None and cfg.vision.pool == "tok":
         optional.add("logit_bias")
+    lacking = whole.keys() - state_dict.keys()
     flat: dict[str, Any] = {
-        path: np.float32(getattr(cfg, f"init_{path}"))
-        for path in optional & _flat(everything).keys() - state_dict.keys()
+        path: np.float32(getattr(cfg, f"init_{path}")) for path in optional & lacking
     }
-    for path, x in _flat(everything).items():
-        if path.startswith("gates.") and path not in state_dict:
-            flat[path] = np.zeros(x.shape, np.float32)  # other libraries have none: as at the start
-    leaves = {path: x for path, x in _flat(everything).items() if path not in flat}
+    flat |= {p: np.zeros(whole[p].shape, np.float32) for p in lacking if p.startswith("gates.")}
+    leaves = {path: x for path, x in whole.items() if path not in flat}
     rows = _rows(naming, cfg, leaves)
     expected = _expected(rows, leaves)
     _require_same_names(state_dict, expected, prefix)

@@ -5,6 +5,7 @@ requests under another host's name (DNS rebinding) or from another site. No requ
 Large images are decoded beside the searches of others, and connections are limited in number.
 """
 
+import abc
 import contextlib
 import importlib.resources
 import json
@@ -66,11 +67,13 @@ HEADERS = {
 }
 
 
-class App:
+class App(abc.ABC):
     """A WSGI application that says what it refuses, and what fails, as {"error": one line}."""
 
+    @abc.abstractmethod
     def answer(self, environ) -> Response:
-        raise NotImplementedError
+        """To the request that `environ` describes (PEP 3333). What it raises is told: an
+        `HTTPException` as it says, `queue.Full` as 429, a `UserError` as 400."""
 
     def __call__(self, environ, start_response):
         try:
