@@ -404,6 +404,35 @@ class RinceConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class CircleConfig:
+    """The objective circle."""
+
+    levels: int = option(
+        2,
+        "loss weights in (0, 1] are cut into so many, whose cosines are to be evenly apart: "
+        "1/levels at the lowest, 1 at the best, 0 of negatives",
+        at_least=1,
+        at_most=100,
+    )
+    margin: float = option(
+        0.4,
+        "how far from these a cosine may be without a loss, in steps from level to level",
+        at_least=0,
+        below=1,
+    )
+    scale: float = option(80.0, "of the cosines, in place of the learned scale", above=0)
+
+
+@dataclasses.dataclass(slots=True)
+class LambdaLossConfig:
+    """The objective lambdaloss."""
+
+    mu: float = option(
+        10.0, "weight of NDCG-Loss2's part beside LambdaRank's; 0: LambdaRank", at_least=0
+    )
+
+
+@dataclasses.dataclass(slots=True)
 class OneToKConfig:
     """The objective one_to_k."""
 
@@ -489,9 +518,18 @@ class LossConfig:
     matryoshka_dims: tuple[int, ...] = option(
         (), "the loss is the mean over these leading dimensions of the embeddings", at_least=1
     )
+    list_size: int = option(
+        32,
+        "the most documents of a query in a batch, the best of them, that roar and lambdaloss "
+        "compare with each other",
+        at_least=2,
+        at_most=1024,
+    )
     listnet: ListNetConfig = dataclasses.field(default_factory=ListNetConfig)
     listmle: ListMLEConfig = dataclasses.field(default_factory=ListMLEConfig)
     rince: RinceConfig = dataclasses.field(default_factory=RinceConfig)
+    circle: CircleConfig = dataclasses.field(default_factory=CircleConfig)
+    lambdaloss: LambdaLossConfig = dataclasses.field(default_factory=LambdaLossConfig)
     one_to_k: OneToKConfig = dataclasses.field(default_factory=OneToKConfig)
     hard_negatives: HardNegativesConfig = dataclasses.field(default_factory=HardNegativesConfig)
     mixed: MixedConfig = dataclasses.field(default_factory=MixedConfig)

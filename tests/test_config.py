@@ -71,6 +71,7 @@ def test_unknown_preset_and_key_and_missing_file(tmp_path):
         ("loss.listmle.levels", 0, "from 1 to 100"),
         ("loss.rince.levels", 0, "from 1 to 100"),
         ("loss.rince.spread", 0.5, "1 or more"),
+        ("loss.circle.margin", 1.0, "0 or more, below 1"),
         ("loss.one_to_k.text_to_text", -0.5, "0 or more"),
         ("loss.hard_negatives.max_margin", -1.0, "0 or more"),
         ("loss.mixed.temperature", 0.0, "above 0"),

@@ -79,6 +79,8 @@ def of_merged(name, q, d, scale, bias, rows, known, kernel, block_size):
         ("listnet", True, None),
         pytest.param("listmle", True, None, marks=pytest.mark.slow),
         ("rince", True, None),
+        pytest.param("circle", True, None, marks=pytest.mark.slow),
+        pytest.param("roar", True, None, marks=pytest.mark.slow),
         ("one_to_k", False, None),
         ("hard_negatives", True, None),
         ("fused", False, None),

@@ -13,8 +13,11 @@ import pytest
 from conftest import make_cpu_mesh
 from jax.sharding import AxisType, Mesh
 
+from gcl_jax.config import LossConfig
 from gcl_jax.losses.contrastive import gcl_loss
+from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.pairs import KnownWeights, PairRows
+from gcl_jax.registry import OBJECTIVES
 from gcl_jax.sharding import BATCH_AXES, batch_sharding, replicated
 
 DIM = 128
@@ -107,3 +110,27 @@ def test_memory_is_linear_and_documents_go_the_stated_way(form, is_known):
 def test_on_a_tpu_slice_too(form, is_known):
     """Of batches so large that they do not fit into the vector memory, which is not counted."""
     check(tpu_mesh(), (262144, 393216), form, is_known)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["circle", "roar", "lambdaloss"])
+def test_graded_margins_hold_no_rows_of_logits(name):
+    """Nor of known weights: less than a device's share of one matrix."""
+    mesh, pairs = make_cpu_mesh(4, 2), 8192
+    rows, everywhere = batch_sharding(mesh), replicated(mesh)
+    struct = jax.ShapeDtypeStruct
+    x = struct((pairs, DIM), jnp.float32, sharding=rows)
+    kinds = jnp.float32, jnp.bool, jnp.int32, jnp.int32
+    described = PairRows(*(struct((pairs,), kind, sharding=rows) for kind in kinds))
+    table = ((1001,), jnp.int32), ((10_000,), jnp.int32), ((10_000,), jnp.float32)
+    known = KnownWeights(*(struct(*x, sharding=everywhere) for x in table), search_steps=7)
+
+    def loss(queries, documents, described, known):
+        term = Term("", "", described)
+        options = {"mesh": mesh, "known": known, "block_size": BLOCK_SIZE}
+        logits = Logits({"": queries}, {"": documents}, 20.0, [term], **options)
+        return OBJECTIVES[name].function(logits, LossConfig())[0]
+
+    gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+    compiled = gradient.lower(x, x, described, known).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 0.8 * pairs**2 / 8 * 4

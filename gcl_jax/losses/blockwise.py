@@ -170,7 +170,7 @@ class Gather(_OverLevels):
             columns: this device's, as a pytree of arrays (b, ...).
             seen, nothing: statistics of its rows and of its columns before any tile.
         """
-        columns = self._gathered(columns)
+        columns = self.gathered(columns)
         seen, of_columns = sweep(columns, seen)
         of_own = [tuple(map(self._merged, term)) for term in of_columns]
         return seen, of_own, (columns, of_own)
@@ -186,14 +186,14 @@ class Gather(_OverLevels):
         """
         del nothing
         columns, of_own = residual
-        carry, gradients = sweep(columns, self._gathered(_paired(of_own, cotangents)), carry)
+        carry, gradients = sweep(columns, self.gathered(_paired(of_own, cotangents)), carry)
         return carry, jax.tree.map(self._scattered, gradients)
 
     def _long_axes(self) -> list[str]:
         """Of more than one device: alone, it may make the TPU compiler crash as it scatters."""
         return [axis for axis in self.axes if jax.lax.axis_size(axis) > 1]
 
-    def _gathered(self, rows):
+    def gathered(self, rows):
         """Those of all devices."""
         for axis in reversed(self._long_axes()):
             rows = jax.lax.all_gather(rows, axis, tiled=True)

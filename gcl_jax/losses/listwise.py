@@ -5,6 +5,8 @@ of a document are a list too. Each is the mean over the lists, which are the val
 documents) with a scored partner in the batch.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -93,6 +95,44 @@ def rince_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
         for level, below in zip(sums[::2], sums[1::2], strict=True):
             there = level.weight > 0
             total += jnp.where(there, jax.nn.softplus(below.log_sum - level.log_sum), 0.0)
+            found += there
+        return total / jnp.maximum(found, 1.0), found > 0
+
+    return [_both_means(lists, one) for one in logits.sums(reductions)]
+
+
+@objective("circle", needs_known=True, needs_grades=True)
+def circle_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
+    """Multi-class circle loss of each term (arXiv 2602.17654; with one level it is circle loss,
+    arXiv 2002.10857, equation 6). Of the border below each level k of `levels`, s a cosine:
+
+    log [1 + sum_{level < k} exp(scale [s - low + m]_+ (s - low - m))
+             sum_{level >= k} exp(scale [high + m - s]_+ (high - m - s))],
+
+    high = k / levels, low = (k - 1) / levels, m = `margin` / levels, the factors [.]_+ constants to
+    gradients; the mean over the borders with documents on both sides. Weights T in (0, 1] are cut
+    into `levels` equal parts; the lowest level stands against the negatives.
+    """
+    levels, scale = loss.circle.levels, loss.circle.scale
+    margin = loss.circle.margin / levels
+    logits = dataclasses.replace(logits, scale=scale, bias=0.0)
+
+    def reductions(tile: Tile, _axis: int) -> list[Softmax]:
+        level, members, cosine = _level(tile, levels), tile.members, tile.logits / scale
+        wanted = []
+        for k in range(1, levels + 1):
+            for side, end, sign in ((level >= k, k / levels, 1), (level < k, (k - 1) / levels, -1)):
+                short = sign * (end - cosine)
+                factor = jax.lax.stop_gradient(jax.nn.relu(short + margin))
+                offset = scale * factor * (short - margin)
+                wanted.append(Softmax(members & side, None, 0.0, offset))
+        return wanted
+
+    def lists(sums: tuple[SoftmaxSums, ...]):
+        total, found = jnp.zeros(()), jnp.zeros(())
+        for above, below in zip(sums[::2], sums[1::2], strict=True):
+            there = (above.rest > 0) & (below.rest > 0)
+            total += jnp.where(there, jax.nn.softplus(above.log_sum + below.log_sum), 0.0)
             found += there
         return total / jnp.maximum(found, 1.0), found > 0
 

@@ -8,7 +8,7 @@ of `Logits.sums` in between: memory is linear in the batch, and nothing is appro
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -113,11 +113,7 @@ class Logits:
             form = "gather" if _size(self.mesh) > 1 and copies <= GATHER_LIMIT else "ring"
         names = tuple((term.query, term.document) for term in self.terms)
         rows, columns = [t.rows for t in self.terms], [t.columns for t in self.terms]
-        arrays = queries, documents, rows, columns
-        everywhere = jnp.float32(self.scale), jnp.float32(self.bias), self.known
-        axes = () if self.mesh is None else self.mesh.axis_names
-        within = tuple(axis for axis in axes if axis != SLICE)
-        transport = TRANSPORTS[form]((within, (SLICE,)) if SLICE in axes else (within,))
+        transport = TRANSPORTS[form](self.levels)
         device = _device(self.mesh)
         size = self.block_size or fitting_block_size(device)
         kernel, sizes = self.kernel, ((size, size), (size, size))
@@ -126,9 +122,23 @@ class Logits:
             if self.block_size is None and self.known is None:
                 sizes = (4 * size, 4 * size), (4 * size, size)
         options = _Options(reductions, names, self.mask_duplicates, transport, sizes, kernel)
-        of_device = functools.partial(_sums, options)
+        arrays = queries, documents, rows, columns
+        return self.on_devices(functools.partial(_sums, options), arrays)
+
+    @property
+    def levels(self) -> tuple[tuple[str, ...], ...]:
+        """The axes of the mesh, within slices and between them."""
+        axes = () if self.mesh is None else self.mesh.axis_names
+        within = tuple(axis for axis in axes if axis != SLICE)
+        return (within, (SLICE,)) if SLICE in axes else (within,)
+
+    def on_devices(self, of_device: Callable, arrays: tuple) -> Any:
+        """`of_device`, of a device's part of the arrays and of what all have: the scale, the bias
+        and the known weights."""
+        everywhere = jnp.float32(self.scale), jnp.float32(self.bias), self.known
         if self.mesh is None:
             return of_device(*arrays, *everywhere)
+        axes = self.mesh.axis_names
         kinds = zip(axes, self.mesh.axis_types, strict=True)
         if explicit := tuple(axis for axis, kind in kinds if kind == AxisType.Explicit):
             typed = NamedSharding(self.mesh, PartitionSpec(explicit))

@@ -98,7 +98,7 @@ def loss_flops(cfg: TrainConfig) -> float:
     (docs/loss.md)."""
     terms = bool(cfg.loss.merged) + sum(map(bool, pair_term_weights(cfg.loss, cfg.data).values()))
     matrices = sum(
-        one.matrices(cfg) if one.of_merged else terms for one in asked(cfg.loss).values()
+        one.matrices(cfg) * (1 if one.of_merged else terms) for one in asked(cfg.loss).values()
     )
     dims = cfg.loss.matryoshka_dims or (cfg.model.embed_dim,)
     return 8.0 * cfg.optim.batch_size**2 * sum(dims) * matrices

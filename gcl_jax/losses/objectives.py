@@ -47,7 +47,7 @@ class Objective:
     needs_bias: learns a bias of the logits. needs_known: ranks all that is known of a query.
     needs_grades: learns from weights that differ. needs_negatives: learns from hard negatives.
     check: raises `UserError` for whatever else it lacks in the configuration.
-    matrices: how many N x N matrices of logits it makes, if it is `of_merged`.
+    matrices: how many N x N matrices of logits it makes, of each term if not `of_merged`.
     """
 
     function: Callable[[Any, LossConfig], Any]
