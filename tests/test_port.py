@@ -649,7 +649,7 @@ def test_low_rank_updates_are_merged_in_an_export(tmp_path, clip_params):
         ("siglip", "open_clip", "--format=hugging_face or safetensors"),
         ("xlm-roberta-ViT", "open_clip", "--format=safetensors"),
         ("siglip", "hugging_face", "a/missing/folder"),
-        ("clip", "onnx", "format 'onnx' must be one of"),
+        ("clip", "pickle", "format 'pickle' must be one of"),
     ],
 )
 def test_what_a_format_lacks_is_said(tmp_path, monkeypatch, name, format, reason):

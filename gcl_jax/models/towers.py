@@ -56,14 +56,14 @@ class VisionTransformer(nnx.Module):
             return self.pool(self.ln_post(self.transformer(x, is_causal=False)))
         x = _drop_patches(x + positions[1:], self.patch_dropout, key)
         token = self.class_embedding[...].astype(self.dtype) + positions[0]
-        x = jnp.concatenate([jnp.broadcast_to(token, (len(x), 1, x.shape[-1])), x], axis=1)
+        x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, x.shape[-1])), x], axis=1)
         x = self.transformer(self.ln_pre(x), is_causal=False, read=0)
         return self.ln_post(x[:, 0]) @ self.proj[...].astype(self.dtype)
 
     def _patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n p"]:
         """Pixels of each patch: the convolution of stride = kernel size becomes one matmul over
         (row, column, channel). As in a convolution, what no whole patch covers is left out."""
-        b, p = len(images), self.patch_size
+        b, p = images.shape[0], self.patch_size
         rows, columns = images.shape[1] // p, images.shape[2] // p
         images = images[:, : rows * p, : columns * p]
         return images.reshape(b, rows, p, columns, p, 3).swapaxes(2, 3).reshape(b, -1, p * p * 3)

@@ -1,8 +1,8 @@
 """Pretrained models in, trained models out: `python -m gcl_jax.port import|export`.
 
 `import` makes a workdir of a checkpoint, for gcl_jax.evaluate, gcl_jax.search, gcl_jax.report and
-`--config.init_from`. `export` writes a run's model as a folder for open_clip, transformers or
-sentence-transformers; or, with --format=run, as a workdir of its parameters alone.
+`--config.init_from`. `export` writes a run's model as a folder for open_clip, transformers,
+sentence-transformers or onnxruntime; or, with --format=run, as a workdir of its parameters alone.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from gcl_jax.models.presets import PRESETS
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.validation import check_workdir, validate
 
-FORMATS = ("open_clip", "hugging_face", "safetensors", "run")
+FORMATS = ("open_clip", "hugging_face", "safetensors", "onnx", "run")
 EXAMPLES = """\
 examples:
   python -m gcl_jax.port --list
@@ -196,9 +196,12 @@ def export_run(args: argparse.Namespace) -> None:
         check_workdir(args.out)
         _require_unused(args.out, "--out")
 
+    from gcl_jax.port.onnx import require_onnx
     from gcl_jax.port.pretrained import export_pretrained
     from gcl_jax.runs import load_model, parameters_digest
 
+    if args.format == "onnx":
+        require_onnx()
     cfg, params, _, step = load_model(args.workdir, args.checkpoint)
     if args.format == "run":
         _write_run(params, cfg, args.out)

@@ -30,7 +30,7 @@ from gcl_jax.data.tokenizer import load_hugging_face
 from gcl_jax.errors import ConfigError, DataError, first_line, naming
 from gcl_jax.models.clip import merge_lora
 from gcl_jax.models.presets import from_open_clip, preset
-from gcl_jax.port import hugging_face, open_clip, sentence_transformers
+from gcl_jax.port import hugging_face, onnx, open_clip, sentence_transformers
 from gcl_jax.port.convert import from_state_dict, to_state_dict
 from gcl_jax.port.hugging_face import (
     TORCH_SUFFIXES,
@@ -45,7 +45,7 @@ from gcl_jax.sharding import Params
 T = TypeVar("T")
 Metrics = Mapping[str, Mapping[str, float]]
 
-FORMATS = ("open_clip", "hugging_face", "safetensors")
+FORMATS = ("open_clip", "hugging_face", "safetensors", "onnx")
 OWN_CONFIG = "gcl_jax_config.json"
 # Where training checkpoints keep the model, the likeliest first.
 MODEL_KEYS = ("state_dict", "model_state_dict", "model", "module")
@@ -262,9 +262,10 @@ def export_pretrained(
     "open_clip": open_clip_config.json and open_clip_model.safetensors, for
     `create_model("local-dir:FOLDER")`. "hugging_face": config.json, model.safetensors, tokenizer
     and preprocessor, for transformers; a text tower alone also loads in sentence-transformers.
-    "safetensors": our own names. Each has a README.md, a model card with `fields`
-    ({side: {field: weight}}) and `metrics` ({split: {metric: value}}). Low-rank updates are merged;
-    `cfg.dtype` and the like are not kept.
+    "safetensors": our own names. "onnx": a float32 graph of each tower, from tokens or pixels to
+    embeddings of length 1, the tokenizer, and onnx_config.json, which says what goes in. Each has a
+    README.md, a model card with `fields` ({side: {field: weight}}) and `metrics`
+    ({split: {metric: value}}). Low-rank updates are merged; `cfg.dtype` and the like are not kept.
 
     Args:
         overwrite: replace `folder` if it holds an earlier export; an empty one always is replaced.
@@ -278,12 +279,11 @@ def export_pretrained(
         raise ConfigError(f"format {format!r} must be one of {', '.join(FORMATS)}")
     if cfg.lora_rank:
         params, cfg = merge_lora(params, cfg), dataclasses.replace(cfg, lora_rank=0)
-    params = jax.tree.map(np.asarray, params)
-    library, naming, files = _contents(params, cfg, format)
-    text, file = cfg.text, "open_clip_model" if format == "open_clip" else "model"
-    folder, weights_file = paths.output_path(folder), f"{file}.safetensors"
+    params, fields = jax.tree.map(np.asarray, params), fields or {}
+    library, naming, files = _contents(params, cfg, format, fields)
+    text, last = cfg.text, {"open_clip": "open_clip_model.safetensors", "onnx": onnx.TEXT_FILE}
+    folder, weights_file = paths.output_path(folder), last.get(format, "model.safetensors")
     with _written_whole(folder, overwrite, weights_file) as made:
-        weights = to_state_dict(params, cfg, naming)
         for path, values in files.items():
             (made / path).parent.mkdir(exist_ok=True)
             values = json.dumps(values, indent=2, ensure_ascii=False)
@@ -291,20 +291,28 @@ def export_pretrained(
         of_folder = paths.local_path(text.tokenizer).is_dir()
         if text.tokenizer != "clip" and (format != "safetensors" or of_folder):
             load_hugging_face(text.tokenizer).save_pretrained(made)
-        elif format == "hugging_face":
+        elif format in ("hugging_face", "onnx"):
             open_clip.write_tokenizer(made, text.context_length)
-        # transformers asks for the format that the layouts are of.
-        save_file(weights, made / weights_file, metadata={"format": "pt"})
-        (made / weights_file).chmod(made.stat().st_mode & 0o666)  # not for us alone
-        if torch_file and format == "open_clip":
-            _save_torch(weights, made / "open_clip_pytorch_model.bin")
-        name = folder.absolute().name
-        card = _model_card(cfg, name, library, fields or {}, metrics or {})
+        if format == "onnx":
+            onnx.write_towers(params, cfg, made)
+        else:
+            weights = to_state_dict(params, cfg, naming)
+            # transformers asks for the format that the layouts are of.
+            save_file(weights, made / weights_file, metadata={"format": "pt"})
+            (made / weights_file).chmod(made.stat().st_mode & 0o666)  # not for us alone
+            if torch_file and format == "open_clip":
+                _save_torch(weights, made / "open_clip_pytorch_model.bin")
+        card = _model_card(cfg, folder.absolute().name, library, fields, metrics or {})
         (made / "README.md").write_text(card, "utf-8")
 
 
-def _contents(params: Params, cfg: ModelConfig, format: str) -> tuple[str, str, dict[str, Any]]:
+def _contents(
+    params: Params, cfg: ModelConfig, format: str, fields: Metrics
+) -> tuple[str, str, dict[str, Any]]:
     """(library that loads it, naming of the weights, {file: its JSON})."""
+    if format == "onnx":
+        onnx.require_onnx()
+        return "onnx", "", onnx.to_files(cfg, fields)
     towers = {cfg.text.family} | ({cfg.vision.family} if cfg.vision else set())
     if format != "safetensors" and (own := towers - {"vit", "clip", "bert"}):
         raise ConfigError(
@@ -352,7 +360,7 @@ def _written_whole(folder: Path, overwrite: bool, last: str) -> Iterator[Path]:
     in_use = not vacant(folder) and any(folder.iterdir())
     if in_use and not overwrite:
         raise DataError(f"{folder} is not empty; choose another folder, or --overwrite")
-    if in_use and not any((folder / name).is_file() for name in WEIGHT_FILES):
+    if in_use and not any((folder / x).is_file() for x in (*WEIGHT_FILES, onnx.TEXT_FILE)):
         raise DataError(f"{folder} holds no exported model, so it is not overwritten; remove it")
     made = paths.building(folder)
     made = made.with_name(f".{made.name}.{os.getpid()}")  # others may export to it, too
