@@ -1,4 +1,5 @@
-"""Commands and Python blocks of the pages, each in a fork of one process that has imported jax."""
+"""Commands and Python blocks of the pages, each in a fork of one process that has imported jax and
+much of the package."""
 
 import argparse
 import io
@@ -16,8 +17,8 @@ from gcl_jax.train import flags
 
 PATIENCE_SECONDS = 300
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ("jax", "optax", "flax.nnx", "grain", "orbax.checkpoint.v1", "tensorflow_datasets")
-FORKS.set_forkserver_preload([*PRELOADED, "pyarrow.parquet", "scipy.stats", "ml_collections"])
+PRELOADED = ("tensorflow_datasets", "pyarrow.parquet", "scipy.stats", "ml_collections")
+FORKS.set_forkserver_preload([*PRELOADED, "gcl_jax.train.loop", "gcl_jax.prepare.stores"])
 
 
 def run(folder: Path, *words: str) -> str:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_cpu_mesh
+from conftest import leave_out_images, make_cpu_mesh
 from test_contrastive import assert_close
 
 from gcl_jax.checkpoints.state import abstract_state, init_state
@@ -103,7 +103,9 @@ def mean_of_embeddings(params, embeddings, target):
 
 @pytest.mark.parametrize("mesh", [(4, 2), (8, 1)], indirect=True)
 def test_a_step_in_chunks_equals_the_whole_step(mesh, tiny_config, tiny_batch):
-    """Gradients are seen through Adam's first moment after one step."""
+    """Gradients are seen through Adam's first moment after one step; of images, too, in
+    `test_sharding.py`."""
+    leave_out_images(tiny_config, tiny_batch)
     tiny_config.optim.batch_size, tiny_config.optim.clip_norm = 32, 0.0
     batch = to_global(jax.tree.map(lambda x: np.concatenate([x] * 4), tiny_batch), mesh)
     tx = make_optimizer(tiny_config.optim, 4, abstract_model(tiny_config.model)[1])
@@ -119,6 +121,7 @@ def test_a_step_in_chunks_equals_the_whole_step(mesh, tiny_config, tiny_batch):
 @pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)
 def test_memory_is_flat_in_the_number_of_chunks(mesh, tiny_config, tiny_batch):
     """A step's temporary memory: 64 chunks of 8 pairs need no more than 4 chunks."""
+    leave_out_images(tiny_config, tiny_batch)
     tx = make_optimizer(tiny_config.optim, 4, abstract_model(tiny_config.model)[1])
 
     def temporary(chunks):

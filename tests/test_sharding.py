@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import optax
 import pytest
-from conftest import make_cpu_mesh
+from conftest import leave_out_images, make_cpu_mesh
 from jax.sharding import PartitionSpec as P
 from jax.tree_util import DictKey
 
@@ -173,6 +173,7 @@ def test_training_is_the_same_on_every_mesh(tiny_config, tiny_batch):
 def test_memory_saving_moments_are_the_same_on_every_mesh(tiny_config, tiny_batch):
     """Matrices of 128 x 128 and more are factored; their row and column means are on all devices,
     the momentum where its parameter is."""
+    leave_out_images(tiny_config, tiny_batch)
     tiny_config.model.text.width = 128
     # The loss does not depend on the biases of keys: their gradients are rounding, made large.
     tiny_config.optim.freeze = (".*in_proj[.]bias",)

@@ -37,11 +37,11 @@ def fresh_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Para
     return TrainState(jnp.int32(0), params, tx.init(trained), ema)
 
 
-def state_shardings(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A `TrainState` of shardings. Averages are placed like their parameter, and so is whatever the
-    optimizer keeps under the parameter's path in its shape: left to itself, jit replicates them."""
+def abstract_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A `TrainState` of ShapeDtypeStructs with shardings: what a checkpoint is restored into.
+    Averages are placed like their parameter, and so is whatever the optimizer keeps under the
+    parameter's path in its shape: left to itself, jit replicates them."""
     _, params = abstract_model(cfg.model)
-    shardings = param_shardings(params, mesh)
     everywhere = replicated(mesh)
     state = jax.eval_shape(lambda params: fresh_state(cfg, tx, params), params)
     trained = trained_part(cfg.optim, params)
@@ -57,7 +57,15 @@ def state_shardings(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Me
         return next((known[end] for end in ends if end in known), everywhere)
 
     opt_state = jax.tree_util.tree_map_with_path(place, state.opt_state)
-    return TrainState(everywhere, shardings, opt_state, state.ema and of_trained)
+    shardings = param_shardings(params, mesh)
+    return with_shardings(
+        state, TrainState(everywhere, shardings, opt_state, state.ema and of_trained)
+    )
+
+
+def state_shardings(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A `TrainState` of shardings: those of `abstract_state`."""
+    return jax.tree.map(lambda x: x.sharding, abstract_state(cfg, tx, mesh))
 
 
 def init_state(
@@ -75,13 +83,6 @@ def init_state(
     shardings = state_shardings(cfg, tx, mesh)
     made = jax.jit(create, donate_argnums=1, out_shardings=shardings)
     return made(jax.random.key(cfg.seed), start or {})
-
-
-def abstract_state(cfg: TrainConfig, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A `TrainState` of ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
-    _, params = abstract_model(cfg.model)
-    shapes = jax.eval_shape(lambda params: fresh_state(cfg, tx, params), params)
-    return with_shardings(shapes, state_shardings(cfg, tx, mesh))
 
 
 def averaged_params(state: TrainState) -> Params:

@@ -1,7 +1,9 @@
 """The two-tower model: fields of either kind into one embedding space."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -114,11 +116,29 @@ def merge_fields(
     return normalize(functools.reduce(jnp.add, weighted))
 
 
+@dataclasses.dataclass(frozen=True)
+class _Blueprint:
+    """What a model is built from. Two are equal if they are written alike: `cfg` may change."""
+
+    numerics: Numerics
+    towers: tuple[Any, ...]
+    written: str
+    cfg: ModelConfig = dataclasses.field(compare=False)
+
+
 def abstract_model(cfg: ModelConfig, mesh: Mesh | None = None) -> tuple[nnx.GraphDef, Params]:
     """(graphdef, params as ShapeDtypeStructs): the model without any array, as it computes on the
     devices of `mesh`, or on CPUs."""
     numerics = Numerics.of(cfg, platform(mesh) if mesh else "cpu")
-    model = nnx.eval_shape(lambda: CLIP(cfg, numerics, rngs=nnx.Rngs(0)))
+    towers = (cfg.vision and VISION_TOWERS[cfg.vision.family], TEXT_TOWERS[cfg.text.family])
+    graphdef, params = _abstract_model(_Blueprint(numerics, towers, repr(cfg), cfg))
+    return graphdef, jax.tree.map(lambda x: x, params)
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract_model(of: _Blueprint) -> tuple[nnx.GraphDef, Params]:
+    """Once for each: a start asks for it half a dozen times, at a third of a second each."""
+    model = nnx.eval_shape(lambda: CLIP(of.cfg, of.numerics, rngs=nnx.Rngs(0)))
     graphdef, params = nnx.split(model, nnx.Param)
     return graphdef, nnx.to_pure_dict(params)
 
