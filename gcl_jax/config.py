@@ -433,6 +433,19 @@ class LambdaLossConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class DistillConfig:
+    """The objective distill."""
+
+    loss: str = option(
+        "kl",
+        "what compares the scores of teacher and student: KL divergence of their softmax, or mean "
+        "squared error of their differences",
+        ("kl", "margin_mse"),
+    )
+    temperature: float = option(1.0, "divides the teacher's scores", above=0)
+
+
+@dataclasses.dataclass(slots=True)
 class OneToKConfig:
     """The objective one_to_k."""
 
@@ -520,8 +533,8 @@ class LossConfig:
     )
     list_size: int = option(
         32,
-        "the most documents of a query in a batch, the best of them, that roar and lambdaloss "
-        "compare with each other",
+        "the most documents of a query in a batch, the best of them, that roar, lambdaloss and "
+        "distill compare with each other",
         at_least=2,
         at_most=1024,
     )
@@ -530,6 +543,7 @@ class LossConfig:
     rince: RinceConfig = dataclasses.field(default_factory=RinceConfig)
     circle: CircleConfig = dataclasses.field(default_factory=CircleConfig)
     lambdaloss: LambdaLossConfig = dataclasses.field(default_factory=LambdaLossConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     one_to_k: OneToKConfig = dataclasses.field(default_factory=OneToKConfig)
     hard_negatives: HardNegativesConfig = dataclasses.field(default_factory=HardNegativesConfig)
     mixed: MixedConfig = dataclasses.field(default_factory=MixedConfig)

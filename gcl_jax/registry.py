@@ -143,6 +143,7 @@ OBJECTIVES = Registry(
         "circle": "gcl_jax.losses.listwise",
         "roar": "gcl_jax.losses.pairwise",
         "lambdaloss": "gcl_jax.losses.pairwise",
+        "distill": "gcl_jax.losses.pairwise",
         "one_to_k": "gcl_jax.losses.of_merged",
         "hard_negatives": "gcl_jax.losses.of_merged",
         "fused": "gcl_jax.losses.of_merged",

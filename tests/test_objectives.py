@@ -1,5 +1,6 @@
 """Every objective against its formula in float64, on every mesh and in both forms."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -26,7 +27,7 @@ from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.multi_field import loss_flops, multi_field_loss
 from gcl_jax.losses.objectives import check_config, check_data, objective
 from gcl_jax.losses.pairs import KnownWeights, Softmax
-from gcl_jax.losses.pairwise import lambdaloss_losses, roar_losses
+from gcl_jax.losses.pairwise import distill_losses, lambdaloss_losses, roar_losses
 from gcl_jax.registry import OBJECTIVES
 
 N = 16
@@ -144,6 +145,22 @@ def lambdaloss_by_hand(z, t, _labelled, ids, list_size, mu):
     return np.mean(losses)
 
 
+def distill_by_hand(z, t, _labelled, ids, list_size, loss, temperature):
+    losses = []
+    for row, scores in zip(z, t, strict=True):
+        known = best_known(scores, ids, list_size)
+        z, t = row[known], scores[known] / temperature
+        p, q = np.exp(t - logsumexp(t)), np.exp(z - logsumexp(z))
+        off = [
+            ((z[i] - z[j]) - (t[i] - t[j])) ** 2
+            for i, j in itertools.permutations(range(len(z)), 2)
+        ]
+        if len(known) > 1:
+            losses.append(np.sum(p * np.log(p / q)) if loss == "kl" else np.mean(off))
+    return np.mean(losses)
+
+
+DISTILL = {"list_size": 4, "temperature": 0.7}
 OF_LOGITS = {
     "sigmoid": (sigmoid_losses, sigmoid_by_hand, {}),
     "bixse": (bixse_losses, bixse_by_hand, {}),
@@ -153,6 +170,8 @@ OF_LOGITS = {
     "rince": (rince_losses, rince_by_hand, {"levels": 4, "spread": 2.5}),
     "roar": (roar_losses, roar_by_hand, {"list_size": 4}),
     "lambdaloss": (lambdaloss_losses, lambdaloss_by_hand, {"list_size": 4, "mu": 3.0}),
+    "distill": (distill_losses, distill_by_hand, DISTILL | {"loss": "kl"}),
+    "distill margins": (distill_losses, distill_by_hand, DISTILL | {"loss": "margin_mse"}),
     "circle": (circle_losses, circle_by_hand, {"levels": 3, "margin": 0.4, "scale": 20.0}),
 }
 
@@ -162,7 +181,8 @@ def graded_batch(rng, n, constant=False):
     (q, d, _, rows), known = scored_batch(rng, n)
     table = known.weight / jnp.max(known.weight)
     table = jnp.ones_like(table) if constant else jnp.ceil(table * 10) / 10
-    known = type(known)(known.start, known.document, table, known.search_steps)
+    teacher = jnp.float32(np.random.default_rng(1).uniform(-1, 5, len(table)).clip(0))
+    known = type(known)(known.start, known.document, table, known.search_steps, teacher)
     weight = np.ones(n) if constant else np.ceil(rng.uniform(0.05, 1, n) * 10) / 10
     return q, d, make_rows(n, weight, rows.valid, rows.query_id, rows.document_id), known
 
@@ -204,7 +224,8 @@ def graded_case(name, mask, is_known):
     _, reference, options = OF_LOGITS[name]
     if "list_size" in options:
         options = options | {"ids": rows.document_id[rows.valid]}
-    hand = by_hand(functools.partial(reference, **options), rows, known, mask)
+    table = dataclasses.replace(known, weight=known.teacher) if "distill" in name else known
+    hand = by_hand(functools.partial(reference, **options), rows, table, mask)
     if name == "circle":  # of cosines, in part as they are now
         now = by_hand(lambda s, *_: s, rows, known, mask)(*map(np.float64, (q, d, 1, 0)))
         of_cosines = functools.partial(reference, now=now, **options)
@@ -218,7 +239,7 @@ def one_term(q, d, scale, rows, mesh, **options):
 
 def of_logits_cases():
     """The newest in two cases only, if the slow ones are left out."""
-    few = "circle", "roar", "lambdaloss"
+    few = "circle", "roar", "lambdaloss", "distill", "distill margins"
     forms = ((1, 1), "gather"), ((8, 1), "gather"), ((4, 2), "ring")
     for name, mask, (mesh, form) in itertools.product(OF_LOGITS, (False, True), forms):
         seldom = name in few and (mask, mesh) not in ((False, (8, 1)), (True, (4, 2)))
@@ -313,6 +334,7 @@ def config_of(*names):
         ("rince", "config.loss.targets must be 'known' for loss.objectives.rince"),
         ("roar", "config.loss.targets must be 'known' for loss.objectives.roar"),
         ("lambdaloss", "config.loss.targets must be 'known' for loss.objectives.lambdaloss"),
+        ("distill", "config.loss.targets must be 'known' for loss.objectives.distill"),
         ("circle", "config.loss.targets must be 'known' for loss.objectives.circle"),
     ],
 )

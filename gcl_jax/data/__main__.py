@@ -132,6 +132,8 @@ def as_text(store: RankedStore, splits: list[SplitFigures]) -> str:
         lines.append(f"  documents per query: {split.per_query_line()}")
         for side, pairs in store.info["splits"][split.name].get("negatives", {}).items():
             lines.append(f"  hard negatives ({side}): of {pairs} pairs")
+        if pairs := store.info["splits"][split.name].get("teacher_scores"):
+            lines.append(f"  teacher scores: of {pairs} pairs")
         for kind, queries in store.info["splits"][split.name].get("ground_truth", {}).items():
             lines.append(f"  ground truth {kind}: {queries} queries")
         lines.append("  scores:")

@@ -6,6 +6,7 @@
       documents/ids.arrow                 the ids alone, in the same order
       queries/...                         likewise
       pairs/SPLIT/{query,document,score}.npy   int32, int32, float32 columns, one row per pair
+      pairs/SPLIT/teacher_score.npy       float32, if any; NaN where a pair has none
       pairs/SPLIT/negative_{queries,documents}.npy   if any; see `gcl_jax.data.negatives`
       corpora/NAME.npy                    int32, ascending: what the queries of a split search
       skipped.jsonl                       what was left out and why, if anything was
@@ -45,11 +46,13 @@ MANIFEST = "store.json"
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pairs:
     """Scored pairs as columns of equal length: `query` and `document` are row numbers (int32) in
-    the store, `score` (float32) lies in [1, 100]."""
+    the store, `score` (float32) lies in [1, 100]; `teacher_score` (float32) is what another model
+    says, any number or NaN, if anything."""
 
     query: np.ndarray
     document: np.ndarray
     score: np.ndarray
+    teacher_score: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.query)
@@ -73,8 +76,11 @@ def reading(part: Path, store: Path) -> Iterator[None]:
 
 
 def _load(folder: Path, store: Path) -> Pairs:
+    found = {name: folder / f"{name}.npy" for name in Pairs.__slots__}
+    if not found["teacher_score"].is_file():
+        del found["teacher_score"]
     with reading(folder, store):
-        return Pairs(*(np.load(folder / f"{column}.npy", mmap_mode="r") for column in COLUMNS))
+        return Pairs(**{name: np.load(path, mmap_mode="r") for name, path in found.items()})
 
 
 class Records:

@@ -72,7 +72,7 @@ def _difference(cfg: TrainConfig, pairs: int = 300, dim: int = 96) -> str:
     rows = PairRows(jnp.asarray(weight), jnp.asarray(weight > 0.1), *jnp.asarray(ids)).completed()
     known = None
     if cfg.loss.targets == "known":
-        known = KnownWeights.of_pairs(ids[0], ids[1], weight.astype(np.float32))
+        known = KnownWeights.of_pairs(*ids, *[weight.astype(np.float32)] * 2)
     functions = [one.function for one in asked(cfg.loss).values() if not one.of_merged]
 
     @functools.partial(jax.jit, static_argnums=1)

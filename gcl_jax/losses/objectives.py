@@ -46,6 +46,7 @@ class Objective:
     pairs of fields; if `of_merged`, (Merged, LossConfig) -> one loss.
     needs_bias: learns a bias of the logits. needs_known: ranks all that is known of a query.
     needs_grades: learns from weights that differ. needs_negatives: learns from hard negatives.
+    needs_teacher: learns from a teacher's scores.
     check: raises `UserError` for whatever else it lacks in the configuration.
     matrices: how many N x N matrices of logits it makes, of each term if not `of_merged`.
     """
@@ -56,6 +57,7 @@ class Objective:
     needs_known: bool = False
     needs_grades: bool = False
     needs_negatives: bool = False
+    needs_teacher: bool = False
     check: Callable[[TrainConfig], None] = lambda cfg: None
     matrices: Callable[[TrainConfig], float] = lambda cfg: 1
 

@@ -62,7 +62,8 @@ class KnownWeights:
     """Loss weights of all pairs, by query: those of query q are at start[q] to start[q + 1].
 
     start: int32 (queries + 1,). document: int32 (pairs,), ascending within a query.
-    weight: float32 (pairs,). search_steps: of a binary search in the longest list.
+    weight: float32 (pairs,). search_steps: of a binary search in the longest list. teacher: float32
+    (pairs,), scores of another model, if they are given, above 0 or 0 where it has none.
     """
 
     __no_type_check__ = True  # as a pytree it holds anything, such as shapes
@@ -71,10 +72,15 @@ class KnownWeights:
     document: Int[Array, " p"]
     weight: Float[Array, " p"]
     search_steps: int = dataclasses.field(metadata={"static": True})
+    teacher: Float[Array, " p"] | None = None
 
     @classmethod
     def of_pairs(
-        cls, query: np.ndarray, document: np.ndarray, weight: np.ndarray
+        cls,
+        query: np.ndarray,
+        document: np.ndarray,
+        weight: np.ndarray,
+        teacher: np.ndarray | None = None,
     ) -> "KnownWeights":
         """From columns of equal length, int32, int32 and float32, in any order; of a pair that is
         there twice the first counts."""
@@ -87,6 +93,7 @@ class KnownWeights:
             document=jnp.asarray(document[order]),
             weight=jnp.asarray(weight[order]),
             search_steps=int(np.diff(start).max(initial=0)).bit_length(),
+            teacher=None if teacher is None else jnp.asarray(teacher[order]),
         )
 
     def __call__(self, query: Int[Any, " n"], document: Int[Any, " m"]) -> Float[Array, "n m"]:

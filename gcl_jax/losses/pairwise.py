@@ -5,6 +5,7 @@ A document stands in a query's list once, and by the first pair that has it; the
 whatever the `form`. Of the lists a device holds `AT_ONCE`.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -78,6 +79,33 @@ def lambdaloss_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]
         return jnp.where(compared, losses, 0.0).sum(), compared.any()
 
     lists = _of_lists(logits, of_list, loss.list_size)
+    return [total.sum() / jnp.maximum(is_list.sum(), 1) for total, is_list in lists]
+
+
+@objective("distill", needs_known=True, needs_teacher=True, matrices=lambda cfg: 0)
+def distill_losses(logits: Logits, loss: LossConfig) -> list[Float[Array, ""]]:
+    """Distillation of each term from a teacher's scores t, over the documents of a query that have
+    one: KL(softmax(t / `temperature`) || softmax(Z)); or, as MarginMSE (arXiv 2010.02666), the mean
+    over all pairs of ((Z_i - Z_j) - (t_i - t_j) / `temperature`)^2. The mean over the queries with
+    two such documents or more in the batch."""
+    options = loss.distill
+
+    def of_list(z, teacher):
+        known, count = teacher > 0, jnp.sum(teacher > 0)
+        t = jnp.where(known, teacher / options.temperature, MASKED)
+        if options.loss == "kl":
+            wanted = jax.nn.log_softmax(t)
+            total = jnp.sum(jnp.exp(wanted) * (wanted - jax.nn.log_softmax(z)))
+        else:
+            off = jnp.where(known, z - t, 0.0)
+            squares = jnp.where(known[:, None] & known, (off[:, None] - off) ** 2, 0.0)
+            total = squares.sum() / jnp.maximum(count * (count - 1), 1)
+        return jnp.where(count > 1, total, 0.0), count > 1
+
+    assert logits.known is not None, "`check_config` has seen to it"
+    assert logits.known.teacher is not None, "and `known_weights` to that"
+    scores = dataclasses.replace(logits.known, weight=logits.known.teacher)
+    lists = _of_lists(dataclasses.replace(logits, known=scores), of_list, loss.list_size)
     return [total.sum() / jnp.maximum(is_list.sum(), 1) for total, is_list in lists]
 
 

@@ -21,6 +21,7 @@ from gcl_jax.data.negatives import negative_files
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import fitting_block_size
 from gcl_jax.losses.multi_field import loss_flops, product_dtype
+from gcl_jax.losses.objectives import asked
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models import flops
 from gcl_jax.models.clip import abstract_model, with_shardings
@@ -91,12 +92,10 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
             given = ("document",)
         if wants_known:
             array: Any = jax.ShapeDtypeStruct
-            known = KnownWeights(
-                array((ASSUMED_QUERIES + 1,), np.int32),
-                array((pairs,), np.int32),
-                array((pairs,), np.float32),
-                search_steps=7,
-            )
+            starts, weights = array((ASSUMED_QUERIES + 1,), np.int32), array((pairs,), np.float32)
+            taught = any(one.needs_teacher for one in asked(cfg.loss).values())
+            teacher = weights if taught else None
+            known = KnownWeights(starts, array((pairs,), np.int32), weights, 7, teacher)
     for side, fields in cfg.data.weights.items():
         images_of_side = [field for field in fields if kinds[side][field] == "image"]
         if images_of_side and cfg.model.vision is None:

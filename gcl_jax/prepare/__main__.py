@@ -186,17 +186,13 @@ def make_parser() -> argparse.ArgumentParser:
         help="the score, from 1 to 100, 100 best; marqo_gs has score_linear (default), "
         "score_reciprocal and no_score",
     )
-    add("--query_id_column", metavar="COLUMN", help="the query's id (default: its texts)")
-    add(
-        "--negative_documents_column",
-        metavar="COLUMN",
-        help="hard negatives: a list of document ids, in a text file as JSON",
-    )
-    add(
-        "--negative_queries_column",
-        metavar="COLUMN",
-        help="hard negatives: a list of other queries' texts",
-    )
+    for column, meaning in {
+        "query_id": "the query's id (default: its texts)",
+        "negative_documents": "hard negatives: a list of document ids, in a text file as JSON",
+        "negative_queries": "hard negatives: a list of other queries' texts",
+        "teacher_score": "what another model says of the pair, any number or nothing, to distill",
+    }.items():
+        add(f"--{column}_column", metavar="COLUMN", help=meaning)
     clicks = parser.add_argument_group("clicks, beside --documents and the columns of tables")
     for name, about in FLAGS.items():
         clicks.add_argument(f"--{name}", **about)
@@ -326,7 +322,7 @@ def fingerprint_of(
     """Stands for what decides a store's content: the arguments, and size and time of the tables
     that they name, or that lie in folders that they name. Image files are taken as unchanging."""
     options = {k: v for k, v in vars(args).items() if k not in NO_CONTENT}
-    for name in ("image_size", *FLAGS):  # Earlier versions had no such flags.
+    for name in ("image_size", "teacher_score_column", *FLAGS):  # not of earlier versions
         if options[name] is None:
             del options[name]
     options |= {k: v for k, v in ABSENT.items() if options[k] is None}

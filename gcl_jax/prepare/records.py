@@ -346,6 +346,17 @@ def score_cell(value: object) -> float:
     return score
 
 
+def teacher_cell(value: object) -> float:
+    """A cell as what a teacher says of a pair, NaN where it is missing. Raises `RowError`."""
+    try:
+        score = float(text_cell(value) or math.nan)
+    except ValueError:
+        score = math.inf
+    if abs(score) > 1e30:  # near the end of float32
+        raise RowError(Reason.BAD_TEACHER_SCORE, f"{value!r}")
+    return score
+
+
 def all_scores(files: Sequence[Path], column: str, formats: Formats) -> np.ndarray:
     """The numbers of a column, in or out of 1..100, NaN where there is none."""
 
@@ -384,7 +395,6 @@ def scores_recipe(scores: np.ndarray) -> str:
 
 def split_cell(value: object) -> str:
     """A cell as the name of a split, which names a folder of the store. Raises `RowError`."""
-    name = text_cell(value)
-    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name):
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}", name := text_cell(value)):
         raise RowError(Reason.BAD_SPLIT, f"{name!r}")
     return name

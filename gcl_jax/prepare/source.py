@@ -44,6 +44,7 @@ class Reason(enum.Enum):
     BAD_ID = "bad id", "write ids as texts, or as whole numbers up to 2**53"
     EMPTY_DOCUMENT = "empty document", "give every document at least one of its fields"
     BAD_SCORE = "bad score", "scores lie in 1..100, 100 best"
+    BAD_TEACHER_SCORE = "bad teacher score", "give any number, or an empty cell where there is none"
     BAD_COUNT = "bad count", "counts are numbers from 0, thousands not parted"
     BAD_POSITION = "bad position", "positions are whole numbers, that of the first result is 1"
     MORE_CLICKS = (
@@ -179,7 +180,8 @@ class Loaded:
 class Columns:
     """Which columns mean what; fields map a column to its kind, "text" or "image". Without
     `query_id`, the query's texts identify it; without `score`, every pair has the best one. The
-    cells of `negative_documents` list ids, those of `negative_queries` texts of queries."""
+    cells of `negative_documents` list ids, those of `negative_queries` texts of queries.
+    `teacher_score` is what another model says of the pair."""
 
     query_fields: dict[str, str]
     document_fields: dict[str, str]
@@ -189,6 +191,7 @@ class Columns:
     split: str | None = None
     negative_documents: str | None = None
     negative_queries: str | None = None
+    teacher_score: str | None = None
 
     def __post_init__(self) -> None:
         for fields in (self.query_fields, self.document_fields):

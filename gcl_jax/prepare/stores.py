@@ -304,6 +304,7 @@ def _write_rest(
                     kind: len(np.unique(judged.query))
                     for kind, judged in split.ground_truth.items()
                 },
+                **_taught(split.pairs),
             }
             for name, split in splits.items()
         },
@@ -320,6 +321,13 @@ def _write_rest(
     store.write_checksums(out)
 
 
+def _taught(pairs: Pairs) -> dict[str, int]:
+    """What store.json says of the pairs' teacher scores: nothing if there are none."""
+    scores = pairs.teacher_score
+    count = 0 if scores is None else int(np.isfinite(scores).sum())
+    return {"teacher_scores": count} if count else {}
+
+
 def _write_pairs(pairs: Pairs, folder: Path, sizes: dict[str, int], least: int) -> None:
     """Raises `DataError` for records that there are not, or scores outside [least, 100]."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -331,6 +339,13 @@ def _write_pairs(pairs: Pairs, folder: Path, sizes: dict[str, int], least: int) 
                 f"pairs of {folder.name!r}: one {column} a pair, from {low} to {high}, is wanted"
             )
         np.save(folder / f"{column}.npy", values.astype(store.COLUMNS[column]))
+    if _taught(pairs):
+        taught = np.asarray(pairs.teacher_score, np.float32)
+        if len(taught) != len(pairs) or np.isinf(taught).any():
+            raise DataError(
+                f"pairs of {folder.name!r}: one teacher_score a pair is wanted, a number or NaN"
+            )
+        np.save(folder / "teacher_score.npy", taught)
 
 
 def _name(source: Source) -> str:

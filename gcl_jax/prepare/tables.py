@@ -29,6 +29,7 @@ from gcl_jax.prepare.records import (
     score_cell,
     scores_recipe,
     split_cell,
+    teacher_cell,
 )
 from gcl_jax.prepare.rows import TABLES, Formats, Row, Table, count_rows, read_rows, table_files
 from gcl_jax.prepare.source import BadRows, Columns, Place, Reason, RowError, Source, Split, drawn
@@ -43,8 +44,8 @@ PAPER_SPLITS = {
 }
 VAL_SPLITS = {"train": (0, 0), "val": (1, 0)}
 VAL_SHARE, VAL_QUERIES = 0.1, 100  # by default, of so many queries or more
-_PAIR = np.dtype("i4, i4, f4, i4, i4, i8, i4")
-_PAIR.names = ("query", "document", "score", "split", "file", "row", "given")
+_PAIR = np.dtype("i4, i4, f4, f4, i4, i4, i8, i4")
+_PAIR.names = ("query", "document", "score", "teacher_score", "split", "file", "row", "given")
 
 
 class TablesSource(Source):
@@ -208,7 +209,8 @@ class TablesSource(Source):
         """Yields the entries of `_PAIR`."""
         names = self._columns
         columns = [names.document_id, *self.query_fields]
-        columns += [column for column in (names.score, names.query_id, names.split) if column]
+        more = names.score, names.query_id, names.split, names.teacher_score
+        columns += [column for column in more if column]
         columns += self._negatives.columns.values()
         inline = not self._document_tables
         if inline:
@@ -219,6 +221,7 @@ class TablesSource(Source):
                 corpus = self._corpora.index(table.corpus)
                 query_id, query = self._query(row)
                 score = self._score(row[names.score]) if names.score else MAX_SCORE
+                teacher = teacher_cell(row[names.teacher_score] if names.teacher_score else None)
                 split = split_cell(row[names.split]) if names.split else table.split
                 negatives = self._negatives.read(
                     row,
@@ -242,6 +245,7 @@ class TablesSource(Source):
                     number,
                     self._documents.numbers[document_id],
                     score,
+                    teacher,
                     self._split_names.setdefault(split, len(self._split_names)),
                     file,
                     place.row,
@@ -373,6 +377,7 @@ def tables_source(
     query_id_column: str | None = None,
     negative_documents_column: str | None = None,
     negative_queries_column: str | None = None,
+    teacher_score_column: str | None = None,
     split_column: str | None = None,
     split: str | None = None,
     val_share: float | None = None,
@@ -381,8 +386,8 @@ def tables_source(
 ) -> TablesSource:
     """Tables of scored pairs, and of their documents if these stand in files of their own."""
     named = id_column, score_column, query_id_column, split_column
-    negatives = negative_documents_column, negative_queries_column
-    columns = Columns(query_fields, document_fields, *named, *negatives)
+    more = negative_documents_column, negative_queries_column, teacher_score_column
+    columns = Columns(query_fields, document_fields, *named, *more)
     return TablesSource(
         [Table(file) for path in pairs for file in table_files(path)],
         columns,

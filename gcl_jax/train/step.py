@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 
@@ -21,7 +22,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.negatives import SIDES
 from gcl_jax.data.sampling import pair_weights
 from gcl_jax.data.store import RankedStore
-from gcl_jax.errors import ConfigError
+from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.losses.multi_field import (
     checked_kernel,
     in_batch_accuracy,
@@ -29,7 +30,7 @@ from gcl_jax.losses.multi_field import (
     over_dims,
     product_dtype,
 )
-from gcl_jax.losses.objectives import check_config
+from gcl_jax.losses.objectives import asked, check_config
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models.clip import CLIP, Fields, abstract_model, merge
 from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
@@ -61,9 +62,24 @@ Loss = Callable[[Any, Any, Any], tuple[jax.Array, Any]]
 
 
 def known_weights(cfg: TrainConfig, store: RankedStore) -> KnownWeights:
-    """The loss weights of all pairs of the training split."""
+    """The loss weights of all pairs of the training split, and a teacher's scores if an objective
+    learns from them.
+
+    Raises:
+        DataError: the store has no such scores.
+    """
     pairs = store.pairs(cfg.data.train_split)
-    return KnownWeights.of_pairs(pairs.query, pairs.document, pair_weights(cfg, pairs))
+    teacher, names = None, [name for name, one in asked(cfg.loss).items() if one.needs_teacher]
+    if names:
+        if pairs.teacher_score is None:
+            raise DataError(
+                f"config.loss.objectives.{names[0]} learns from a teacher's scores, and split "
+                f"{cfg.data.train_split!r} of store {store.directory} has none: prepare it with "
+                "--teacher_score_column"
+            )
+        above = pairs.teacher_score - np.nanmin(pairs.teacher_score) + 1  # only differences count
+        teacher = np.where(np.isnan(above), 0, above).astype(np.float32)
+    return KnownWeights.of_pairs(pairs.query, pairs.document, pair_weights(cfg, pairs), teacher)
 
 
 def encode_batch(
