@@ -48,7 +48,7 @@ from gcl_jax.models import clip, flops
 from gcl_jax.models.presets import preset
 from gcl_jax.port.convert import from_state_dict
 from gcl_jax.port.open_clip import to_open_clip_config
-from gcl_jax.train.step import make_train_step
+from gcl_jax.train.step import MAX_LOGIT_SCALE, make_train_step
 
 open_clip, DEVICE = None, "cpu"
 try:
@@ -137,7 +137,7 @@ def torch_trainer(cfg: TrainConfig, model, images, tokens, kind: str) -> Trainer
         optimizer.zero_grad(set_to_none=True)
         loss = compiled_update()
         with torch.no_grad():
-            model.logit_scale.clamp_(0, cfg.model.max_logit_scale)
+            model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
         return loss
 
     def peak():

@@ -181,7 +181,11 @@ class ModelConfig:
     text: TextConfig = dataclasses.field(default_factory=TextConfig)
     preprocess: PreprocessConfig = dataclasses.field(default_factory=PreprocessConfig)
     init_logit_scale: float = option(math.log(1 / 0.07), "log of the scale that training starts at")
-    max_logit_scale: float = option(math.log(100.0), "log of the largest scale")
+    max_logit_scale: float | None = option(
+        None,
+        "log of the largest scale; None: of 100, or of the scale that the run starts from, if that "
+        "is larger",
+    )
     init_logit_bias: float | None = option(
         None, "learned bias of the logits, as SigLIP has it, starts here; none: no bias"
     )

@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
@@ -18,7 +19,9 @@ from gcl_jax.errors import DataError
 from gcl_jax.models.clip import abstract_model, abstract_params
 from gcl_jax.optim import make_optimizer, with_part
 from gcl_jax.port import pretrained
-from gcl_jax.train.setup import load_init_from
+from gcl_jax.train.loop import as_begun, train
+from gcl_jax.train.setup import load_init_from, max_logit_scale
+from gcl_jax.train.step import MAX_LOGIT_SCALE
 
 
 @pytest.fixture
@@ -118,3 +121,40 @@ def test_a_run_without_a_checkpoint_is_refused(cfg):
         folder.rename(Path(cfg.init_from) / "elsewhere")
     with pytest.raises(DataError, match="holds no complete checkpoint"):
         load_init_from(cfg, MESH)
+
+
+@pytest.mark.parametrize(
+    ("asked", "initial", "found", "expected"),
+    [
+        (None, 2.0, None, MAX_LOGIT_SCALE),
+        (None, 2.0, 4.0, MAX_LOGIT_SCALE),
+        (None, 2.0, np.log(112.3), np.log(112.3)),
+        (None, 5.0, None, 5.0),  # a preset, trained anew
+        (4.0, 2.0, np.log(112.3), 4.0),
+    ],
+)
+def test_a_temperature_above_100_is_its_own_bound(cfg, capsys, asked, initial, found, expected):
+    cfg.model.max_logit_scale, cfg.model.init_logit_scale = asked, initial
+    start = {} if found is None else {"logit_scale": jnp.float32(found)}
+    assert max_logit_scale(cfg.model, start) == pytest.approx(expected)
+    told = f"the logit scale starts at {np.exp(expected):.4g}, above 100: that is its bound"
+    assert (told in capsys.readouterr().err) == (expected > MAX_LOGIT_SCALE)
+
+
+@pytest.mark.slow
+def test_a_run_keeps_an_imported_temperature(tiny_config, tiny_store, tmp_path):
+    """And one that starts from that run; and that run, when it goes on."""
+    cfg = tiny_config
+    params = draw_params(cfg) | {"logit_scale": np.log(np.float32(112.3))}
+    cfg.init_from = str(tmp_path / "imported")
+    save_run(cfg, params)
+    cfg.data.store, cfg.optim.steps, cfg.optim.warmup_steps = str(tiny_store.directory), 3, 1
+    cfg.optim.lr, cfg.log_every = 1e-6, 1
+    for name in ("first", "second"):
+        workdir = tmp_path / name
+        assert train(cfg, workdir)["logit_scale"] == pytest.approx(112.3, rel=1e-4)
+        bound = config.load(workdir / "config.json").model.max_logit_scale
+        assert bound == pytest.approx(np.log(112.3), rel=1e-4)
+        assert as_begun(cfg, workdir).model.max_logit_scale == bound
+        assert train(cfg, workdir, resume_changes=["optim.steps"])["step"] == 3
+        cfg.init_from = str(workdir)

@@ -179,8 +179,9 @@ def _train(
 
 
 def as_begun(cfg: TrainConfig, workdir: Path) -> TrainConfig:
-    """`cfg`, where the run in `workdir` has checkpoints with what it leaves to the data as that run
-    has it: a run that goes on, or grows, keeps its batches and its warm-up."""
+    """`cfg`, where the run in `workdir` has checkpoints with what it leaves to the data, or to its
+    start, as that run has it: a run that goes on, or grows, keeps its batches, its warm-up and the
+    bound of its temperature."""
     if sealed(workdir) is None:
         return cfg
     begun, cfg = load_config(workdir), copy.deepcopy(cfg)
@@ -188,4 +189,6 @@ def as_begun(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     for name in ("epochs", "warmup_steps"):
         if getattr(cfg.optim, name) is None:
             setattr(cfg.optim, name, getattr(begun.optim, name))
+    if cfg.model.max_logit_scale is None:
+        cfg.model.max_logit_scale = begun.model.max_logit_scale
     return cfg

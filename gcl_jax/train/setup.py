@@ -21,7 +21,7 @@ from gcl_jax import config, distributed, optim, paths, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
-from gcl_jax.config import TrainConfig
+from gcl_jax.config import ModelConfig, TrainConfig
 from gcl_jax.data.pipeline import longest_texts, padded_length, sampled_pairs, train_batches
 from gcl_jax.data.sampling import advice, pair_weights, pairs_per_epoch, records_without_fields
 from gcl_jax.data.store import HELD_OUT, Pairs, RankedStore
@@ -37,7 +37,7 @@ from gcl_jax.prepare.stores import open_store
 from gcl_jax.runs import is_run, load_config, require_sealed
 from gcl_jax.sharding import Params
 from gcl_jax.train.flags import RESUMABLE
-from gcl_jax.train.step import Metrics, known_weights, make_train_step
+from gcl_jax.train.step import MAX_LOGIT_SCALE, Metrics, known_weights, make_train_step
 from gcl_jax.validation import CHECKPOINT_EVERY, checkpoint_every, validate
 
 VALIDATION = re.compile(r"(val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
@@ -279,6 +279,7 @@ def start_or_continue(
     if latest is None:
         start = load_init_from(cfg, training.mesh) if cfg.init_from else {}
         distributed.announce(f"starting from {cfg.init_from or 'random parameters'}")
+        cfg.model.max_logit_scale = max_logit_scale(cfg.model, start)
         return 0, init_state(cfg, training.tx, training.mesh, start)
     if latest == 0:
         raise ConfigError(
@@ -295,6 +296,20 @@ def start_or_continue(
     training.batches.set_state(position)
     distributed.announce(f"continuing {workdir} from step {step} of {steps}")
     return step, state
+
+
+def max_logit_scale(model: ModelConfig, start: Params) -> float:
+    """`model.max_logit_scale`, or if that is None the log of 100, or of the scale that a run starts
+    with, if that is larger: of `start`, parameters of another model, or of the configuration."""
+    if model.max_logit_scale is not None:
+        return model.max_logit_scale
+    scale = float(start.get("logit_scale", model.init_logit_scale))
+    if scale > MAX_LOGIT_SCALE:
+        distributed.announce(
+            f"the logit scale starts at {math.exp(scale):.4g}, above 100: that is its bound "
+            f"(config.model.max_logit_scale={scale:.6g})"
+        )
+    return max(scale, MAX_LOGIT_SCALE)
 
 
 def load_init_from(cfg: TrainConfig, mesh: Mesh) -> Params:

@@ -8,6 +8,7 @@ to carry them on to the parameters. The result is exact; the towers run forward 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,6 +44,7 @@ from gcl_jax.sharding import (
     replicated,
 )
 
+MAX_LOGIT_SCALE = math.log(100)  # as CLIP was trained
 EMBEDDED = (*SIDES, "negative_query", "negative_document")
 Metrics = dict[str, jax.Array]
 _ROWS, _CHUNKS = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
@@ -163,7 +165,9 @@ def make_train_step(
             updates, opt_state = tx.update(gradients, state.opt_state, trained)
             new = apply_updates(trained, updates, rounding)
             if "logit_scale" in new:
-                new["logit_scale"] = jnp.minimum(new["logit_scale"], cfg.model.max_logit_scale)
+                most = cfg.model.max_logit_scale
+                most = MAX_LOGIT_SCALE if most is None else most
+                new["logit_scale"] = jnp.minimum(new["logit_scale"], most)
             ema = state.ema
             if ema is not None:
                 ema = optax.incremental_update(in_float32(new), ema, 1 - cfg.optim.ema_decay)
