@@ -180,7 +180,8 @@ def full_disk():
 @pytest.fixture(scope="session", autouse=True)
 def compile_cache(tmp_path_factory) -> None:
     """What takes a while to compile is compiled once, by whichever test or process comes first."""
-    folder = str(tmp_path_factory.mktemp("compiled"))
+    base = tmp_path_factory.getbasetemp()  # each worker's own, in one for all
+    folder = str((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled")
     for environment in (os.environ, processes.ENVIRONMENT):
         environment["JAX_COMPILATION_CACHE_DIR"] = folder
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
