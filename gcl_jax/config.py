@@ -473,6 +473,13 @@ class MixedConfig:
 
     temperature: float = option(0.2, "of its softmax; it is not learned", above=0)
     beta: float = option(0.5, "mixing coefficients are drawn from Beta(beta, beta)", above=0)
+    simplex: int = option(
+        0,
+        "so many neighbouring pairs are mixed instead, by numbers from [0, 1) over their sum, as "
+        "the authors mix layers of a graph; 0: two, by beta",
+        at_least=0,
+        at_most=64,
+    )
 
 
 @dataclasses.dataclass(slots=True)

@@ -63,16 +63,23 @@ def fused_by_hand(q, d, scale, rows, mask):
     return total / 6 / len(q)
 
 
-def draws(key, beta):
-    """(share of the own pair in each mix-up of nodes, of the own side in each mix-up of edges)."""
+def draws(key, beta, simplex):
+    """(shares (N, k) of each mix-up of nodes, the own pair's first; of the own side in each mix-up
+    of edges)."""
     by_beta, by_half = jax.random.split(key)
     a = np.float64(jax.random.beta(by_beta, beta, beta, (N, 1), jnp.float32))
-    return a, np.float64(jax.random.uniform(by_half, (N, 1), maxval=0.5))
+    shares = np.hstack([a, 1 - a])
+    if simplex:
+        shares = np.float64(jax.random.uniform(by_beta, (N, simplex)))
+        shares /= shares.sum(1, keepdims=True)
+    return shares, np.float64(jax.random.uniform(by_half, (N, 1), maxval=0.5))
 
 
-def mixed_by_hand(q, d, _scale, rows, a, b, temperature):
-    a = np.where(np.roll(rows.valid, 1)[:, None], a, 1)
-    nodes = [unit(a * x + (1 - a) * np.roll(x, 1, axis=0)) for x in (q, d)]
+def mixed_by_hand(q, d, _scale, rows, shares, b, temperature):
+    def mixed(x, i):
+        return sum(a * x[i - j if rows.valid[i - j] else i] for j, a in enumerate(shares[i]))
+
+    nodes = [unit(np.stack([mixed(x, i) for i in range(N)])) for x in (q, d)]
     edges = [unit(b * q + (1 - b) * d), unit(b * d + (1 - b) * q)]
     losses = []
     for x, y in ((q, d), nodes, edges):
@@ -184,16 +191,16 @@ def fused_case(mask):
     return (q, d, SCALE), ours, functools.partial(fused_by_hand, rows=rows, mask=mask)
 
 
-def mixed_case(temperature, beta):
+def mixed_case(temperature, beta, simplex):
     q, d, rows, *_ = batch()
     key = jax.random.key(3)
-    a, b = draws(key, beta)
+    shares, b = draws(key, beta, simplex)
 
     def ours(how, q, d, scale):
-        options = LossConfig(mixed=MixedConfig(temperature, beta))
+        options = LossConfig(mixed=MixedConfig(temperature, beta, simplex))
         return mixed_loss(merged(q, d, scale, rows, key=key, **how), options)
 
-    options = {"rows": rows, "a": a, "b": b, "temperature": temperature}
+    options = {"rows": rows, "shares": shares, "b": b, "temperature": temperature}
     return (q, d, SCALE), ours, functools.partial(mixed_by_hand, **options)
 
 
@@ -261,7 +268,8 @@ BOTH = ("query", "document")
 CASES = {
     "fused": (fused_case, False),
     "fused masked": (fused_case, True),
-    "mixed": (mixed_case, 0.2, 0.5),
+    "mixed": (mixed_case, 0.2, 0.5, 0),
+    "mixed simplex": (mixed_case, 0.2, 0.5, 3),
     "one_to_k": (one_to_k_case, False, 0.5),
     "one_to_k masked": (one_to_k_case, True, 0.5),
     "hard queries": (hard_negatives_case, ("query",), True, False),
@@ -285,8 +293,16 @@ def expected(name):
     indirect=["mesh"],
     ids=["1x1 gather", "8x1 gather", "4x2 ring"],
 )
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sorted(CASES.keys() - {"mixed simplex"}))
 def test_objectives_of_merged_embeddings_follow_their_formulas(mesh, name, form):
+    follows_its_formula(mesh, name, form)
+
+
+def test_mixed_as_its_authors_draw():
+    follows_its_formula(make_cpu_mesh(4, 2), "mixed simplex", "ring")
+
+
+def follows_its_formula(mesh, name, form):
     arguments, ours, value, gradients = expected(name)
     loss = functools.partial(ours, {"mesh": mesh, "form": form})
     by = jax.jit(jax.value_and_grad(loss, argnums=tuple(range(len(arguments)))))

@@ -15,7 +15,8 @@ both. Every pair gives three embeddings: query, document, and the two fused.
 
 mixed: mixed supervised graph contrast (MixSGCL, arXiv 2404.15954), for embeddings without a graph.
 There, nodes mix the outputs of their own graph layers, of which there are none here: the node-wise
-mix-up is between pairs of the batch instead, with the same coefficients on both sides.
+mix-up is between pairs of the batch instead, with the same coefficients on both sides. The authors
+sum over the pairs and the sets, here all is a weighted mean.
 """
 
 from typing import Any
@@ -229,24 +230,34 @@ def mixed_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
 
     all products divided by `temperature`, j over all pairs with i among them. The sets: the
     embeddings; node-wise mix-ups, a q_i + (1 - a) q_i-1 and a d_i + (1 - a) d_i-1 with a drawn from
-    Beta(`beta`, `beta`) (the pairs of a batch stand in random order); edge-wise mix-ups,
-    b q_i + (1 - b) d_i and b d_i + (1 - b) q_i with b even in [0, 0.5). All normalised.
+    Beta(`beta`, `beta`) (the pairs of a batch stand in random order), or, with `simplex` k above 0,
+    sum_j r_j q_i-j / sum_j r_j over j < k with r_j even in [0, 1), the authors' coefficients;
+    edge-wise mix-ups, b q_i + (1 - b) d_i and b d_i + (1 - b) q_i with b even in [0, 0.5). All
+    normalised. The share of a neighbour without embeddings goes to the pair itself.
     """
     temperature, beta = loss.mixed.temperature, loss.mixed.beta
     assert batch.key is not None, "the batch has a key if an objective draws numbers"
     q, d = batch.queries, batch.documents
     n = len(q)
     by_beta, by_half = jax.random.split(batch.key)
-    a = jax.random.beta(by_beta, beta, beta, (n, 1), jnp.float32)
+    if loss.mixed.simplex:
+        r = jax.random.uniform(by_beta, (n, loss.mixed.simplex))
+        drawn = r[:, 1:] / jnp.maximum(r.sum(1, keepdims=True), 1e-9)
+    else:
+        drawn = 1 - jax.random.beta(by_beta, beta, beta, (n, 1), jnp.float32)
     b = jax.random.uniform(by_half, (n, 1), maxval=0.5)
     # A missing embedding is all zeros, which no mix-up may bring in.
-    a = jnp.where(jnp.roll(batch.rows.valid, 1)[:, None], a, 1.0)
+    valid = enumerate(drawn.T, 1)
+    shares = [jnp.where(jnp.roll(batch.rows.valid, j), one, 0.0)[:, None] for j, one in valid]
 
-    def mixed(x, y, share):
-        return normalize(share * x + (1 - share) * y)
+    def nodes(x):
+        return normalize(x + sum(a * (jnp.roll(x, j, 0) - x) for j, a in enumerate(shares, 1)))
 
-    queries = {"as is": q, "nodes": mixed(q, jnp.roll(q, 1, 0), a), "edges": mixed(q, d, b)}
-    documents = {"as is": d, "nodes": mixed(d, jnp.roll(d, 1, 0), a), "edges": mixed(d, q, b)}
+    def edges(x, y):
+        return normalize(b * x + (1 - b) * y)
+
+    queries = {"as is": q, "nodes": nodes(q), "edges": edges(q, d)}
+    documents = {"as is": d, "nodes": nodes(d), "edges": edges(d, q)}
     sides = {f"{name} q": x for name, x in queries.items()}
     sides |= {f"{name} d": x for name, x in documents.items()}
 
