@@ -18,17 +18,15 @@ import argparse
 import json
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from gcl_jax.evaluate.metrics import paired_bootstrap
+from gcl_jax.compare.tables import per_query, summarise
 
 CONFIG = Path(__file__).parents[1] / "configs" / "emoji_tiny.py"
 SPLITS = ("in_domain", "novel_query", "novel_document", "zero_shot")
@@ -70,12 +68,11 @@ METHODS: dict[str, tuple[str, ...]] = {
 MINED = "hard, mined"
 
 
-def trained(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str, Path]:
-    """{split: results of each test query} of one run, trained unless they are there already."""
+def trained(method: str, seed: int, out: Path, overrides: list[str]) -> Path:
+    """The folder of one run, trained and evaluated unless it is there already."""
     workdir = run_folder(method, seed, out)
-    results = {split: workdir / "eval" / f"{split}.parquet" for split in SPLITS}
-    if all(path.exists() for path in results.values()) and (workdir / "seconds").exists():
-        return results
+    if (workdir / "seconds").exists():
+        return workdir
     by_key = {flag.partition("=")[0]: flag for flag in (*VIT, *ADAMW, *GCL, *METHODS[method])}
     flags = [f"--config.{flag}" for flag in by_key.values()]
     if method == MINED:
@@ -97,7 +94,7 @@ def trained(method: str, seed: int, out: Path, overrides: list[str]) -> dict[str
     run("evaluate", f"--workdir={workdir}")
     (workdir / "seconds").write_text(f"{seconds:.0f}\n")
     print(f"{method}, seed {seed}: trained in {seconds:.0f} s", flush=True)
-    return results
+    return workdir
 
 
 def mined(seed: int, out: Path, overrides: list[str]) -> Path:
@@ -115,39 +112,6 @@ def run_folder(method: str, seed: int, out: Path) -> Path:
 
 def run(command: str, *flags: str) -> None:
     subprocess.run([sys.executable, "-m", f"gcl_jax.{command}", *flags], check=True)
-
-
-def per_query(runs: list[dict[str, Path]], split: str, metric: str) -> np.ndarray:
-    """(seeds, queries), the queries in order of their ids."""
-    tables = [pq.read_table(one[split]).sort_by("query_id") for one in runs]
-    assert all(table["query_id"] == tables[0]["query_id"] for table in tables)
-    return np.stack([table[metric].to_numpy() for table in tables])
-
-
-def summarise(
-    runs: dict[str, list[dict[str, Path]]], baseline: str = BASELINE, shown: Sequence[str] = SHOWN
-) -> dict:
-    """{method: {metric: {split: {mean, deviation, difference, low, high, seeds}}}}; differences are
-    to `baseline`."""
-    result: dict = {}
-    for method in runs:
-        result[method] = {}
-        for metric in shown:
-            result[method][metric] = {}
-            for split in SPLITS:
-                ours = per_query(runs[method], split, metric)
-                theirs = per_query(runs[baseline][: len(ours)], split, metric)
-                difference, low, high = paired_bootstrap(ours.mean(0), theirs.mean(0))
-                by_seed = ours.mean(1).tolist()
-                result[method][metric][split] = {
-                    "mean": statistics.mean(by_seed),
-                    "deviation": statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0,
-                    "difference": difference,
-                    "low": low,
-                    "high": high,
-                    "seeds": by_seed,
-                }
-    return result
 
 
 def table(result: dict, baseline: str = BASELINE) -> str:
@@ -178,11 +142,11 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     args.out.mkdir(parents=True, exist_ok=True)
     methods = list(dict.fromkeys([BASELINE, *args.methods]))
-    runs: dict[str, list[dict[str, Path]]] = {method: [] for method in methods}
+    runs: dict[str, dict[Hashable, Path]] = {method: {} for method in methods}
     for seed in args.seeds:
         for method in methods:
-            runs[method].append(trained(method, seed, args.out, overrides))
-    figures = summarise(runs)
+            runs[method][seed] = trained(method, seed, args.out, overrides)
+    figures = summarise(per_query(runs, SPLITS, SHOWN), BASELINE, SHOWN)
     seconds = {
         method: [int((run_folder(method, s, args.out) / "seconds").read_text()) for s in args.seeds]
         for method in methods

@@ -29,12 +29,17 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Hashable
 from pathlib import Path
 
-from gcl_vs_clip import untrained
-from objectives import ADAMW, GCL, SPLITS, VIT, summarise, table
+from gcl_vs_clip import BASELINES
+from objectives import ADAMW, GCL, SPLITS, VIT, table
 
+from gcl_jax.compare.comparison import without_model
+from gcl_jax.compare.tables import per_query, summarise
+from gcl_jax.evaluate.results import summary
 from gcl_jax.prepare.stores import open_store
+from gcl_jax.train.flags import read_config
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parent / "configs" / "photos_tiny.py"
@@ -101,21 +106,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     args, overrides = parser.parse_known_args()
+    store = open_store(args.store)
+    cfg = store.resolve(read_config(str(args.config), [("data.store", args.store)]))
     baselines = {
-        name: {split: {metric: of[metric] for metric in SHOWN} for split, of in splits.items()}
-        for name, splits in untrained(open_store(args.store), max_queries=2000).items()
+        name: {
+            split: {metric: summary(result.merged)[metric] for metric in SHOWN}
+            for split, result in without_model(cfg, store, row).items()
+        }
+        for name, row in BASELINES.items()
     }
     baseline = BASELINE if BASELINE in args.methods else args.methods[0]
     methods = list(dict.fromkeys([baseline, *args.methods]))
-    runs: dict[str, list[Path]] = {method: [] for method in methods}
+    runs: dict[str, dict[Hashable, Path]] = {method: {} for method in methods}
     for seed in args.seeds:
         for method in methods:
-            runs[method].append(trained(method, seed, args, overrides))
+            runs[method][seed] = trained(method, seed, args, overrides)
             done = {method: folders for method, folders in runs.items() if folders}
-            per_query = {
-                method: [{x: one / "eval" / f"{x}.parquet" for x in SPLITS} for one in folders]
-                for method, folders in done.items()
-            }
+            found = per_query(done, SPLITS, SHOWN)
             figures = {
                 "machine": {
                     "processor": platform.processor() or platform.machine(),
@@ -124,16 +131,16 @@ def main() -> None:
                 },
                 "steps": args.steps,
                 "overrides": overrides,
-                "seeds": args.seeds[: len(done[baseline])],
+                "seeds": list(done[baseline]),
                 "training_seconds": {
-                    method: [int((one / "seconds").read_text()) for one in folders]
+                    method: [int((one / "seconds").read_text()) for one in folders.values()]
                     for method, folders in done.items()
                 },
                 "baselines": baselines,
                 "baseline": baseline,
-                "methods": summarise(per_query, baseline, SHOWN),
+                "methods": summarise(found, baseline, SHOWN),
                 "beside": {
-                    other: summarise(per_query, other, SHOWN) for other in BESIDE if other in done
+                    other: summarise(found, other, SHOWN) for other in BESIDE if other in done
                 },
             }
             kept = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}

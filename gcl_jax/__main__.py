@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "what a training step needs on other devices: does it fit?",
     "train": "train a model",
     "evaluate": "evaluate a run, or the results of any system; compare two",
+    "compare": "what training gains on your data, over BM25 and by which loss",
     "report": "a page about one run or several",
     "search": "search with a run, in the terminal or on a page",
     "serve": "embed and search for other programs: a JSON API",

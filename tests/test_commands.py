@@ -15,6 +15,7 @@ from gcl_jax import config, errors, validation
 from gcl_jax.train import flags
 
 COMMANDS = (
+    "compare",
     "data",
     "embed",
     "evaluate",
@@ -88,6 +89,7 @@ FIRST_VERSION = json.loads((Path(__file__).parent / "commands_0_1.json").read_te
 ADDRESS = "foo://bucket/x"
 # Every argument that names a file or a folder, and what else the command needs.
 PATHS = {
+    "compare": ["--store=", "--store=emoji --config=", "--store=emoji --out="],
     "data inspect": [ADDRESS, "emoji --html="],
     "data verify": [ADDRESS],
     "embed": ["--workdir=", "--workdir=x --out=", "--workdir=x --store="],

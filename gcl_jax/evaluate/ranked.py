@@ -98,7 +98,7 @@ def evaluate_splits(
             [store.queries.ids[row] for row in judged[split].queries],
             [store.documents.ids[row] for row in corpus] if rankings else None,
             groups.get(split, {}),
-            _by_words(cfg, store, judged[split].queries, corpus) if by_words else None,
+            words_of(cfg, store, judged[split].queries, corpus) if by_words else None,
         )
         for split, corpus in corpora.items()
     }
@@ -166,7 +166,7 @@ def evaluate_split(
     return SplitResult(query_ids, by_documents, by_query_field, variance, ranking, groups or {})
 
 
-def _by_words(
+def words_of(
     cfg: TrainConfig, store: RankedStore, queries: np.ndarray, corpus: np.ndarray
 ) -> tuple[Words, list[str]]:
     """The words of a split's documents, and the texts of the fields by which queries are asked."""

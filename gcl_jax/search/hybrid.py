@@ -3,7 +3,7 @@ BM25, whatever the model learned; what is said in other words is found by the em
 
 import importlib.util
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,15 +16,16 @@ RRF = 60  # what a rank is added to, as Cormack and others have it
 DEPTH = 1000  # of the rankings that are fused
 
 
-def check(store: RankedStore, query_fields: Mapping[str, float]) -> None:
-    """Raises `UserError` if there is no bm25s, `DataError` if queries or documents have no text."""
+def check(store: RankedStore, query_fields: Mapping[str, float], what: str = "--hybrid") -> None:
+    """Raises `UserError` if there is no bm25s, `DataError` if queries or documents have no text,
+    which `what` needs."""
     if importlib.util.find_spec("bm25s") is None:
-        raise UserError(f"--hybrid needs the package bm25s: {to_install('search')}")
+        raise UserError(f"{what} needs the package bm25s: {to_install('search')}")
     asked = {field: store.queries.fields[field] for field, w in query_fields.items() if w > 0}
     for side, fields in (("queries", asked), ("documents", store.documents.fields)):
         if "text" not in fields.values():
             named = ", ".join(fields)
-            raise DataError(f"--hybrid: the {side} of {store.name} have no text field ({named})")
+            raise DataError(f"{what}: the {side} of {store.name} have no text field ({named})")
 
 
 def text_of(records: Records, record: Mapping[str, Any]) -> str:
@@ -53,9 +54,7 @@ class Words:
     ) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
         """(scores, positions in the rows) of each text's best documents, best first, equal scores
         in their order; a document without any word of the text has 0."""
-        hits = [self._scores(words) for words in _tokens(list(texts))]
-        found = [np.argsort(-scores, kind="stable")[:top_k] for scores in hits]
-        return np.stack([x[best] for x, best in zip(hits, found, strict=True)]), np.stack(found)
+        return best_of(map(self._scores, _tokens(list(texts))), top_k)
 
     def _scores(self, words: list[str]) -> Float[np.ndarray, " n"]:
         if self._is_empty or not words:
@@ -74,6 +73,14 @@ class Words:
             for (scores, positions), near in zip(by_words, found, strict=True)
         ]
         return np.stack([x for x, _ in every]), np.stack([x for _, x in every])
+
+
+def best_of(
+    scores: Iterable[Float[np.ndarray, " n"]], top_k: int
+) -> tuple[Float[np.ndarray, "q k"], Int[np.ndarray, "q k"]]:
+    """(scores, positions) of the greatest of each row, the best first, equals in their order."""
+    found = [(x[best], best) for x in scores for best in [np.argsort(-x, kind="stable")[:top_k]]]
+    return np.stack([x for x, _ in found]), np.stack([best for _, best in found])
 
 
 def _tokens(texts: list[str]) -> list[list[str]]:

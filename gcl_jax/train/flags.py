@@ -231,7 +231,9 @@ def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainCo
         given = local_path(file if "://" in file else name)
     except UserError as error:
         raise ConfigError(f"--config={error}") from None
-    path = next((x for x in (given, package / name) if x.is_file()), None)
+    # In a clone, as `pip install -e` leaves it, they are beside the package.
+    places = given, package / name, package.parent / name
+    path = next((x for x in places if x.is_file()), None)
     if path is None:
         why = "a folder, no file" if given.is_dir() else "no such file"
         raise ConfigError(f"--config={file}: {why}")

@@ -1,0 +1,1 @@
+"""What training gains on a store, and over what: `python -m gcl_jax.compare`."""
