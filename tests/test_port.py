@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 from towers import SMALL, WRITTEN, assert_same_params, random_fields, random_params, save_wordpiece
 
 from gcl_jax import config
-from gcl_jax.data.tokenizer import load_tokenizer
+from gcl_jax.data.tokenizer import load_hugging_face, load_tokenizer
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.models.clip import abstract_model, init_params, merge, merge_lora
 from gcl_jax.models.presets import OPEN_CLIP, TEXT_ONLY, from_open_clip, preset
@@ -596,6 +596,7 @@ def test_an_exported_folder_comes_back_whole(tmp_path, name, format):
     assert_same_params(load_pretrained(str(folder), back), params)
     if cfg.text.tokenizer != "clip":
         assert back.text.tokenizer == str(folder)
+        assert load_hugging_face(str(folder)).model_max_length == cfg.text.context_length
     tokens = (load_tokenizer(c.text.tokenizer, 12)(["a cat", "b"]) for c in (back, cfg))
     np.testing.assert_array_equal(*tokens)
     before, after = embeddings(params, cfg), embeddings(load_pretrained(str(folder), back), back)

@@ -290,7 +290,9 @@ def export_pretrained(
             (made / path).write_text(values + "\n", "utf-8")
         of_folder = paths.local_path(text.tokenizer).is_dir()
         if text.tokenizer != "clip" and (format != "safetensors" or of_folder):
-            load_hugging_face(text.tokenizer).save_pretrained(made)
+            tokenizer = load_hugging_face(text.tokenizer)
+            tokenizer.model_max_length = text.context_length
+            tokenizer.save_pretrained(made)
         elif format in ("hugging_face", "onnx"):
             open_clip.write_tokenizer(made, text.context_length)
         if format == "onnx":
