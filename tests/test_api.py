@@ -100,6 +100,8 @@ def test_search_finds_what_the_page_finds(served):
 
 
 REFUSED = [
+    ("/search", {"query": "a", "hybrid": True}, 400, "start it with --hybrid"),
+    ("/search", {"query": "a", "hybrid": None}, 400, "hybrid is neither true nor false"),
     ("/embed", b"", 400, "the body is no JSON"),
     ("/embed", b"\xff", 400, "the body is no JSON"),
     ("/embed", b"[" * 100_000, 400, "the body is no JSON"),
@@ -153,6 +155,7 @@ def test_a_full_queue_is_429(served, searcher, monkeypatch):
 def test_health_and_what_is_not_ready(served, workdir):
     app, ask = served
     known = {"model": str(workdir), "step": 0, "documents": 24, "dimensions": 16}
+    known["hybrid"] = False
     assert ask("/health")[::2] == (200, {"status": "ready"} | known)
     status, headers, told = asker(api.Api())("/search?query=cat")
     assert (status, told) == (503, {"error": "not ready: the model is loading"})

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_api import asker
 from test_search import HostileSource, untrained_run
 
 from gcl_jax.errors import DataError, UserError
@@ -16,7 +17,8 @@ from gcl_jax.evaluate import ranked
 from gcl_jax.runs import load_run
 from gcl_jax.search import __main__ as search
 from gcl_jax.search import hybrid
-from gcl_jax.search.searcher import SearchIndex
+from gcl_jax.search.searcher import Searcher, SearchIndex
+from gcl_jax.serve import api
 
 
 def rrf(rankings, k):
@@ -73,6 +75,28 @@ def test_command_fuses_words_and_embeddings(workdir, run, monkeypatch, capsys):
         scores, best = rrf([having, ranking], 5)
         assert [one["id"] for one in found] == [documents[row]["id"] for row in best]
         np.testing.assert_allclose([one["score"] for one in found], scores, atol=1e-6)
+
+
+def test_api_finds_what_the_command_finds(workdir, monkeypatch, capsys):
+    asked = ["Thing 15", "nowhere", "7"]
+    args = [*asked, "--json", "--hybrid", "--top_k=5", "--split=zero_shot"]
+    monkeypatch.setattr(sys, "argv", ["search", f"--workdir={workdir}", *args])
+    search.main()
+    answers = [json.loads(line)["results"] for line in capsys.readouterr().out.splitlines()]
+    app = api.Api()
+    app.open(Searcher(workdir, "zero_shot", None, by_words=True))
+    ask = asker(app)
+    _, _, told = ask("/search", {"queries": [asked[0], {"query": asked[1]}, asked[2]], "k": 5})
+    for found, expected in zip(told["results"], answers, strict=True):
+        assert found["ids"] == [one["id"] for one in expected]
+        assert found["scores"] == [one["score"] for one in expected]
+    assert ask("/search?query=Thing+15&k=5&hybrid=true")[2]["results"] == told["results"][:1]
+    _, _, alone = ask("/search?query=Thing+15&k=5&hybrid=false")
+    assert alone == ask("/search", {"query": "Thing 15", "k": 5, "hybrid": False})[2]
+    assert alone["results"][0]["scores"] != told["results"][0]["scores"]
+    assert ask("/health")[2]["hybrid"] is True
+    for odd in ("/search?query=a&hybrid=1", "/search?query=a&hybrid="):
+        assert ask(odd)[0::2] == (400, {"error": "hybrid is neither true nor false"})
 
 
 def test_evaluation_has_words_alone_and_both(workdir, run):

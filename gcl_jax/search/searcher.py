@@ -19,6 +19,7 @@ from gcl_jax.data.transforms import ImageError, ImageTransform, decode_image, op
 from gcl_jax.errors import DataError
 from gcl_jax.paths import replacing
 from gcl_jax.runs import NEWEST, Run, load_run
+from gcl_jax.search import hybrid
 
 if TYPE_CHECKING:
     from gcl_jax.data.pipeline import Side
@@ -164,7 +165,7 @@ class Batcher:
 
 class Found(NamedTuple):
     """The embedding of a query or document, and what is nearest to it, if that was asked for: the
-    `MAX_K` best cosines and their rows in the store, best first."""
+    `MAX_K` best cosines or, for hybrid search, more, and their rows in the store, best first."""
 
     embedding: Float[np.ndarray, " e"]
     scores: Float[np.ndarray, " k"]
@@ -177,6 +178,7 @@ class Searcher:
 
     Attributes:
         forms: {what is asked: (side, {field: kind}, {field: weight})}; a batch is of one form.
+        words: BM25 over the documents, for hybrid search; None without.
     """
 
     def __init__(
@@ -186,6 +188,7 @@ class Searcher:
         embed_dim: int | None,
         checkpoint: str = NEWEST,
         batch_sizes: Sequence[int] = (1,),
+        by_words: bool = False,
     ):
         """Embeds the documents, of the corpus of `split` or all, unless the run keeps their
         embeddings, and compiles what batches of `batch_sizes` (ascending) need; others are filled
@@ -200,7 +203,9 @@ class Searcher:
         self.name, self.store, self.step = str(workdir), run.store, run.step
         self.takes_images = run.cfg.model.vision is not None
         rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))
-        self._index = SearchIndex(run, rows, workdir)
+        self._index, self._rows = SearchIndex(run, rows, workdir), rows
+        self.words = hybrid.Words(self.store.documents, rows) if by_words else None
+        self._depth = hybrid.DEPTH if by_words else MAX_K
         self.documents, self.dimensions = len(rows), self._index.model.embed_dim
         self.forms: dict[str, tuple[Side, dict[str, str], dict[str, float]]] = {
             "text": ("query", {"text": "text"}, {"text": 1.0})
@@ -239,7 +244,7 @@ class Searcher:
         scores, rows = np.zeros((size, 0), np.float32), np.zeros((size, 0), np.int32)
         if any(searched for _, searched in asked):
             # Always as many: another number would have to be compiled.
-            scores, rows = self._index.nearest(embeddings, MAX_K)
+            scores, rows = self._index.nearest(embeddings, self._depth)
         return [Found(*one) for one in zip(embeddings, scores, rows, strict=True)][: len(asked)]
 
     def pixels(self, encoded: bytes) -> UInt8[np.ndarray, "size size 3"]:
@@ -253,7 +258,7 @@ class Searcher:
         return transform(decode_image(encoded, deep=False))
 
     def ask(self, form: str, records: Sequence[Query], search: bool) -> list[Found]:
-        """Embeds records, and with `search` looks for the `MAX_K` documents nearest to each.
+        """Embeds records, and with `search` looks for the documents nearest to each.
 
         Args:
             form: one of `forms`.
@@ -264,6 +269,16 @@ class Searcher:
         """
         futures = self.batcher.submit(form, [(record, search) for record in records])
         return [future.result() for future in futures]
+
+    def joined(
+        self, text: str, found: Found, top_k: int
+    ) -> tuple[Float[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+        """(scores, rows in the store) of what is `found` by a query's embedding fused with what has
+        words of its text; see `hybrid.fused`."""
+        assert self.words is not None
+        near = np.searchsorted(self._rows, found.rows[None])
+        (scores,), (best,) = self.words.joined([text], near, top_k)
+        return scores, self._rows[best]
 
     def search(
         self, query: Query, top_k: int

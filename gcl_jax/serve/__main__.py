@@ -2,7 +2,8 @@
 
 POST /embed     {"queries": [...]} or {"documents": [...]}: their embeddings
 POST /search    {"queries": [...], "k": 10}: ids and cosines of the best documents; one query also
-                as GET /search?query=sad+cat&k=10
+                as GET /search?query=sad+cat&k=10; of a server with --hybrid fused with those by
+                words, unless a request says "hybrid": false
 GET  /health    what is served, and whether it is ready
 GET  /metrics   for Prometheus
 
@@ -19,6 +20,7 @@ from gcl_jax import runs
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
 from gcl_jax.paths import local_path
 from gcl_jax.runs import one_store
+from gcl_jax.search import hybrid
 
 LOCAL = "127.0.0.1"
 VARIABLE = "GCL_JAX_TOKEN"
@@ -61,6 +63,7 @@ def main() -> None:
     add("--workdir", type=local_path, required=True, help="directory of a training run")
     add("--split", help="search only the corpus of this split (default: all documents)")
     add("--embed_dim", type=runs.count, help="leading dimensions of embeddings (default: config)")
+    add("--hybrid", action="store_true", help="/search ranks by words (BM25), too")
     add("--host", default=LOCAL, help=f"where to listen; another than {LOCAL} needs a token")
     add("--port", type=runs.port, default=8000, help="0 is any free one (default: 8000)")
     secret = parser.add_mutually_exclusive_group()
@@ -78,12 +81,14 @@ def main() -> None:
         store = one_store([args.workdir])
         if args.split is not None:
             store.pairs(args.split)
+        if args.hybrid:
+            cfg = store.resolve(runs.load_config(args.workdir))
+            hybrid.check(store, cfg.data.query_fields)
 
         from gcl_jax.serve.api import serve
 
-        serve(
-            args.workdir, args.checkpoint, args.split, args.embed_dim, args.host, args.port, token
-        )
+        model = args.workdir, args.checkpoint, args.split, args.embed_dim
+        serve(*model, args.host, args.port, token, args.hybrid)
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from werkzeug.routing import Map, Rule
 from werkzeug.wrappers import Request, Response
 
 from gcl_jax.errors import DataError
+from gcl_jax.search.hybrid import text_of
 from gcl_jax.search.searcher import MAX_K, Found, Searcher
 from gcl_jax.search.serve import (
     MAX_BYTES,
@@ -156,6 +157,7 @@ class Api(App):
                 "step": searcher.step,
                 "documents": searcher.documents,
                 "dimensions": searcher.dimensions,
+                "hybrid": searcher.words is not None,
             }
         return as_json(known, 200 if status == "ready" else 503)
 
@@ -172,24 +174,32 @@ class Api(App):
     def _search(self, request: Request) -> Response:
         searcher = self._ready()
         if request.method == "POST":
-            body = _body(request, ("query", "queries", "k"))
+            body = _body(request, ("query", "queries", "k", "hybrid"))
         else:
-            body = _known(request.args.to_dict(), ("query", "k"))
+            body = _known(request.args.to_dict(), ("query", "k", "hybrid"))
             body["k"] = whole_number(body.get("k", "10"))
+            if "hybrid" in body:
+                body["hybrid"] = {"true": True, "false": False}.get(body["hybrid"])
         k = body.get("k", 10)
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= MAX_K:
             raise BadRequest(f"k is not a whole number from 1 to {MAX_K}")
         if ("query" in body) == ("queries" in body):
             raise BadRequest('write {"query": ...} or {"queries": [...]}')
+        by_words = body.get("hybrid", searcher.words is not None)
+        if not isinstance(by_words, bool):
+            raise BadRequest("hybrid is neither true nor false")
+        if by_words and searcher.words is None:
+            raise BadRequest("this server searches by embeddings alone; start it with --hybrid")
         queries = body["queries"] if "queries" in body else [body["query"]]
-        ids = searcher.store.documents.ids
-        results = [
-            {
-                "ids": [ids[row] for row in found.rows[:k]],
-                "scores": found.scores[:k].astype(np.float64).round(6).tolist(),
-            }
-            for found in self._ask(searcher, "queries", queries, search=True)
-        ]
+        ids, results = searcher.store.documents.ids, []
+        found = self._ask(searcher, "queries", queries, search=True)
+        for query, one in zip(queries, found, strict=True):
+            scores, rows = one.scores[:k], one.rows[:k]
+            if by_words:
+                text = query if isinstance(query, str) else text_of(searcher.store.queries, query)
+                scores, rows = searcher.joined(text, one, k)
+            scores = scores.astype(np.float64).round(6)
+            results.append({"ids": [ids[row] for row in rows], "scores": scores.tolist()})
         return as_json({"step": searcher.step, "results": results})
 
     def _ask(self, searcher: Searcher, name: str, records: Any, search: bool) -> list[Found]:
@@ -315,6 +325,7 @@ def serve(
     host: str,
     port: int,
     token: str | None,
+    by_words: bool = False,
 ) -> None:
     """Serves a checkpoint of a run until SIGTERM or Ctrl-C, then finishes what is in flight, and
     returns. `port` 0 takes a free one; the address is printed, and "ready" when it is.
@@ -341,7 +352,7 @@ def serve(
             for number in signals:
                 signal.signal(number, stop)
             print(f"listening on http://{host}:{server.port}", flush=True)
-            searcher = Searcher(workdir, split, embed_dim, checkpoint, BATCH_SIZES)
+            searcher = Searcher(workdir, split, embed_dim, checkpoint, BATCH_SIZES, by_words)
             api.open(searcher)
             print(
                 f"ready: {searcher.documents} documents, step {searcher.step} (Ctrl-C ends it)",
