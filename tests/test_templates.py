@@ -13,6 +13,7 @@ from towers import SMALL, random_fields, random_params, save_wordpiece
 
 import gcl_jax
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
+from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.models.presets import preset
 from gcl_jax.port.pretrained import export_pretrained, load_pretrained
 from gcl_jax.runs import load_model
@@ -57,9 +58,34 @@ def export(params, cfg, folder, kind):
     return folder
 
 
+def assert_onnxruntime_agrees(params, cfg, folder, ours, pixels, tokens):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="needs the [onnx] extra")
+    export(params, cfg, folder, "onnx")
+    given = {"text": {"input_ids": tokens.astype(np.int64)}, "image": {"pixels": pixels}}
+    for tower, embeddings in ours.items():
+        session = onnxruntime.InferenceSession(folder / f"{tower}.onnx")
+        (found,) = session.run(["embedding"], given[tower])
+        np.testing.assert_allclose(found, embeddings, atol=1e-5)
+
+
+def assert_sentence_transformers_agrees(params, cfg, folder):
+    """Texts of its own tokenization, as long as they come; of images, the test of preprocessing is
+    elsewhere."""
+    module = pytest.importorskip("sentence_transformers", reason="not installed")
+    texts = ["a cat", "b", "red shoes for a long walk " * 9]
+    tokens = load_tokenizer(cfg.text.tokenizer, cfg.text.context_length, cfg.text.clean)(texts)
+    theirs = module.SentenceTransformer(str(folder), device="cpu")
+    found = theirs.encode(texts, normalize_embeddings=True)
+    np.testing.assert_allclose(found, our_embeddings(params, cfg, None, tokens)["text"], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "flags"),
-    [("tiny", {}), ("tiny", {"model.lora_rank": "2"}), ("ViT-B-32", {})],
+    [
+        ("tiny", {}),
+        ("tiny", {"model.lora_rank": "2"}),
+        ("ViT-B-32", {"mesh.fsdp": "8"}),  # eight whole copies do not fit
+    ],
     ids=["tiny", "LoRA", "ViT-B-32"],
 )
 def test_clip(open_clip, transformers, tuned, tmp_path, name, flags):
@@ -90,6 +116,8 @@ def test_clip(open_clip, transformers, tuned, tmp_path, name, flags):
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
     assert_close(ours["image"], unit(theirs.get_image_features(images).pooler_output))
     assert_close(ours["text"], unit(theirs.get_text_features(ids).pooler_output))
+    assert_onnxruntime_agrees(params, cfg, tmp_path / "onnx", ours, pixels, tokens)
+    assert_sentence_transformers_agrees(params, cfg, folder)
 
 
 def test_siglip(transformers, tuned, tmp_path):
@@ -109,6 +137,7 @@ def test_siglip(transformers, tuned, tmp_path):
     images, ids = torch_images(torch, cfg, pixels), torch.tensor(tokens)
     assert_close(ours["image"], unit(theirs.get_image_features(images).pooler_output))
     assert_close(ours["text"], unit(theirs.get_text_features(ids).pooler_output))
+    assert_onnxruntime_agrees(params, cfg, tmp_path / "onnx", ours, pixels, tokens)
 
 
 def test_text_only(transformers, tuned, tmp_path):
@@ -131,6 +160,8 @@ def test_text_only(transformers, tuned, tmp_path):
     hidden = theirs(ids, attention_mask=mask.long()).last_hidden_state
     mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
     assert_close(ours["text"], unit(mean))
+    assert_onnxruntime_agrees(params, cfg, tmp_path / "onnx", ours, None, tokens)
+    assert_sentence_transformers_agrees(params, cfg, folder)
 
 
 def test_own_data(tuned, tmp_path):
@@ -145,3 +176,4 @@ def test_own_data(tuned, tmp_path):
     jax.tree.map(
         np.testing.assert_array_equal, our_embeddings(again, cfg, pixels, tokens), expected
     )
+    assert_onnxruntime_agrees(params, cfg, tmp_path / "onnx", expected, pixels, tokens)
