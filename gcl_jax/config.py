@@ -549,6 +549,12 @@ class LossConfig:
         at_least=2,
         at_most=1024,
     )
+    distill_from: str = option(
+        "",
+        "folder that gcl_jax.embed --side=both wrote for another run, the teacher of distill: the "
+        "cosines of its embeddings are the scores; empty: the store's teacher scores",
+        path=True,
+    )
     listnet: ListNetConfig = dataclasses.field(default_factory=ListNetConfig)
     listmle: ListMLEConfig = dataclasses.field(default_factory=ListMLEConfig)
     rince: RinceConfig = dataclasses.field(default_factory=RinceConfig)

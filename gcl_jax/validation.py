@@ -216,6 +216,10 @@ def _validate_objectives(cfg: TrainConfig) -> None:
         )
     require(any(weights.values()), "loss.objectives: all weights are 0")
     require(
+        not loss.distill_from or weights.get("distill", 0.0) > 0,
+        "loss.distill_from is of loss.objectives.distill, whose weight is 0",
+    )
+    require(
         loss.weight_norm == "none" or weights.get("gcl", 0.0) > 0,
         f"loss.weight_norm={loss.weight_norm!r} is of loss.objectives.gcl alone, whose weight is 0",
     )

@@ -10,12 +10,15 @@ from test_prepare import write_table
 
 from gcl_jax.config import ObjectivesConfig
 from gcl_jax.data.__main__ import as_text, figures
-from gcl_jax.errors import DataError
+from gcl_jax.embed import vectors
+from gcl_jax.embed.embedder import Corpus
+from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.plan.planner import resolve
 from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare.stores import write_store
 from gcl_jax.train.loop import train
 from gcl_jax.train.step import known_weights
+from gcl_jax.validation import validate
 
 ROWS = [
     {"query": "red", "id": "a", "score": 100, "title": "A", "said": 11.5},
@@ -92,6 +95,53 @@ def test_a_run_learns_from_them(tmp_path):
     assert '"loss/distill/merged": ' in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
+def embeddings(store, side, rows, rng):
+    """A folder's contents, as `vectors` reads them, and what it depends on; record 1 is zeros."""
+    x = rng.normal(size=(len(rows), 8)).astype(np.float32)
+    x[rows == 1] = 0
+    manifest = {"store": {"fingerprint": vectors.fingerprint(store, side)}}
+    return Corpus(rows, {"merged": x}), manifest
+
+
+def test_a_run_of_ours_is_a_teacher(tmp_path, monkeypatch, tiny_store):
+    rng = np.random.default_rng(0)
+    documents = np.array([0, 1, 2, 5, 7, 20])
+    folders = {
+        "queries": embeddings(tiny_store, "query", np.arange(8), rng),
+        "documents": embeddings(tiny_store, "document", documents, rng),
+    }
+    monkeypatch.setattr(vectors, "opened", lambda folder: folders[folder.name][0])
+    monkeypatch.setattr(vectors, "read_manifest", lambda folder: folders[folder.name][1])
+    cfg = distilling(tiny_store.directory)
+    cfg.loss.distill_from = str(tmp_path)
+    cfg = tiny_store.resolve(cfg)
+    pairs = tiny_store.pairs(cfg.data.train_split)
+    dense = np.full((8, 24), np.nan)
+    q, d = (corpus.arrays["merged"] for corpus, _ in folders.values())
+    dense[:, documents] = np.where(q.any(1)[:, None] & d.any(1), q @ d.T, np.nan)
+    expected = dense[pairs.query, pairs.document]
+    found = np.asarray(known_weights(cfg, tiny_store).teacher)
+    order = np.lexsort((pairs.document, pairs.query))
+    above = np.nan_to_num(expected - np.nanmin(expected) + 1)[order]
+    assert 0 < np.count_nonzero(above) < len(above)
+    np.testing.assert_allclose(found, above, rtol=1e-5)
+    folders["queries"][1]["store"]["fingerprint"] = "other"
+    with pytest.raises(DataError, match="is of the queries of another store; embed those of"):
+        known_weights(cfg, tiny_store)
+
+
+def test_a_teachers_folder_is_one(tmp_path, tiny_store):
+    cfg = distilling(tiny_store.directory)
+    cfg.loss.distill_from = str(tmp_path)
+    with pytest.raises(
+        DataError, match=r"config\.loss\.distill_from: .*queries holds no embed.*--side=both"
+    ):
+        known_weights(tiny_store.resolve(cfg), tiny_store)
+    cfg.loss.objectives = ObjectivesConfig(gcl=1.0)
+    with pytest.raises(ConfigError, match=r"distill_from is of loss\.objectives\.distill, whose"):
+        validate(cfg)
+
+
 def test_a_source_gives_one_score_a_pair(tmp_path):
     class Fewer(Taught):
         def taught(self, pairs):
@@ -103,7 +153,7 @@ def test_a_source_gives_one_score_a_pair(tmp_path):
 
 def test_a_store_without_them_is_named(tiny_store):
     cfg = distilling(tiny_store.directory)
-    message = "objectives.distill learns from a teacher's scores, and split 'in_domain' of store"
+    message = "objectives.distill learns from a teacher's scores, and there are none for split"
     with pytest.raises(DataError, match=message) as error:
         known_weights(tiny_store.resolve(cfg), tiny_store)
     assert "--teacher_score_column" in str(error.value)

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,8 +22,10 @@ from jax.sharding import Mesh, PartitionSpec
 from gcl_jax.checkpoints.state import TrainState, state_shardings
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.negatives import SIDES
+from gcl_jax.data.pipeline import Side
 from gcl_jax.data.sampling import pair_weights
-from gcl_jax.data.store import RankedStore
+from gcl_jax.data.store import Pairs, RankedStore
+from gcl_jax.embed import vectors
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.losses.multi_field import (
     checked_kernel,
@@ -35,6 +38,7 @@ from gcl_jax.losses.objectives import asked, check_config
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models.clip import CLIP, Fields, abstract_model, merge
 from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
+from gcl_jax.paths import local_path
 from gcl_jax.sharding import (
     BATCH_AXES,
     gathered_outside_layers,
@@ -68,20 +72,53 @@ def known_weights(cfg: TrainConfig, store: RankedStore) -> KnownWeights:
     learns from them.
 
     Raises:
-        DataError: the store has no such scores.
+        DataError: there are no such scores.
     """
     pairs = store.pairs(cfg.data.train_split)
     teacher, names = None, [name for name, one in asked(cfg.loss).items() if one.needs_teacher]
     if names:
-        if pairs.teacher_score is None:
+        scores = pairs.teacher_score
+        if cfg.loss.distill_from:
+            scores = _cosines(local_path(cfg.loss.distill_from), store, pairs)
+        if scores is None or np.isnan(scores).all():
             raise DataError(
-                f"config.loss.objectives.{names[0]} learns from a teacher's scores, and split "
-                f"{cfg.data.train_split!r} of store {store.directory} has none: prepare it with "
-                "--teacher_score_column"
+                f"config.loss.objectives.{names[0]} learns from a teacher's scores, and there are "
+                f"none for split {cfg.data.train_split!r} of store {store.directory}: prepare it "
+                "with --teacher_score_column, or set config.loss.distill_from"
             )
-        above = pairs.teacher_score - np.nanmin(pairs.teacher_score) + 1  # only differences count
+        above = scores - np.nanmin(scores) + 1  # only differences count
         teacher = np.where(np.isnan(above), 0, above).astype(np.float32)
     return KnownWeights.of_pairs(pairs.query, pairs.document, pair_weights(cfg, pairs), teacher)
+
+
+def _cosines(folder: Path, store: RankedStore, pairs: Pairs) -> np.ndarray:
+    """float32 (pairs,): what the embeddings in `folder`/queries and `folder`/documents say of each
+    pair, NaN where one of its records is not among them, or has none of the teacher's fields."""
+    places, embeddings = [], []
+    sides: dict[Side, str] = {"query": "queries", "document": "documents"}
+    for side, name in sides.items():
+        try:
+            corpus = vectors.opened(folder / name)
+        except DataError as error:
+            raise DataError(f"config.loss.distill_from: {error}, with --side=both") from None
+        manifest = vectors.read_manifest(folder / name)
+        if not manifest or manifest["store"]["fingerprint"] != vectors.fingerprint(store, side):
+            raise DataError(
+                f"config.loss.distill_from: {folder / name} is of the {name} of another store; "
+                f"embed those of {store.directory} with --store, by the teacher's run"
+            )
+        place = np.full(len(store.records[side]), -1)
+        place[corpus.rows] = np.arange(len(corpus.rows))
+        places.append(place[getattr(pairs, side)])
+        embeddings.append(corpus.arrays["merged"])
+    if len({x.shape[1] for x in embeddings}) > 1:
+        raise DataError(f"config.loss.distill_from: the sides of {folder} differ in dimensions")
+    scores = np.full(len(pairs), np.nan, np.float32)
+    for known in np.array_split(np.flatnonzero(np.min(places, 0) >= 0), len(pairs) // 2**16 + 1):
+        q, d = (x[place[known]] for x, place in zip(embeddings, places, strict=True))
+        there = q.any(1) & d.any(1)  # zeros are a record without any field
+        scores[known] = np.where(there, np.einsum("pe,pe->p", q, d), np.nan)
+    return scores
 
 
 def encode_batch(
