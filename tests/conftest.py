@@ -16,6 +16,7 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
+import copy
 import gc
 import io
 import resource
@@ -35,6 +36,8 @@ from gcl_jax.config import (
     TextConfig,
     TrainConfig,
     VisionConfig,
+    described,
+    value,
 )
 from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.prepare.source import Source, Split
@@ -231,6 +234,26 @@ def leave_out_images(cfg: TrainConfig, batch: dict) -> None:
     cfg.model.vision, cfg.data.document_fields = None, {"title": 1.0}
     for name in ("document", "document_present"):
         del batch[name]["image"]
+
+
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """The trainings of a test are of one configuration and share their step: to trace it is most of
+    a short training."""
+    from gcl_jax.train import setup
+
+    make, made = setup.make_train_step, []
+
+    def make_once(cfg, tx, mesh):
+        if not made:
+            made.extend([copy.deepcopy(cfg), mesh, make(cfg, tx, mesh)])
+        keys = (one.key for one in described() if not one.key.startswith(("eval.", "checkpoint.")))
+        for key in keys:  # what a run leaves open is spelled out where it goes on
+            assert value(made[0], key) in (value(cfg, key), None), key
+        assert mesh == made[1]
+        return made[2]
+
+    monkeypatch.setattr(setup, "make_train_step", make_once)
 
 
 @pytest.fixture(scope="session")

@@ -105,6 +105,7 @@ def cfg(tiny_config, tiny_store, tmp_path):
     return tiny_config
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_a_run_ends_early_by_its_validation_split(cfg, tmp_path, monkeypatch, capsys):
     """Killed and continued it ends at the same step with the same parameters; called again it says
     so and stays as it is."""
