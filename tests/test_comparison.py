@@ -24,6 +24,7 @@ from gcl_jax.prepare.stores import open_store, write_store
 from gcl_jax.runs import load_config
 from gcl_jax.search import hybrid
 from gcl_jax.train import loop
+from gcl_jax.train.monitor import trainings_after
 
 SPLITS = ("in_domain", "novel_query", "novel_document", "zero_shot")
 
@@ -34,7 +35,7 @@ def trainings(monkeypatch):
     asked = []
 
     def train(cfg, workdir):
-        asked.append((workdir.name, cfg))
+        asked.append((workdir.name, cfg, trainings_after.get()))
         return {}
 
     def evaluate(workdir, checkpoint):
@@ -80,9 +81,10 @@ def run(monkeypatch, capsys, tiny_store, config_file, tmp_path):
 def test_rows_of_a_store(run, trainings, tmp_path):
     rows = "--methods=bm25,random,clip,gcl,gcl_known,config"
     text, said = run(rows, "--seeds=0", "--queries=2")
-    names = [name for name, _ in trainings]
+    names = [name for name, *_ in trainings]
+    assert [after for *_, after in trainings] == [3, 2, 1, 0]
     assert names == ["clip-seed0", "gcl-seed0", "gcl_known-seed0", "config-seed0"]
-    assert [(c.loss.score_to_weight, c.loss.targets, c.seed) for _, c in trainings[:3]] == [
+    assert [(c.loss.score_to_weight, c.loss.targets, c.seed) for _, c, _ in trainings[:3]] == [
         (*LOSSES[name], 0) for name in ("clip", "gcl", "gcl_known")
     ]
     assert "[4/6] the config's own recipe, seed 0; about 00:0" in said
@@ -110,7 +112,7 @@ def test_rows_of_a_store(run, trainings, tmp_path):
     done = len(trainings)
     assert run(rows, "--seeds=0", "--queries=2")[0] == text
     text, _ = run(rows, "--seeds=0,1", "--queries=2")
-    assert [name for name, _ in trainings[done:]] == [
+    assert [name for name, *_ in trainings[done:]] == [
         name.replace("0", "1") for name in names[:done]
     ]
     assert "±" in text
@@ -131,7 +133,7 @@ def test_it_goes_on_where_it_stopped(run, trainings, monkeypatch):
     assert said.endswith("saved step 7; run the same command to continue\n")
     monkeypatch.setattr(loop, "train", whole)
     run(rows, "--seeds=0")
-    assert [name for name, _ in trainings] == ["clip-seed0", "gcl-seed0"]
+    assert [name for name, *_ in trainings] == ["clip-seed0", "gcl-seed0"]
     code, said = run(rows, "--seeds=0", "--config.optim.lr=0.5")
     assert code == "2"
     assert "config.optim.lr=0.5: the comparison in" in said

@@ -162,16 +162,16 @@ class Comparison:
         left = [job for job in jobs if not self.is_done(*job)]
         settings = {"config": dataclasses.asdict(self.cfg)}
         write_json(self.out / "compare.json", settings | self._old())
-        for number, (method, seed) in enumerate(left):
-            of = f"{self.label(method)}{'' if seed is None else f', seed {seed}'}"
-            time_left = ""
-            if seconds and (more := sum(m in TRAINED for m, _ in left[number:])):
-                about = tqdm.tqdm.format_interval(statistics.mean(seconds) * more)
-                time_left = f"; about {about} until all are trained"
-            place = len(jobs) - len(left) + number + 1
-            distributed.announce(f"[{place}/{len(jobs)}] {of}{time_left}")
+        for number, (method, seed) in enumerate(left, 1):
+            after, time_left = sum(name in TRAINED for name, _ in left[number:]), ""
+            if seconds and after + (method in TRAINED):
+                about = statistics.mean(seconds) * (after + 1)
+                time_left = f"; about {tqdm.tqdm.format_interval(about)} until all are trained"
+            place = f"[{len(jobs) - len(left) + number}/{len(jobs)}]"
+            of_seed = "" if seed is None else f", seed {seed}"
+            distributed.announce(f"{place} {self.label(method)}{of_seed}{time_left}")
             started = time.perf_counter()
-            self._make(method, seed)
+            self._make(method, seed, after)
             if method in TRAINED:
                 seconds.append(time.perf_counter() - started)
             self._write()
@@ -181,13 +181,15 @@ class Comparison:
         scratch = method == "before" and not self.cfg.init_from
         return f"{ROWS[method]} (random parameters)" if scratch else ROWS[method]
 
-    def _make(self, method: str, seed: int | None) -> None:
-        """The results of a row, in its folder."""
+    def _make(self, method: str, seed: int | None, after: int) -> None:
+        """The results of a row, in its folder; so many trainings come `after` it."""
         import jax
 
         from gcl_jax.evaluate import ranked
         from gcl_jax.train.loop import train
+        from gcl_jax.train.monitor import trainings_after
 
+        trainings_after.set(after)
         folder, cfg = self.folder(method, seed), self.trained(method, seed or 0)
         if method in TRAINED:
             train(cfg, folder)

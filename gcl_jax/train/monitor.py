@@ -1,6 +1,7 @@
 """Watches a training run from step to step: its numbers, its speed, and whether it is sound."""
 
 import contextlib
+import contextvars
 import json
 import math
 import resource
@@ -29,6 +30,8 @@ SPIKE_DECAY = 0.98
 SPIKE_WARMUP = 50
 # One line about a spike is enough for so many steps.
 SPIKE_SILENCE = 25
+# How many trainings as long as this one come after it: the bar tells how long all of them take.
+trainings_after: contextvars.ContextVar[int] = contextvars.ContextVar("after", default=0)
 
 
 class _Dispatched(NamedTuple):
@@ -209,9 +212,11 @@ class Monitor:
         if self.rollbacks:
             scalars["rollbacks"] = self.rollbacks
         self._writer.write(step, scalars)
-        self._bar.set_postfix_str(
-            f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
-        )
+        shown = f"loss {scalars['loss']:.4f}, {scalars['pairs_per_second']:.0f} pairs/s"
+        if after := trainings_after.get():
+            left = (training.steps * (1 + after) - step) * seconds / steps
+            shown += f", {tqdm.tqdm.format_interval(left)} for this and {after} more"
+        self._bar.set_postfix_str(shown)
         self._measure_from(step, ended)
 
 
