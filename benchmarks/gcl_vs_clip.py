@@ -19,6 +19,7 @@ from pathlib import Path
 from objectives import ADAMW, GCL, VIT
 
 from gcl_jax.compare.comparison import Comparison
+from gcl_jax.errors import reported_in_one_line
 from gcl_jax.prepare.stores import open_store
 from gcl_jax.train.flags import read_config, take_overrides
 
@@ -81,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported_in_one_line():
+        main()

@@ -149,7 +149,7 @@ def test_it_goes_on_where_it_stopped(run, trainings, monkeypatch):
         (["--config.seed=3"], "--config.seed: write --seeds"),
         (["--config.data.store=x"], "--config.data.store: write --store"),
         (["--config.eval.splits=none"], "has no split 'none'"),
-        (["--config.loss.weight_norm=mean"], "row gcl_known: config.loss.weight_norm='mean'"),
+        (["--config.loss.objectives.gc=1"], "config.loss.objectives.gc: there is no such"),
         (["--methods=,"], "--methods names no row"),
     ],
 )
@@ -186,7 +186,14 @@ def test_a_store_is_all_that_is_needed(tmp_path, tiny_store, monkeypatch, capsys
     cfg.loss.objectives = {"gcl": 1.0, "listnet": 0.0}  # that is GCL known
     assert "config" not in Comparison.checked(cfg, store, tmp_path / "out").methods
     cfg.loss.score_to_weight, cfg.loss.targets = "inverse_sqrt", "diagonal"  # and that no row yet
-    assert "config" in Comparison.checked(cfg, store, tmp_path / "out").methods
+    cfg.loss.weight_norm, cfg.loss.merged, cfg.data.text_negatives = "mean", 0.5, "swap"
+    found = Comparison.checked(cfg, store, tmp_path / "out")
+    assert "config" in found.methods
+    assert found.trained("config", 1).loss.weight_norm == "mean"
+    known = found.trained("gcl_known", 1)  # takes nothing from the config that is not its own
+    assert (known.loss.weight_norm, known.data.text_negatives) == ("none", "none")
+    assert (known.loss.merged, known.seed) == (0.5, 1)
+    cfg.data.text_negatives = "none"
     with pytest.raises(DataError, match="has no split to evaluate beside 'train'"):
         Comparison.checked(cfg, write_store(Texts("train"), tmp_path / "one"), tmp_path / "out")
     cfg = compare.configuration(str(tiny_store.directory), None, [])

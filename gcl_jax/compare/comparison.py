@@ -16,7 +16,7 @@ import tqdm
 
 from gcl_jax import config, distributed
 from gcl_jax.compare.tables import SHOWN, as_markdown, extremes, per_query, summarise
-from gcl_jax.config import ObjectivesConfig, TrainConfig
+from gcl_jax.config import LossConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError, DataError, UserError, did_you_mean
 from gcl_jax.evaluate import results
@@ -45,6 +45,11 @@ LOSSES = {
     "gcl_known": ("inverse", "known"),
 }
 TRAINED = (*LOSSES, "config")
+# Of the config's loss, what these have, too.
+KEPT = (
+    *("merged", "field_pairs", "pair_weights", "mask_duplicates", "matryoshka_dims"),
+    *("form", "dtype", "kernel"),
+)
 PARTS = re.compile(r"(model|data|loss|optim|eval)\.|init_from$")  # of a config: they make results
 FREE = {"data.store", "data.num_workers", "data.cached_records"}  # the digest tells the store
 
@@ -119,10 +124,7 @@ class Comparison:
             raise UserError(f"--baseline={baseline} is none of the rows: {', '.join(kept)}")
         found = cls(cfg, store, out, tuple(kept), baseline, tuple(seeds), queries)
         for method in kept:
-            try:
-                validate(found.trained(method, 0))
-            except ConfigError as error:
-                raise ConfigError(f"row {method}: {error}") from None
+            validate(found.trained(method, 0))
         check_workdir(out)
         found._check_same()
         return found
@@ -130,10 +132,10 @@ class Comparison:
     def trained(self, method: str, seed: int) -> TrainConfig:
         """The configuration of one training; all that is not of `TRAINED` has the config's."""
         cfg = copy.deepcopy(self.cfg)
-        cfg.seed, loss = seed, cfg.loss
+        cfg.seed = seed
         if method in LOSSES:
-            loss.objectives, loss.thresholds, loss.values = ObjectivesConfig(), (), ()
-            loss.score_to_weight, loss.targets = LOSSES[method]
+            cfg.loss = contrastive(cfg.loss, method)
+            cfg.data.negatives, cfg.data.text_negatives = "", "none"  # which it has no use for
         return cfg
 
     def folder(self, method: str, seed: int | None) -> Path:
@@ -273,12 +275,22 @@ class Comparison:
         return text
 
 
+def contrastive(loss: LossConfig, method: str) -> LossConfig:
+    """That of a row of `LOSSES`, with what `loss` says of fields and of the computation."""
+    to_weight, targets = LOSSES[method]
+    kept = {name: getattr(loss, name) for name in KEPT}
+    return LossConfig(score_to_weight=to_weight, targets=targets, **kept)
+
+
 def _usual(cfg: TrainConfig) -> list[str]:
     """The rows that are made unasked."""
-    loss, usual = cfg.loss, [name for name in ROWS if name != "gcl_sqrt"]
-    alone = {name for name, weight in loss.objectives.items() if weight} == {"gcl"}
-    others = [LOSSES[name] for name in usual if name in LOSSES]
-    if alone and (loss.score_to_weight, loss.targets) in others:
+
+    def told(loss: LossConfig) -> dict[str, Any]:
+        asked = {name: weight for name, weight in loss.objectives.items() if weight}
+        return dataclasses.asdict(loss) | {"objectives": asked}
+
+    usual = [name for name in ROWS if name != "gcl_sqrt"]
+    if told(cfg.loss) in [told(contrastive(cfg.loss, name)) for name in usual if name in LOSSES]:
         usual.remove("config")
     return usual
 
