@@ -75,7 +75,7 @@ def graph_of(
     if is_ids:
         entry = graph.add("Cast", name, to=TensorProto.INT32)
     constants = [np.asarray(x) for x in jax.tree.leaves(params)]
-    found = graph.evaluate(traced.jaxpr, traced.consts, [*constants, entry])
+    found = graph.evaluate(traced, [*constants, entry])
     for output, x in zip(sorted(outputs), found, strict=True):
         graph.nodes.append(helper.make_node("Identity", [graph.named(x)], [output]))
     given = TensorProto.INT64 if is_ids else helper.np_dtype_to_tensor_dtype(rows.dtype)
@@ -128,8 +128,9 @@ class _Graph:
             self.initializers.append(numpy_helper.from_array(x, self._names[key][0]))
         return self._names[key][0]
 
-    def evaluate(self, jaxpr: Any, consts: Sequence[Any], args: Sequence[Value]) -> list[Value]:
-        """What `jaxpr` returns of `args`."""
+    def evaluate(self, closed: Any, args: Sequence[Value]) -> list[Value]:
+        """What a jaxpr, with or without constants of its own, returns of `args`."""
+        jaxpr, consts = getattr(closed, "jaxpr", closed), getattr(closed, "consts", ())
         inputs = zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
         values = {x: value if isinstance(value, str) else np.asarray(value) for x, value in inputs}
         read = lambda x: np.asarray(x.val) if isinstance(x, Literal) else values[x]
@@ -154,14 +155,11 @@ class _Graph:
             return [np.array(params["platforms"].index(None))]
         if name == "cond":
             _require(not isinstance(given[0], str))
-            branch = params["branches"][int(given[0])]
-            return self.evaluate(branch.jaxpr, branch.consts, given[1:])
+            return self.evaluate(params["branches"][int(given[0])], given[1:])
         if name == "scan":
-            return self._unrolled(given, **params)
+            return self._unrolled(equation, given)
         if inner := params.get("jaxpr") or params.get("call_jaxpr"):
-            return self.evaluate(
-                getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), given
-            )
+            return self.evaluate(inner, given)
         shapes = [x.aval.shape for x in (*equation.invars, *equation.outvars)]
         known = not any(isinstance(x, str) for x in given) and not any(map(_is_of_batch, shapes))
         if known and name not in _BY_NUMPY:
@@ -179,17 +177,22 @@ class _Graph:
         found = getattr(self, f"_{name}")(given, shapes, **params)
         return found if isinstance(found, list) else [found]
 
-    def _unrolled(
-        self, given: list[Value], *, jaxpr, length, num_consts, num_carry, reverse, **_
-    ) -> list[Value]:
-        """A scan over parameters, that is over the layers of a tower."""
-        fixed, state = given[:num_consts], given[num_consts:][:num_carry]
-        stacked = given[num_consts + num_carry :]
-        _require(not reverse and len(jaxpr.out_avals) == num_carry)
-        _require(not any(isinstance(x, str) for x in stacked))
-        for i in range(length):
-            layer = [x[i] for x in stacked]
-            state = self.evaluate(jaxpr.jaxpr, jaxpr.consts, [*fixed, *state, *layer])
+    def _unrolled(self, equation: Any, given: list[Value]) -> list[Value]:
+        """A scan over parameters, that is over the layers of a tower: nothing but the state comes
+        out. Versions of jax differ in how they say what is scanned; it is what loses an axis."""
+        body, shape_of = equation.params["jaxpr"], lambda x: x.aval.shape
+        inner = getattr(body, "jaxpr", body)
+        pairs = list(zip(map(shape_of, equation.invars), map(shape_of, inner.invars), strict=True))
+        scanned, carried = sum(a != b for a, b in pairs), len(equation.outvars)
+        fixed = len(given) - scanned - carried
+        parts, state = given[fixed + carried :], given[fixed:][:carried]
+        _require(
+            all(a == b for a, b in pairs[: fixed + carried]) and not equation.params["reverse"]
+        )
+        _require([*map(shape_of, equation.outvars)] == [*map(shape_of, inner.outvars)])
+        _require(not any(isinstance(x, str) for x in parts))
+        for i in range(equation.params["length"]):
+            state = self.evaluate(body, [*given[:fixed], *state, *(x[i] for x in parts)])
         return state
 
     def _reshaped(self, x: Value, old: Shape, new: Shape) -> Value:
@@ -219,11 +222,11 @@ class _Graph:
         target = self.add("Concat", *parts, axis=0) if _is_of_batch(dims) else np.array(dims)
         return self.add("Expand", x, target)
 
-    def _argmax(self, given, shapes, *, axes, index_dtype) -> Value:
+    def _argmax(self, given, shapes, *, axes, index_dtype, **_) -> Value:
         found = self.add("ArgMax", given[0], axis=int(axes[0]), keepdims=0)
         return self._convert_element_type([found], shapes, new_dtype=index_dtype)
 
-    def _concatenate(self, given, shapes, *, dimension) -> Value:
+    def _concatenate(self, given, shapes, *, dimension, **_) -> Value:
         return self.add("Concat", *given, axis=dimension)
 
     def _convert_element_type(self, given, shapes, *, new_dtype, **_) -> Value:
@@ -266,7 +269,7 @@ class _Graph:
         kept += [letter for letter in (*a, *b) if letter not in common]
         return self.add("Einsum", *given, equation=f"{''.join(a)},{''.join(b)}->{''.join(kept)}")
 
-    def _erfc(self, given, shapes) -> Value:
+    def _erfc(self, given, shapes, **_) -> Value:
         return self.add("Sub", np.array(1, np.float32), self.add("Erf", given[0]))
 
     def _gather(self, given, shapes, *, dimension_numbers: Any, slice_sizes, **_) -> Value:
@@ -292,16 +295,16 @@ class _Graph:
         rows = self._convert_element_type([where], shapes, new_dtype=np.int64)
         return self.add("GatherND", x, rows, batch_dims=batched)
 
-    def _integer_pow(self, given, shapes, *, y) -> Value:
+    def _integer_pow(self, given, shapes, *, y, **_) -> Value:
         return self.add("Pow", given[0], np.array(y, np.float32))
 
     def _iota(self, given, shapes, *, dtype, shape, dimension, **_) -> Value:
         return np.indices(shape, dtype)[dimension]
 
-    def _ne(self, given, shapes) -> Value:
+    def _ne(self, given, shapes, **_) -> Value:
         return self.add("Not", self.add("Equal", *given))
 
-    def _pad(self, given, shapes, *, padding_config) -> Value:
+    def _pad(self, given, shapes, *, padding_config, **_) -> Value:
         begins, ends, between = np.array(padding_config, np.int64).T
         _require(not between.any())
         return self.add("Pad", given[0], np.concatenate([begins, ends]), given[1])
@@ -320,11 +323,11 @@ class _Graph:
     def _rsqrt(self, given, shapes, **_) -> Value:
         return self.add("Reciprocal", self.add("Sqrt", given[0]))
 
-    def _select_n(self, given, shapes) -> Value:
+    def _select_n(self, given, shapes, **_) -> Value:
         which, no, yes = given
         return self.add("Where", which, yes, no)
 
-    def _slice(self, given, shapes, *, start_indices, limit_indices, strides) -> Value:
+    def _slice(self, given, shapes, *, start_indices, limit_indices, strides, **_) -> Value:
         steps = strides or (1,) * len(start_indices)
         if not isinstance(given[0], str):
             cut = map(slice, start_indices, limit_indices, steps)
@@ -333,13 +336,13 @@ class _Graph:
         cuts = [cut for cut in bounds if cut != (0, shapes[0][cut[2]], cut[2], 1)]
         return self.add("Slice", given[0], *np.array(cuts, np.int64).T) if cuts else given[0]
 
-    def _split(self, given, shapes, *, sizes, axis) -> list[str]:
+    def _split(self, given, shapes, *, sizes, axis, **_) -> list[str]:
         return self.add_many("Split", len(sizes), given[0], np.array(sizes), axis=axis)
 
-    def _square(self, given, shapes) -> Value:
+    def _square(self, given, shapes, **_) -> Value:
         return self.add("Mul", given[0], given[0])
 
-    def _transpose(self, given, shapes, *, permutation) -> Value:
+    def _transpose(self, given, shapes, *, permutation, **_) -> Value:
         if not isinstance(given[0], str):
             return np.transpose(given[0], permutation)
         return self.add("Transpose", given[0], perm=[int(axis) for axis in permutation])
