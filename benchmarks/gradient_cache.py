@@ -18,6 +18,7 @@ from gcl_jax import sharding
 from gcl_jax.checkpoints.state import init_state
 from gcl_jax.config import (
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     TextConfig,
@@ -40,6 +41,7 @@ def configuration(batch_size: int, chunks: int) -> TrainConfig:
             text=TextConfig(context_length=24, width=128, heads=2, layers=4),
         ),
         data=DataConfig(query_fields={"query": 1.0}, document_fields={"image": 1.0}),
+        loss=LossConfig(targets="diagonal"),
         optim=OptimConfig(batch_size=batch_size, grad_cache_chunks=chunks, steps=1000),
     )
 

@@ -89,7 +89,7 @@ def config(case: Case):
     return TrainConfig(
         model=model,
         data=DataConfig(store="none", **fields),
-        loss=LossConfig(form=case.form),
+        loss=LossConfig(targets="diagonal", form=case.form),
         optim=OptimConfig(batch_size=case.batch, grad_cache_chunks=case.chunks),
         mesh=MeshConfig(fsdp=case.fsdp),
     )

@@ -99,7 +99,7 @@ def config(case: Case, chips: int, dtype: str):
     return TrainConfig(
         model=model,
         data=DataConfig(store="none", query_fields=queries, document_fields=documents),
-        loss=LossConfig(form=case.form, dtype=dtype),
+        loss=LossConfig(targets="diagonal", form=case.form, dtype=dtype),
         optim=OptimConfig(batch_size=case.local * chips),
         mesh=MeshConfig(fsdp=case.fsdp),
     )

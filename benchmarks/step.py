@@ -38,6 +38,7 @@ from gcl_jax import optim, sharding
 from gcl_jax.checkpoints import state
 from gcl_jax.config import (
     DataConfig,
+    LossConfig,
     ModelConfig,
     OptimConfig,
     TextConfig,
@@ -83,6 +84,7 @@ def configuration(name: str, args) -> TrainConfig:
     return TrainConfig(
         model=model,
         data=DataConfig(query_fields={"text": 1.0}, document_fields={"image": 1.0}),
+        loss=LossConfig(targets="diagonal"),
         optim=OptimConfig(
             batch_size=args.batch, lr=1e-4, weight_decay=0.2, warmup_steps=0, steps=10**6
         ),

@@ -501,10 +501,10 @@ class LossConfig:
     thresholds: tuple[float, ...] = option((), "of scores, for score_to_weight='piecewise'")
     values: tuple[float, ...] = option((), "weights below, between and above the thresholds")
     targets: str = option(
-        "diagonal",
-        "what attracts: each row's own pair (diagonal: the paper's), or every query and document "
-        "of the batch that the training split has a score for (known)",
-        ("diagonal", "known"),
+        "known",
+        "what attracts: every query and document of the batch that the training split has a score "
+        "for (known), or each row's own pair (diagonal: the paper's)",
+        ("known", "diagonal"),
     )
     weight_norm: str = option(
         "none",

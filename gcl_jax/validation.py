@@ -197,7 +197,7 @@ def _validate_loss(cfg: TrainConfig) -> None:
     require(
         loss.targets == "diagonal" or loss.weight_norm == "none",
         f"loss.weight_norm={loss.weight_norm!r} has no effect with targets='known', which divide "
-        "by the sum of the weights; leave it at 'none'",
+        "by the sum of the weights; leave it at 'none', or set loss.targets=diagonal",
     )
     for dim in loss.matryoshka_dims:
         require(

@@ -77,9 +77,11 @@ def test_merge_rescales_the_weights_of_the_fields_that_are_there():
 @pytest.mark.parametrize(
     "loss",
     [
-        LossConfig(),
-        LossConfig(merged=0.5, pair_weights={"query:title": 2.0, "category:image": 0.0}),
-        LossConfig(merged=0.0, weight_norm="mean", mask_duplicates=True),
+        LossConfig(targets="diagonal"),
+        LossConfig(
+            targets="diagonal", merged=0.5, pair_weights={"query:title": 2.0, "category:image": 0.0}
+        ),
+        LossConfig(targets="diagonal", merged=0.0, weight_norm="mean", mask_duplicates=True),
         LossConfig(field_pairs=0.0),
     ],
     ids=["default", "pair weights", "pairs alone", "merged alone"],
@@ -125,7 +127,10 @@ def test_a_single_field_pair_is_counted_once(mesh):
 
     rows = pair_rows(batch, np.ones(N, bool))
     single = by_hand(queries["query"], documents["title"], 20.0, rows)
-    for loss in (LossConfig(), LossConfig(merged=0.0, pair_weights={"query:title": 1.0})):
+    for loss in (
+        LossConfig(targets="diagonal"),
+        LossConfig(targets="diagonal", merged=0.0, pair_weights={"query:title": 1.0}),
+    ):
         total, terms = compute(queries, documents, batch, loss=loss, data=data, mesh=mesh)
         np.testing.assert_allclose(total, single, rtol=1e-5)
         assert len(terms) == 1
@@ -149,7 +154,9 @@ def test_a_row_without_a_weighted_field_leaves_the_merged_term(mesh):
     batch["query_present"] = {"query": np.ones(N, bool)}
     valid = batch["document_present"]["image"]
     assert not valid.all()
-    _, terms = compute(queries, documents, batch, loss=LossConfig(), data=data, mesh=mesh)
+    _, terms = compute(
+        queries, documents, batch, loss=LossConfig(targets="diagonal"), data=data, mesh=mesh
+    )
     expected = by_hand(queries["query"], documents["image"], 20.0, pair_rows(batch, valid))
     np.testing.assert_allclose(terms["gcl/merged"], expected, rtol=1e-5)
 
@@ -172,7 +179,9 @@ def test_two_objectives_are_added_and_hard_negatives_merged_as_documents_are(mes
     margins = margins_by_hand(q, d, 20.0, given, rows, 2.0)
     by_negatives = hard_negatives_by_hand(q, d, 20.0, given, margins, rows, None, False, 0.4, 0.3)
 
-    alone, terms = compute(queries, documents, batch, loss=LossConfig(), data=DATA, mesh=mesh)
+    alone, terms = compute(
+        queries, documents, batch, loss=LossConfig(targets="diagonal"), data=DATA, mesh=mesh
+    )
     loss = LossConfig(
         objectives=ObjectivesConfig(gcl=0.5, hard_negatives=2.0),
         hard_negatives=HardNegativesConfig(rank=0.4, intra=0.3, max_margin=2.0),
@@ -205,7 +214,14 @@ def test_bfloat16_products_come_close_and_are_not_the_same():
     queries, documents, batch = random_batch(DATA)
     mesh = make_cpu_mesh(4, 2)
     exact, rough = (
-        compute(queries, documents, batch, loss=LossConfig(dtype=dtype), data=DATA, mesh=mesh)[0]
+        compute(
+            queries,
+            documents,
+            batch,
+            loss=LossConfig(targets="diagonal", dtype=dtype),
+            data=DATA,
+            mesh=mesh,
+        )[0]
         for dtype in ("float32", "bfloat16")
     )
     assert rough.dtype == jnp.float32

@@ -36,6 +36,12 @@ def poisoned_backward(weight, by_x):
 poisoned.defvjp(lambda x, weight: (x, weight), poisoned_backward)
 
 
+@pytest.fixture(autouse=True)
+def own_weights(tiny_config):
+    """A pair's own weight is what is poisoned; known targets take theirs from a table."""
+    tiny_config.loss.targets = "diagonal"
+
+
 @pytest.fixture
 def poisonable(monkeypatch):
     loss = step.multi_field_loss

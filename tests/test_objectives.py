@@ -340,6 +340,7 @@ def config_of(*names):
 )
 def test_what_an_objective_needs_is_named(name, message):
     cfg = config_of(name)
+    cfg.loss.targets = "diagonal"
     with pytest.raises(ConfigError, match=message) as error:
         check_config(cfg)
     assert "\n" not in str(error.value)

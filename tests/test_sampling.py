@@ -175,6 +175,7 @@ def test_rows_that_repeat_a_pair_of_their_batch_are_foreseen(count, data):
 
 def test_a_run_that_learns_less_than_it_might_is_told_so():
     cfg = TrainConfig(optim=OptimConfig(batch_size=10, warmup_steps=50))
+    cfg.loss.targets = "diagonal"
     assert advice(cfg, pairs_of(np.arange(500)), steps=51) == []
     (line,) = advice(cfg, pairs_of(np.arange(500)), steps=50)
     assert line.startswith("config.optim.warmup_steps=50: the warm-up never ends in 50 steps")

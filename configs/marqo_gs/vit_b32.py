@@ -30,7 +30,7 @@ def get_config(variant: str = "full_10m") -> TrainConfig:
             augmentation="crop",
             num_workers=8,
         ),
-        loss=LossConfig(score_to_weight="inverse"),
+        loss=LossConfig(score_to_weight="inverse", targets="diagonal"),
         optim=OptimConfig(epochs=20, warmup_steps=1000, batch_size=2048),
         eval=EvalConfig(
             splits=("in_domain", "novel_query", "novel_document", "zero_shot"), batch_size=1024
