@@ -846,6 +846,12 @@ def test_a_wrong_import_is_one_line(tmp_path, monkeypatch, tiny_store, capsys, a
     assert not (tmp_path / "run").exists()
 
 
+def test_a_torch_file_is_of_open_clip_alone(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        run("export", "--workdir", tmp_path, "--format=onnx", "--torch_file", "--out=out")
+    assert "--torch_file goes with --format=open_clip, not onnx\n" in capsys.readouterr().err
+
+
 def test_the_list_names_every_preset(capsys):
     run("--list")
     assert set(capsys.readouterr().out.split()) == {*OPEN_CLIP, *TEXT_ONLY}

@@ -191,6 +191,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def export_run(args: argparse.Namespace) -> None:
     # What may be missing is told before jax and the model are loaded.
+    if args.torch_file and args.format != "open_clip":
+        raise UserError(f"--torch_file goes with --format=open_clip, not {args.format}")
     runs.load_config(args.workdir)
     if args.format == "run":
         check_workdir(args.out)
