@@ -2,7 +2,7 @@
 
 What to change first:
     data.store                the folder that `prepare` wrote
-    data.document_fields      your columns, and how much each counts
+    data.document_fields      your columns, if one is to count more: {"image": 0.9, "title": 0.1}
     model.vision.image_size   32 for simple pictures; 64 or more, and patch_size=16, for details
     optim.lr                  half of it where the loss leaps
     loss.score_to_weight      how much less a lower score counts: inverse (much), linear, constant
@@ -32,7 +32,6 @@ def get_config() -> TrainConfig:
         ),
         data=DataConfig(
             store="stores/mine",
-            document_fields={"image": 0.5, "title": 0.5},
             augmentation="crop",
             cached_records=20_000,
         ),

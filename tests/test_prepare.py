@@ -9,6 +9,7 @@ import json
 import math
 import pickle
 import re
+import shlex
 import shutil
 import struct
 import subprocess
@@ -30,6 +31,7 @@ from gcl_jax.prepare import __main__ as prepare
 from gcl_jax.prepare import parts, records
 from gcl_jax.prepare.rows import read_rows
 from gcl_jax.prepare.stores import write_store
+from gcl_jax.train.flags import read_config
 from tests.conftest import TinySource
 
 FIELDS = "--query_fields=query --document_fields=image:image,title --id_column=id"
@@ -247,8 +249,13 @@ def test_text_only_store_with_query_ids_and_two_files(folder):
     assert store.queries[1] == {"id": "2", "query": "q"}
     assert store.documents[0] == {"id": "1", "title": "t1", "text": ""}
     message = prepare.summary(store)
-    assert f"--config.data.store={store.directory}" in message
     assert "text: missing in 2" in message
+    words = shlex.split(message.partition("Train on it with")[2].replace("\\\n", " "))
+    assert words[:3] == ["python", "-m", "gcl_jax.train"]
+    options = dict(word.removeprefix("--").removeprefix("config.").split("=") for word in words[3:])
+    changed = [(key, text) for key, text in options.items() if "." in key]
+    cfg = store.resolve(read_config(options["config"], changed))
+    assert (cfg.data.document_fields, cfg.model.vision) == ({"title": 0.5, "text": 0.5}, None)
 
 
 def test_split_column_and_duplicates_across_splits(folder):

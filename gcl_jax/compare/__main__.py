@@ -54,10 +54,8 @@ def configuration(
         raise UserError("--store is missing: the folder that `python -m gcl_jax.prepare` made")
     fitting: list[tuple[str, str]] = [] if store is None else [("data.store", store)]
     if file is None:
-        fitting.append(("data.document_fields", "{}"))
-        if "image" not in {
-            x for side in open_store(str(store)).kinds.values() for x in side.values()
-        }:
+        kinds = open_store(str(store)).kinds.values()
+        if not any("image" in has.values() for has in kinds):
             fitting.append(("model.vision", "none"))
     return flags.read_config(file or CONFIG, [*fitting, *overrides])
 

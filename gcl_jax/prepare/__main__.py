@@ -382,6 +382,8 @@ def summary(store) -> str:
 
     command = ["python -m gcl_jax.train --config=configs/own_data.py --workdir=runs/NAME"]
     command += [f"--config.data.store={shlex.quote(str(store.directory))}"]
+    if not any("image" in has.values() for has in store.kinds.values()):
+        command.append("--config.model.vision=none")
     return "\n".join([*lines, "Train on it with", "  " + " \\\n    ".join(command)])
 
 
