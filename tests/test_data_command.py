@@ -1,6 +1,5 @@
 """`python -m gcl_jax.data`: what it says about a store, and every damaged file found."""
 
-import dataclasses
 import html
 import json
 import random
@@ -147,7 +146,10 @@ def read_all(store):
         *(list(getattr(store, side)) for side in SIDES),
         *(getattr(store, side).ids for side in SIDES),
         store.queries.texts(["query"], range(8)),
-        *(np.stack(dataclasses.astuple(store.pairs(s))).tolist() for s in store.splits),
+        *(
+            [column.tolist() for column in (pairs.query, pairs.document, pairs.score)]
+            for pairs in map(store.pairs, store.splits)
+        ),
         *(store.corpus(s).tolist() for s in store.splits),
     ]
 

@@ -137,7 +137,7 @@ def test_under_fsdp_layers_move_and_activations_stay():
 
 def test_too_little_memory_is_an_answer(tiny_config):
     cfg = tiny_config
-    cfg.data.store = "none"
+    cfg.data.store, cfg.loss.targets = "none", "diagonal"  # no table of known pairs
     cfg, data = planner.resolve(cfg)
     plan = planner.compile_plan(cfg, data, EIGHT._replace(memory=1e6))
     assert (plan.fits, plan.peak) == (False, None)

@@ -351,7 +351,7 @@ def test_the_split_to_train_on_is_not_one_held_out(cfg, tiny_store, tmp_path, mo
 
 def test_loss_falls_and_everything_is_written(cfg, tiny_store, tmp_path):
     cfg.optim.steps, cfg.optim.lr, cfg.log_every = 40, 3e-3, 1
-    cfg.eval.every = 20
+    cfg.eval.every, cfg.model.max_logit_scale = 20, 4.0
     train(cfg, tmp_path, profile=range(3, 4))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     losses = [row["loss"] for row in rows if "loss" in row]
