@@ -429,6 +429,47 @@ def changes(metric: str, name: str = "photos, one change") -> str:
     return markdown([METRICS[metric], *SPLITS.values()], rows)
 
 
+def dependence(metric: str) -> str:
+    """What CLIP, the paper's GCL and the recipe make of data that are changed."""
+    rows = []
+    for name, figures in load("dependence").items():
+        methods = {method: of[metric] for method, of in figures["methods"].items()}
+        clip = methods.pop("CLIP")
+
+        def cell(of: dict, split: str, clip: dict = clip) -> str:
+            star = "*" if of[split]["low"] > 0 or of[split]["high"] < 0 else ""
+            gain = of[split]["difference"] / clip[split]["mean"]
+            return f"{of[split]['mean']:.3f} ({gain:+.0%}{star})"
+
+        for split in ENDS:
+            first = (
+                [name, f"{figures['documents_per_query']:.0f}"] if split == ENDS[0] else ["", ""]
+            )
+            cells = [cell(of, split) for of in methods.values()]
+            rows.append([*first, SPLITS[split], f"{clip[split]['mean']:.3f}", *cells])
+    header = ["trained on", "documents a query", METRICS[metric], "CLIP", *methods]
+    return markdown(header, rows)
+
+
+def by_data() -> str:
+    """The recipe's gain over CLIP with the same towers and optimizer, by data set."""
+    photos, rows = load("photos"), []
+    for name, key in (
+        ("icons", "icons, 240 steps"),
+        ("photographs", "photos, 240 steps"),
+        ("emoji, images and titles", "emoji, 245 steps"),
+        ("clip art", "clip art, 240 steps"),
+    ):
+        for metric in ("NDCG@10", "mERR"):
+            cells = []
+            for split in SPLITS:
+                of = photos[key]["beside"]["CLIP"]["the recipe"][metric][split]
+                star = "*" if of["low"] > 0 or of["high"] < 0 else ""
+                cells.append(f"{of['difference'] / (of['mean'] - of['difference']):+.1%}{star}")
+            rows.append([name, METRICS[metric], *cells])
+    return markdown(["the recipe over CLIP", "", *SPLITS.values()], rows)
+
+
 def sent(found: dict, part: str) -> float:
     """Bytes that a chip sends in a step for `part` of it."""
     return sum(one["sent"] for one in found["collectives"] if one["part"] == part)
@@ -577,6 +618,15 @@ TABLES: dict[str, Callable[[], str]] = {
     "photos_err": lambda: photos("mERR"),
     "photos_changes": lambda: changes("NDCG@10"),
     "photos_long": lambda: photos("NDCG@10", "photos, 700 steps, flips"),
+    "photos_icons_ndcg": lambda: photos("NDCG@10", "icons, 240 steps"),
+    "photos_icons_err": lambda: photos("mERR", "icons, 240 steps"),
+    "photos_clipart_ndcg": lambda: photos("NDCG@10", "clip art, 240 steps"),
+    "photos_clipart_err": lambda: photos("mERR", "clip art, 240 steps"),
+    "photos_start": lambda: changes("NDCG@10", "icons, start, 120 steps"),
+    "dependence_by_data": by_data,
+    "dependence_ndcg": lambda: dependence("NDCG@10"),
+    "dependence_err": lambda: dependence("mERR"),
+    "photos_emoji_changes": lambda: changes("NDCG@10", "emoji, one change"),
     "photos_emoji_ndcg": lambda: photos("NDCG@10", "emoji, 245 steps"),
     "photos_emoji_err": lambda: photos("mERR", "emoji, 245 steps"),
     "chips": chips,

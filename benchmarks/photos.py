@@ -49,6 +49,12 @@ CLIP = (*GCL, "loss.score_to_weight=constant", "loss.targets=diagonal")
 BASELINE = "ViT, AdamW: CLIP"
 RECIPE = "the recipe"
 BESIDE = ("CLIP", RECIPE)  # to which differences are told, too
+
+
+def start(temperature: float) -> tuple[str, ...]:
+    return (f"model.init_logit_scale={math.log(temperature)}",)
+
+
 METHODS: dict[str, tuple[str, ...]] = {
     BASELINE: (*VIT, *ADAMW, *CLIP),
     "ViT, AdamW: GCL, diagonal": (*VIT, *ADAMW, *GCL, "loss.targets=diagonal"),
@@ -64,8 +70,15 @@ METHODS: dict[str, tuple[str, ...]] = {
     "ViT": VIT,
     "flips": ("data.augmentation=crop_flip",),
     "no augmentation": ("data.augmentation=none",),
-    "start at temperature 5": (f"model.init_logit_scale={math.log(5)}",),
-    "start at temperature 50": (f"model.init_logit_scale={math.log(50)}",),
+    "start at temperature 5": start(5),
+    "start at temperature 50": start(50),
+    "temperature 5, lr 3e-4": (*start(5), "optim.lr=3e-4"),
+    "temperature 5, lr 3e-3": (*start(5), "optim.lr=3e-3"),
+    "temperature 50, lr 3e-4": (*start(50), "optim.lr=3e-4"),
+    "temperature 50, lr 3e-3": (*start(50), "optim.lr=3e-3"),
+    "ViT, AdamW: temperature 5, lr 3e-3": (*VIT, *ADAMW, *GCL, *start(5), "optim.lr=3e-3"),
+    "ViT, AdamW: temperature 50, lr 3e-4": (*VIT, *ADAMW, *GCL, *start(50), "optim.lr=3e-4"),
+    "ViT, AdamW: temperature 50, lr 3e-3": (*VIT, *ADAMW, *GCL, *start(50), "optim.lr=3e-3"),
     "lr 1e-3": ("optim.lr=1e-3",),
     "lr 8e-3": ("optim.lr=8e-3",),
     "average of the parameters": ("optim.ema_decay=0.98",),
@@ -80,7 +93,8 @@ def trained(method: str, seed: int, args: argparse.Namespace, overrides: list[st
         return workdir
     flags = [f"--config={args.config}", f"--workdir={workdir}", f"--config.data.store={args.store}"]
     flags += [f"--config.seed={seed}", f"--config.optim.steps={args.steps}"]
-    flags += [f"--config.{flag}" for flag in METHODS[method]]
+    last = {flag.partition("=")[0]: flag for flag in METHODS[method]}
+    flags += [f"--config.{flag}" for flag in last.values()]
     started = time.perf_counter()
     run("train", *flags, *overrides)
     seconds = time.perf_counter() - started

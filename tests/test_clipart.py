@@ -1,7 +1,8 @@
-"""tools/build_clipart.py: which drawings, which queries, in which order."""
+"""tools/build_clipart.py and build_icons.py: which drawings, which queries, in which order."""
 
 import collections
 import itertools
+import json
 import math
 import sys
 
@@ -81,3 +82,20 @@ def test_the_tables(library, tmp_path, monkeypatch):
         levels = sorted(set(cosine.values()), reverse=True)
         assert found[query] == {id: 100 - levels.index(x) for id, x in cosine.items()}
         assert list(found[query].values()) == sorted(found[query].values(), reverse=True)
+
+
+def test_the_words_of_icons(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from build_icons import read_icons
+
+    said = [
+        {"name": "home-off", "aliases": ["house-off-2"], "tags": ["Home / Rooms"], "deprecated": 0},
+        {"name": "account", "aliases": [], "tags": [], "deprecated": 0},
+        {"name": "brand-x", "aliases": [], "tags": [], "deprecated": 1},
+    ]
+    (tmp_path / "meta.json").write_text(json.dumps(said))
+    icons = read_icons(tmp_path)
+    assert list(icons) == ["account", "home-off"]
+    assert icons["home-off"].title == "home off"
+    assert icons["home-off"].keywords == {"home", "off", "house", "rooms"}
+    assert icons["account"].file == tmp_path / "svg" / "account.svg"
