@@ -21,7 +21,7 @@ import io
 import itertools
 import math
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,6 +113,24 @@ def on_white(file: Path) -> bytes:
     return data.getvalue()
 
 
+def write_tables(
+    drawings: dict[str, Drawing], as_image: Callable[[Path], bytes], out: Path
+) -> None:
+    """Writes documents.parquet and pairs.parquet to `out`; `as_image` encodes a drawing's file."""
+    out.mkdir(parents=True, exist_ok=True)
+    documents = {
+        "id": list(drawings),
+        "image": [as_image(drawing.file) for drawing in tqdm(drawings.values())],
+        "title": [drawing.title for drawing in drawings.values()],
+    }
+    pq.write_table(pa.table(documents), out / "documents.parquet")
+    found = dict(rankings(drawings))
+    rows = [(query, *of) for query, ranked in found.items() for of in ranked]
+    columns = dict(zip(("query", "id", "score"), zip(*rows, strict=True), strict=True))
+    pq.write_table(pa.table(columns), out / "pairs.parquet")
+    print(f"{len(drawings)} drawings, {len(found)} queries, {len(rows)} pairs")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,18 +141,7 @@ def main() -> None:
     drawings = read_drawings(args.data)
     if not drawings:
         parser.error(f"{args.data} holds no usr/share/openclipart/svg with drawings in png")
-    args.out.mkdir(parents=True, exist_ok=True)
-    documents = {
-        "id": list(drawings),
-        "image": [on_white(drawing.file) for drawing in tqdm(drawings.values())],
-        "title": [drawing.title for drawing in drawings.values()],
-    }
-    pq.write_table(pa.table(documents), args.out / "documents.parquet")
-    found = dict(rankings(drawings))
-    rows = [(query, *of) for query, ranked in found.items() for of in ranked]
-    columns = dict(zip(("query", "id", "score"), zip(*rows, strict=True), strict=True))
-    pq.write_table(pa.table(columns), args.out / "pairs.parquet")
-    print(f"{len(drawings)} drawings, {len(found)} queries, {len(rows)} pairs")
+    write_tables(drawings, on_white, args.out)
 
 
 if __name__ == "__main__":

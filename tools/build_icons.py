@@ -18,10 +18,7 @@ import json
 import re
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-from build_clipart import Drawing, rankings
-from tqdm import tqdm
+from build_clipart import Drawing, write_tables
 
 SIDE = 48
 
@@ -51,22 +48,11 @@ def main() -> None:
         import resvg_py
     except ImportError:
         parser.error("drawings in SVG need resvg-py: pip install resvg-py")
-    icons = read_icons(args.data)
-    args.out.mkdir(parents=True, exist_ok=True)
-    documents = {
-        "id": list(icons),
-        "image": [
-            bytes(resvg_py.svg_to_bytes(svg_path=str(icon.file), width=SIDE, background="white"))
-            for icon in tqdm(icons.values())
-        ],
-        "title": [icon.title for icon in icons.values()],
-    }
-    pq.write_table(pa.table(documents), args.out / "documents.parquet")
-    found = dict(rankings(icons))
-    rows = [(query, *of) for query, ranked in found.items() for of in ranked]
-    columns = dict(zip(("query", "id", "score"), zip(*rows, strict=True), strict=True))
-    pq.write_table(pa.table(columns), args.out / "pairs.parquet")
-    print(f"{len(icons)} icons, {len(found)} queries, {len(rows)} pairs")
+
+    def drawn(file: Path) -> bytes:
+        return bytes(resvg_py.svg_to_bytes(svg_path=str(file), width=SIDE, background="white"))
+
+    write_tables(read_icons(args.data), drawn, args.out)
 
 
 if __name__ == "__main__":

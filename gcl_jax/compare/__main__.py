@@ -1,6 +1,6 @@
 """What does training gain on your data, and over what? `python -m gcl_jax.compare --store=STORE`.
 
-Evaluates these rows on the same queries, each trained one once for every seed:
+Evaluates these rows on the same queries, those that are trained once for every seed:
 
   bm25       BM25 over the text fields, without a model (bm25s, of the extra `search`)
   random     a random order
