@@ -361,6 +361,12 @@ def building(path: Path) -> Path:
     return path.with_name(f"{path.name}{UNFINISHED}")
 
 
+def remove_unfinished(path: Path) -> None:
+    """Removes what is at `building(path)`, once `path` is complete: the call that made it may have
+    been killed before it could."""
+    shutil.rmtree(building(path), ignore_errors=True)  # others may be at it, too
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Where to write a file that becomes `path` at the end: that is complete, or as it was, and so

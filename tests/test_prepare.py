@@ -925,6 +925,9 @@ def test_goes_on_after_an_interrupt(folder, monkeypatch):
         run(folder, pairs, "--on_error=skip", fields=fields)
         assert len(loads) - done <= 10 - (done - 1) // 3 * 3
         assert tree(folder / "store") == wanted
+        (folder / "store.incomplete" / "parts").mkdir(parents=True)  # killed when all else was done
+        run(folder, pairs, "--on_error=skip", fields=fields)
+        assert tree(folder / "store") == wanted
         assert sorted(path.name for path in folder.iterdir()) == ["img", "pairs.csv", "store"]
 
 

@@ -135,6 +135,7 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
     if multihost_utils.broadcast_one_to_all(np.bool_(first and _is_same(folder, manifest))):
         if first:
             verify(folder)
+            paths.remove_unfinished(folder)
         else:
             paths.fetch(folder)
         return opened(folder)
@@ -157,7 +158,7 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
                 _write_ids(task, made / IDS)
                 write_json(made / MANIFEST, manifest | {"checksums": _checksums(made)})
                 publish(made, folder, last=MANIFEST)
-            shutil.rmtree(building)
+            paths.remove_unfinished(folder)
     multihost_utils.sync_global_devices("embedded")
     if not first:
         paths.fetch(folder)

@@ -159,7 +159,7 @@ def trained_on(store: RankedStore) -> dict[str, str]:
 
 def finished_store(out: Path, fingerprint: str) -> RankedStore | None:
     """The store at `out` if it has this very `fingerprint`, None if there is nothing, or what a
-    call left that was killed while it published.
+    call left that was killed while it published. Nothing unfinished stays beside a finished one.
 
     Raises:
         DataError: there is something else.
@@ -169,6 +169,7 @@ def finished_store(out: Path, fingerprint: str) -> RankedStore | None:
     with contextlib.suppress(DataError):
         existing = RankedStore(out)
         if fingerprint and existing.info["plan"] == fingerprint:
+            paths.remove_unfinished(out)
             return existing
     raise DataError(f"{out} exists already; remove it or choose another --out")
 
@@ -202,7 +203,6 @@ def write_store(
     with store.locked(building):
         try:
             if existing := finished_store(out, fingerprint):
-                shutil.rmtree(building)
                 return existing
             _keep_if_same(building, fingerprint)
             if not (building / "store" / store.CHECKSUMS).exists():
@@ -211,10 +211,10 @@ def write_store(
                     read = _write_records(source, building, bad_rows, workers, beam, image_size)
                     _write_rest(source, building / "store", bad_rows, read, fingerprint, image_size)
         except UserError:
-            shutil.rmtree(building)
+            paths.remove_unfinished(out)
             raise
         publish(building / "store", out, last=MANIFEST)
-        shutil.rmtree(building)
+        paths.remove_unfinished(out)
     return RankedStore(out)
 
 
