@@ -483,6 +483,29 @@ class MixedConfig:
 
 
 @dataclasses.dataclass(slots=True)
+class UnimodalConfig:
+    """The objective unimodal."""
+
+    fields: tuple[str, ...] = option(
+        ("image",), "image and text fields that a step sees twice, the second time changed"
+    )
+    temperature: float = option(0.1, "of its softmax; it is not learned", above=0)
+    min_crop_area: float = option(
+        0.3, "smallest share of an image that its second view shows", above=0, at_most=1
+    )
+    color: float = option(
+        0.4,
+        "brightness, contrast and saturation of a second view differ by up to this share; mirrored "
+        "it is if data.augmentation mirrors, too",
+        at_least=0,
+        at_most=1,
+    )
+    token_cutoff: float = option(
+        0.15, "share of a text's tokens that its second view lacks", at_least=0, below=1
+    )
+
+
+@dataclasses.dataclass(slots=True)
 class LossConfig:
     """What is learned from the global batch: a weighted sum of objectives (docs/objectives.md), by
     default the score-weighted contrastive loss alone (arXiv 2404.08535)."""
@@ -564,7 +587,13 @@ class LossConfig:
     one_to_k: OneToKConfig = dataclasses.field(default_factory=OneToKConfig)
     hard_negatives: HardNegativesConfig = dataclasses.field(default_factory=HardNegativesConfig)
     mixed: MixedConfig = dataclasses.field(default_factory=MixedConfig)
+    unimodal: UnimodalConfig = dataclasses.field(default_factory=UnimodalConfig)
     options: dict[str, Any] = option({}, "what an objective of your own takes, by name")
+
+    @property
+    def viewed(self) -> tuple[str, ...]:
+        """The fields that a training step embeds twice."""
+        return self.unimodal.fields if self.objectives.get("unimodal") else ()
 
 
 @dataclasses.dataclass(slots=True)

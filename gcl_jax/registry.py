@@ -148,6 +148,7 @@ OBJECTIVES = Registry(
         "hard_negatives": "gcl_jax.losses.of_merged",
         "fused": "gcl_jax.losses.of_merged",
         "mixed": "gcl_jax.losses.of_merged",
+        "unimodal": "gcl_jax.losses.unimodal",
     },
 )
 METRICS = Registry(

@@ -13,15 +13,22 @@ from test_contrastive import assert_close, make_rows, mixed_rows, unit_rows
 from test_objectives import value_and_numeric_gradients
 from test_targets import DOCUMENTS, QUERIES, compiled, scored_batch
 
-from gcl_jax.config import HardNegativesConfig, LossConfig, MixedConfig, OneToKConfig
+from gcl_jax.config import (
+    HardNegativesConfig,
+    LossConfig,
+    MixedConfig,
+    OneToKConfig,
+    UnimodalConfig,
+)
 from gcl_jax.losses.contrastive import gcl_loss_reference
-from gcl_jax.losses.objectives import Merged, Negatives
+from gcl_jax.losses.objectives import Merged, Negatives, Views
 from gcl_jax.losses.of_merged import (
     fused_loss,
     hard_negatives_loss,
     mixed_loss,
     one_to_k_loss,
 )
+from gcl_jax.losses.unimodal import unimodal_loss
 
 N, LANGUAGES, HARD = 16, 3, 3
 SCALE = np.float32(15.0)
@@ -221,6 +228,39 @@ def one_to_k_case(mask, text_to_text):
     return (q, d, SCALE, texts), ours, functools.partial(one_to_k_by_hand, **options)
 
 
+def unimodal_by_hand(*views, present, ids, temperature):
+    """views: (first, second) of each field. NT-Xent, one record after the other."""
+    losses = []
+    for first, second, there, own in zip(views[::2], views[1::2], present, ids, strict=True):
+        first, second, own = first[there], second[there], own[there]
+        of_field = []
+        for i in range(len(own)):
+            others = np.concatenate([x[own != own[i]] for x in (first, second)])
+            for a, b in ((first[i], second[i]), (second[i], first[i])):
+                z = np.concatenate([[a @ b], others @ a]) / temperature
+                of_field.append(logsumexp(z) - z[0])
+        losses.append(np.mean(of_field))
+    return np.mean(losses)
+
+
+def unimodal_case():
+    """Of two fields, one of either side; records repeat, and some have no such field."""
+    _, _, rows, *_ = batch()
+    rng = np.random.default_rng(2)
+    views = [unit_rows(rng, N) for _ in range(4)]
+    present, ids = rng.random((2, N)) < 0.8, (rows.query_id, rows.document_id)
+    q, d = np.zeros((2, *views[0].shape), np.float32)
+
+    def ours(how, *views):
+        two = zip(views[::2], views[1::2], present, ids, strict=True)
+        fields = {str(i): Views(*one) for i, one in enumerate(two)}
+        options = LossConfig(unimodal=UnimodalConfig(temperature=0.2))
+        return unimodal_loss(merged(q, d, SCALE, rows, views=fields, **how), options)
+
+    options = {"present": present, "ids": ids, "temperature": 0.2}
+    return views, ours, functools.partial(unimodal_by_hand, **options)
+
+
 WEIGHTS = {"rank": 0.3, "intra": 0.4, "max_margin": 1.4}
 
 
@@ -272,6 +312,7 @@ CASES = {
     "mixed simplex": (mixed_case, 0.2, 0.5, 3),
     "one_to_k": (one_to_k_case, False, 0.5),
     "one_to_k masked": (one_to_k_case, True, 0.5),
+    "unimodal": (unimodal_case,),
     "hard queries": (hard_negatives_case, ("query",), True, False),
     "hard documents": (hard_negatives_case, ("document",), True, True),
     "hard negatives": (hard_negatives_case, BOTH, False, False),

@@ -22,7 +22,7 @@ from gcl_jax import distributed
 from gcl_jax.config import DataConfig, LossConfig, TrainConfig
 from gcl_jax.errors import first_line
 from gcl_jax.losses.logits import Logits, Term
-from gcl_jax.losses.objectives import Merged, Negatives, asked
+from gcl_jax.losses.objectives import Merged, Negatives, Views, asked
 from gcl_jax.losses.pairs import KnownWeights, PairRows, Softmax, Sum, Tile
 from gcl_jax.models.clip import merge_fields, normalize, truncated
 
@@ -117,9 +117,10 @@ def multi_field_loss(
     """Returns (total, {"OBJECTIVE/TERM": value}), the terms "merged" and "FIELD:FIELD".
 
     Args:
-        embeddings: of "query" and "document" {field: float32 (b, e)}, of "negative_query" and
-            "negative_document", if there are any, {field: float32 (b, h, e)}; of length 1, or as
-            long as the field counts.
+        embeddings: of "query" and "document" {field: float32 (b, e)}, of "view_query" and
+            "view_document" the same of second views, of "negative_query" and "negative_document"
+            {field: float32 (b, h, e)}, if there are any; of length 1, or as long as the field
+            counts.
         batch: as `gcl_jax.data.pipeline` describes it; and "known", a `KnownWeights`, if all known
             relevance is the target; and "key", a random key, if an objective draws numbers.
         logit_scale: the factor itself.
@@ -184,6 +185,16 @@ def merged_batch(
         for side, name in (("query", "negative_query"), ("document", "negative_document"))
         if name in embeddings
     }
+    views = {
+        f"{side} {field}": Views(
+            normalize(embeddings[side][field]),
+            normalize(second),
+            batch[f"{side}_present"][field],
+            batch[f"{side}_id"],
+        )
+        for side in ("query", "document")
+        for field, second in embeddings.get(f"view_{side}", {}).items()
+    }
     return Merged(
         queries,
         documents,
@@ -199,6 +210,7 @@ def merged_batch(
         form=loss.form,
         dtype=loss.dtype,
         kernel=loss.kernel,
+        views=views,
     )
 
 

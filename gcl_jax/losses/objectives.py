@@ -21,7 +21,7 @@ over the global batch. It is sharded and its gradients are exact, in memory line
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -94,14 +94,23 @@ class Negatives:
     id: Int[Any, "n h"]
 
 
+class Views(NamedTuple):
+    """Two views of a field of N records, rows of length 1, where there are any, and the ids."""
+
+    first: Float[Any, "n d"]
+    second: Float[Any, "n d"]
+    present: Bool[Any, " n"]
+    id: Int[Any, " n"]
+
+
 @dataclasses.dataclass(frozen=True)
 class Merged:
     """N pairs with merged embeddings, rows of length 1.
 
     rows: `valid` where both sides have a field. query_fields, query_present: each query field's own
     embeddings (n, d), and where there is one. negatives: by side, "query" or "document". key: for
-    objectives that draw random numbers. dtype: of embeddings in products; "auto" is their own. The
-    others: as in `Logits`.
+    objectives that draw random numbers. dtype: of embeddings in products; "auto" is their own.
+    views: of what is seen twice, by "SIDE FIELD". The others: as in `Logits`.
     """
 
     queries: Float[Any, "n d"]
@@ -118,6 +127,7 @@ class Merged:
     form: str = "auto"
     dtype: str = "auto"
     kernel: str = "xla"
+    views: Mapping[str, Views] = dataclasses.field(default_factory=dict)
 
     def logits(
         self,
@@ -126,15 +136,15 @@ class Merged:
         terms: Sequence[Term],
         **options: Any,
     ) -> Logits:
-        """Of these embeddings, with this batch's way of adding up; `options` of `Logits`: its scale
-        is this batch's by default, its known weights none."""
+        """Of these embeddings, with this batch's way of adding up; `options` of `Logits`: scale and
+        masking are this batch's by default, known weights none."""
         return Logits(
             {name: self._cast(x) for name, x in queries.items()},
             {name: self._cast(x) for name, x in documents.items()},
             jnp.float32(options.pop("scale", self.scale)),
             terms,
             mesh=self.mesh,
-            mask_duplicates=self.mask_duplicates,
+            mask_duplicates=options.pop("mask_duplicates", self.mask_duplicates),
             form=self.form,
             kernel=self.kernel,
             **options,

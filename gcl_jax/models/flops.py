@@ -45,7 +45,8 @@ def pair_flops(
     training: bool = False,
 ) -> float:
     """Of one forward pass of one pair: all fields of its query and of its document; for `training`
-    also `data.num_negatives` documents from `data.negatives`, and queries by `data.text_negatives`.
+    also `data.num_negatives` documents from `data.negatives`, queries by `data.text_negatives`, and
+    second views.
 
     Args:
         cfg: with its fields spelled out, as `RankedStore.resolve` does.
@@ -65,7 +66,8 @@ def pair_flops(
             default = "image" if field == "image" else "text"
             kind = kinds[side][field] if kinds else default
             tokens = text_lengths[side].get(field) if text_lengths else None
-            total += rows[side] * tower_flops(cfg.model, kind, training=training, tokens=tokens)
+            seen = rows[side] + (training and field in cfg.loss.viewed)
+            total += seen * tower_flops(cfg.model, kind, training=training, tokens=tokens)
     return total
 
 

@@ -36,6 +36,7 @@ from gcl_jax.losses.multi_field import (
 )
 from gcl_jax.losses.objectives import asked, check_config
 from gcl_jax.losses.pairs import KnownWeights
+from gcl_jax.losses.unimodal import second_views
 from gcl_jax.models.clip import CLIP, Fields, abstract_model, merge
 from gcl_jax.optim import apply_updates, in_float32, trained_part, updates_done, with_part
 from gcl_jax.paths import local_path
@@ -49,7 +50,8 @@ from gcl_jax.sharding import (
 )
 
 MAX_LOGIT_SCALE = math.log(100)  # as CLIP was trained
-EMBEDDED = (*SIDES, "negative_query", "negative_document")
+VIEWS = ("view_query", "view_document")
+EMBEDDED = (*SIDES, "negative_query", "negative_document", *VIEWS)
 Metrics = dict[str, jax.Array]
 _ROWS, _CHUNKS = PartitionSpec(BATCH_AXES), PartitionSpec(None, BATCH_AXES)
 
@@ -124,13 +126,13 @@ def _cosines(folder: Path, store: RankedStore, pairs: Pairs) -> np.ndarray:
 def encode_batch(
     model: CLIP, inputs: Mapping[str, Fields], key: jax.Array | None = None
 ) -> dict[str, dict[str, jax.Array]]:
-    """The embeddings of all that `inputs` has of `EMBEDDED`: of a side {field: (b, e)}, of its
-    negatives {field: (b, H, e)}. `key`: see `CLIP.encode_image`; what a side draws does not depend
-    on whether there are negatives."""
+    """The embeddings of all that `inputs` has of `EMBEDDED`: of a side {field: (b, e)}, as of its
+    second views, of its negatives {field: (b, H, e)}. `key`: see `CLIP.encode_image`; what a side
+    draws does not depend on whether there are negatives or views."""
     keys = [None] * len(EMBEDDED) if key is None else list(jax.random.split(key, len(EMBEDDED)))
     embeddings = {}
     for name, own in zip(EMBEDDED, keys, strict=True):
-        if name in SIDES:
+        if name in inputs and name in SIDES + VIEWS:
             embeddings[name] = model.encode_fields(inputs[name], own)
         elif name in inputs:
             flat = {field: x.reshape(-1, *x.shape[2:]) for field, x in inputs[name].items()}
@@ -187,11 +189,12 @@ def make_train_step(
             return {f"accuracy/{name}": share for name, share in shares.items()}
 
         # Of the step alone, so that a resumed run draws what an uninterrupted one does.
-        dropping, rounding, mixing = jax.random.split(
-            jax.random.fold_in(jax.random.key(cfg.seed), state.step), 3
+        dropping, rounding, mixing, viewing = jax.random.split(
+            jax.random.fold_in(jax.random.key(cfg.seed), state.step), 4
         )
         trained = trained_part(cfg.optim, state.params)
         inputs = {name: batch[name] for name in EMBEDDED if name in batch}
+        inputs |= second_views(cfg, inputs, viewing)
         rest = {"key": mixing} | {name: x for name, x in batch.items() if name not in EMBEDDED}
         value_and_grad = cached_value_and_grad(encode, loss_fn, cfg.optim.grad_cache_chunks, mesh)
         (loss, terms), gradients = value_and_grad(in_float32(trained), inputs, rest, dropping)
