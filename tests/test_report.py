@@ -48,7 +48,8 @@ def workdir(tmp_path_factory):
     """A run with the results of `python -m gcl_jax.evaluate` and some metrics."""
     workdir = untrained_run(HostileSource(), tmp_path_factory.mktemp("report"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evaluate", f"--workdir={workdir}"])
+        argv = ["evaluate", f"--workdir={workdir}", "--calibrate=zero_shot"]
+        patch.setattr(sys, "argv", argv)
         evaluate.main()
     with MetricWriter(workdir) as writer:
         for step in (10, 20):
@@ -102,6 +103,9 @@ def test_page_shows_evaluation_curves_and_examples(page, workdir):
         for value in summary.values():
             assert f"{value:.4f}" in parsed.text
     titles = [a["aria-label"].split(" by ")[0] for tag, a in parsed.tags if tag == "svg"]
+    calibration = json.loads((workdir / "eval" / "calibration.json").read_text())
+    for grade in calibration["offsets"]:
+        assert titles.pop(0).startswith(f"grade {grade} or better: observed over predicted")
     assert titles == ["loss", "NDCG@10 during training", "learning rate"]
     results = [attrs for tag, attrs in parsed.tags if tag == "li" and "title" in attrs]
     queries = pages.TYPICAL_PER_SPLIT + 2 * pages.EXTREME_PER_SPLIT
@@ -146,7 +150,8 @@ def test_typical_best_and_worst_places():
 
 def test_documents_without_images_and_run_without_metrics(workdir, tmp_path):
     text_only = untrained_run(TextSource(), tmp_path)
-    shutil.copytree(workdir / "eval", text_only / "eval")
+    ignored = shutil.ignore_patterns("calibration.json")
+    shutil.copytree(workdir / "eval", text_only / "eval", ignore=ignored)
     page = pages.write_report([text_only]).read_text()
     assert "<img" not in page
     assert "<svg" not in page

@@ -3,7 +3,8 @@
 Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT.parquet, query by
 query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables. With --write_runs also
 the judgements and what was found, for trec_eval and its like; with --groups also the means of
-groups of queries; with --hybrid also those of BM25, and of BM25 fused with the embeddings. --recall
+groups of queries; with --hybrid also those of BM25, and of BM25 fused with the embeddings; with
+--calibrate what a cosine means. --recall
 and --classify evaluate images and texts as is usual for CLIP.
 
 Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files), two evaluated runs
@@ -26,7 +27,7 @@ from gcl_jax.runs import load_config, one_store
 from gcl_jax.search import hybrid
 
 # What each way of calling the command has of its own.
-RANKED = ("max_queries", "write_runs", "groups", "group_by", "hybrid")
+RANKED = ("max_queries", "write_runs", "groups", "group_by", "hybrid", "calibrate")
 OPTIONS = {
     "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify"),
     "classify": ("classnames", "templates"),
@@ -41,6 +42,11 @@ def of_workdir(args: argparse.Namespace) -> str:
         store = one_store([args.workdir])
         if args.hybrid:
             hybrid.check(store, store.resolve(load_config(args.workdir)).data.query_fields)
+        if args.calibrate:
+            splits = store.resolve(load_config(args.workdir)).eval.splits
+            if args.calibrate not in splits:
+                known = ", ".join(splits)
+                raise UserError(f"--calibrate={args.calibrate}: the splits evaluated are {known}")
     else:
         load_config(args.workdir)
 
@@ -58,6 +64,7 @@ def of_workdir(args: argparse.Namespace) -> str:
         write_runs=args.write_runs,
         group_by=args.group_by if args.groups or args.group_by else None,
         by_words=args.hybrid,
+        calibrate=args.calibrate,
         **model,
     )
 
@@ -100,6 +107,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="--groups, and by the values of this text field of the queries; may be given again",
     )
     add("--hybrid", action="store_true", help="BM25 over the texts, too, and both of them fused")
+    add(
+        "--calibrate",
+        metavar="SPLIT",
+        help="write eval/calibration.json too: how likely a document of a cosine has a grade, "
+        "fitted to this split, and how reliable that is on each; search then shows it",
+    )
     other = parser.add_mutually_exclusive_group()
     other.add_argument(
         "--recall", action="store_true", help="instead: Recall@k of captions and images, both ways"

@@ -32,6 +32,7 @@ from gcl_jax.evaluate.judgements import (
 from gcl_jax.evaluate.results import SplitResult
 from gcl_jax.paths import write_json
 from gcl_jax.runs import NEWEST, load_run
+from gcl_jax.search import calibration
 from gcl_jax.search.hybrid import Words, text_of
 from gcl_jax.search.index import exact_top_k
 
@@ -139,7 +140,9 @@ def evaluate_split(
     every = in_trec_order(*every, document_rank)
     ends = np.cumsum([len(merged), *map(len, alone)])[:-1]
     (scores, *_), (found, *found_alone) = (np.split(x, ends) for x in every)
-    by_documents = {"merged": metrics.evaluate_rankings(judgements.of(found), judgements.grades)}
+    grades = judgements.of(found)
+    by_documents = {"merged": metrics.evaluate_rankings(grades, judgements.grades)}
+    counts = calibration.count(scores, grades)
     for field, embeddings in searched.items():
         if field != "merged":
             hits = exact_top_k(merged, embeddings, cfg.eval.top_k)
@@ -163,7 +166,8 @@ def evaluate_split(
     ranking = None
     if document_ids is not None:
         ranking = as_ranking(judgements, scores, found, query_ids, document_ids)
-    return SplitResult(query_ids, by_documents, by_query_field, variance, ranking, groups or {})
+    groups = groups or {}
+    return SplitResult(query_ids, by_documents, by_query_field, variance, ranking, groups, counts)
 
 
 def words_of(
@@ -246,9 +250,10 @@ def evaluate_workdir(
     group_by: Sequence[str] | None = None,
     checkpoint: str = NEWEST,
     by_words: bool = False,
+    calibrate: str | None = None,
 ) -> str:
     """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` and
-    `by_words` are those of `evaluate_splits`."""
+    `by_words` are those of `evaluate_splits`; the split `calibrate` says what cosines mean."""
     cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
     found = evaluate_splits(
         cfg,
@@ -270,12 +275,18 @@ def evaluate_workdir(
     text = results.format_tables(found)
     if group_by is not None:
         text += f"\n\n{results.format_groups(reports)}"
+    if calibrate:
+        counts = {split: result.counts for split, result in found.items()}
+        fitted, told = calibration.fit(counts, calibrate)
+        text += f"\n\n{results.format_calibration(fitted, told)}"
     with results.writing(text):
         for split, result in found.items():
             path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
             results.write(path, reports[split], result)
             if result.ranking is not None:
                 trec.write_ranking(path, result.ranking)
+        if calibrate:
+            calibration.write(calibration.path_in(workdir, embed_dim), model | told, fitted)
     return text
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 
 from gcl_jax.config import TrainConfig
 from gcl_jax.errors import ConfigError, DataError, spelled
@@ -19,6 +20,7 @@ from gcl_jax.evaluate import metrics, trec
 from gcl_jax.evaluate.judgements import group_members
 from gcl_jax.paths import replacing, write_json
 from gcl_jax.runs import parameters_digest
+from gcl_jax.search import calibration
 
 # {key of `metrics.evaluate_rankings`: float64 (q,)}
 MetricValues = Mapping[str, np.ndarray]
@@ -36,6 +38,7 @@ class SplitResult:
     query_fields: those of each query field alone, on the queries that have it; empty if there is
     but one field. rank_variance: `metrics.mean_rank_variance` over the query fields.
     ranking: if it was asked for. groups: {grouping: the group of each query}, likewise.
+    counts: of the merged documents' cosines and grades, see `calibration.count`.
     """
 
     query_ids: list[str]
@@ -44,6 +47,7 @@ class SplitResult:
     rank_variance: Mapping[str, float]
     ranking: trec.Ranking | None = None
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
+    counts: Int[np.ndarray, "2001 101"] = dataclasses.field(default_factory=calibration.no_counts)
 
     @property
     def merged(self) -> MetricValues:
@@ -178,6 +182,21 @@ def format_tables(results: Mapping[str, SplitResult]) -> str:
             rows.append([split, field, _count(values), *(means[name] for name in shown)])
             split = ""
     return "\n".join([text, "", text_table(["split", "query", "queries", *shown], rows), *notes])
+
+
+def format_calibration(fitted: calibration.Calibration, report: Mapping[str, Any]) -> str:
+    """One row per split and grade."""
+    rows: list[list] = []
+    for split, of_grades in report["reliability"].items():
+        for grade, found in of_grades.items():
+            limit = fitted.thresholds()[grade]
+            shown = "none" if limit is None else f"{limit:.3f}"
+            observed = np.dot(found["observed"], found["documents"]) / sum(found["documents"])
+            rows.append([split, f"{grade}+", shown, observed, found["brier"], found["ece"]])
+            split = ""
+    header = ["split", "grade", "half from cosine", "share observed", "Brier", "ECE"]
+    note = f"calibrated by the {report['depth']} best documents of each query of {report['split']}"
+    return f"{text_table(header, rows)}\n{note}"
 
 
 def format_groups(reports: Mapping[str, dict]) -> str:

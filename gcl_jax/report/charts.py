@@ -3,10 +3,12 @@
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from gcl_jax.evaluate import metrics
+from gcl_jax.search import calibration
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,12 +23,13 @@ class Line:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Chart:
-    """Curves over the training steps; ticks are (SVG coordinate, label)."""
+    """Curves over the training steps, or what `across` says; ticks are (SVG coordinate, label)."""
 
     # The SVG's size, and its plot area between the tick labels.
     width, height, left, right, top, bottom = 360, 190, 50, 350, 8, 166
 
     title: str
+    across: str
     lines: list[Line]
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
@@ -41,7 +44,7 @@ def nice_ticks(low: float, high: float, count: int = 5) -> np.ndarray:
     return step * np.arange(first, max(last, first + 1) + 1)
 
 
-def make_chart(title: str, curves: dict[str, np.ndarray]) -> Chart:
+def make_chart(title: str, curves: dict[str, np.ndarray], across: str = "training step") -> Chart:
     """Lays out curves, each float64 (n, 2) of (step, value) with n >= 1 and finite values."""
     curves = {label: _thinned(curve) for label, curve in curves.items()}
     steps, values = np.concatenate(list(curves.values())).T
@@ -65,6 +68,7 @@ def make_chart(title: str, curves: dict[str, np.ndarray]) -> Chart:
     x_labels, y_labels = ([f"{tick:,.10g}" for tick in ticks] for ticks in (x_ticks, y_ticks))
     return Chart(
         title,
+        across,
         lines,
         list(zip(x(x_ticks), x_labels, strict=True)),
         list(zip(y(y_ticks), y_labels, strict=True)),
@@ -119,6 +123,30 @@ def compared_charts(
         }
         if curves:
             charts.append(make_chart(title, curves))
+    return charts
+
+
+def calibration_charts(workdir: Path, evaluations: Mapping[str, Mapping]) -> list[Chart]:
+    """Reliability of WORKDIR/eval/calibration.json, if it is of the checkpoint of `evaluations`: a
+    chart per grade, the share of documents that have it over the probability that was predicted,
+    with a line per split.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    found = calibration.read(calibration.path_in(workdir, None))
+    if any(x.get("checkpoint") != found.get("checkpoint") for x in evaluations.values()):
+        return []
+    charts = []
+    for grade, limit in found.get("thresholds", {}).items():
+        curves = {
+            split: np.column_stack([of_split[grade]["predicted"], of_split[grade]["observed"]])
+            for split, of_split in found["reliability"].items()
+        }
+        half = "" if limit is None else f", half from cosine {limit:.3f}"
+        title = f"grade {grade} or better: observed over predicted{half}"
+        ideal = {"ideal": np.array([[0.0, 0.0], [1.0, 1.0]])}
+        charts.append(make_chart(title, curves | ideal, "predicted probability"))
     return charts
 
 

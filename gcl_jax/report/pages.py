@@ -20,7 +20,7 @@ from gcl_jax.evaluate.judgements import Judgements, load_judgements
 from gcl_jax.evaluate.metrics import evaluate_rankings
 from gcl_jax.evaluate.results import compare
 from gcl_jax.paths import replacing
-from gcl_jax.report.charts import compared_charts, interval_chart, training_charts
+from gcl_jax.report import charts
 from gcl_jax.runs import load_config, load_run, one_store, parameters_digest
 from gcl_jax.search.searcher import SearchIndex, fields_of_kind
 
@@ -201,8 +201,7 @@ def spread(count: int, of: int) -> np.ndarray:
 
 
 def highest(values: np.ndarray, count: int) -> np.ndarray:
-    """Where the `count` greatest values are, best first, but no more than half of all; the first
-    of equals."""
+    """Where the `count` greatest values are, best first, at most half; the first of equals."""
     return np.argsort(-values, kind="stable")[: min(count, len(values) // 2)]
 
 
@@ -293,7 +292,8 @@ def one_run(workdir: Path) -> dict[str, Any]:
         "config_json": json.dumps(dataclasses.asdict(load_config(workdir)), indent=2),
         "evaluations": list(run.evaluations.values()),
         "split_notes": SPLIT_NOTES,
-        "charts": training_charts(run.curves, list(ndcg)),
+        "charts": charts.training_charts(run.curves, list(ndcg)),
+        "calibration": charts.calibration_charts(workdir, run.evaluations),
         "sections": [make_section(*section, store, run.samples, [found]) for section in sections],
     }
 
@@ -370,8 +370,8 @@ def several_runs(workdirs: Sequence[Path]) -> dict[str, Any]:
         "metrics": list(next(iter(differences.values()))[splits[0]]),
         "splits": splits,
         "split_notes": SPLIT_NOTES,
-        "interval_chart": interval_chart("NDCG@10", intervals),
-        "charts": compared_charts({run.name: run.curves for run in runs}, splits),
+        "interval_chart": charts.interval_chart("NDCG@10", intervals),
+        "charts": charts.compared_charts({run.name: run.curves for run in runs}, splits),
         "sections": [section for section in sections if section.examples],
     }
 

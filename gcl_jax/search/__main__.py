@@ -17,7 +17,7 @@ from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store, port
-from gcl_jax.search import hybrid
+from gcl_jax.search import calibration, hybrid
 from gcl_jax.search.searcher import (
     SearchIndex,
     as_results,
@@ -94,6 +94,7 @@ def search_run(args: argparse.Namespace) -> None:
     run = load_run(workdir, args.embed_dim, checkpoint=checkpoint)
     index = SearchIndex(run, rows, workdir)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    meaning = None if args.hybrid else calibration.of_run(run, workdir, args.embed_dim)
     hits = index.search(queries, max(args.top_k, hybrid.DEPTH if args.hybrid else 0))
     if args.hybrid:
         texts = [hybrid.text_of(store.queries, query) for query in queries]
@@ -102,7 +103,7 @@ def search_run(args: argparse.Namespace) -> None:
         hits = scores, rows[best]
     answers = zip(queries, *hits, strict=True)
     for number, (query, scores, found) in enumerate(answers, 1):
-        results = as_results(store.documents, scores, found)
+        results = as_results(store.documents, scores, found, meaning)
         shown = [v if isinstance(v, str) else f"<{image_type(v)}>" for v in query.values() if v]
         if args.images:
             save_images(store.documents, found, args.images, str(number))

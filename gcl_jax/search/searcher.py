@@ -20,6 +20,7 @@ from gcl_jax.errors import DataError
 from gcl_jax.paths import replacing
 from gcl_jax.runs import NEWEST, Run, load_run
 from gcl_jax.search import hybrid
+from gcl_jax.search.calibration import Calibration, of_run
 
 if TYPE_CHECKING:
     from gcl_jax.data.pipeline import Side
@@ -177,6 +178,7 @@ class Searcher:
     whatever the query fields of the training data are: the towers are shared by all fields.
 
     Attributes:
+        calibration: what the cosines mean, if the run was evaluated with --calibrate.
         forms: {what is asked: (side, {field: kind}, {field: weight})}; a batch is of one form.
         words: BM25 over the documents, for hybrid search; None without.
     """
@@ -205,6 +207,7 @@ class Searcher:
         rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))
         self._index, self._rows = SearchIndex(run, rows, workdir), rows
         self.words = hybrid.Words(self.store.documents, rows) if by_words else None
+        self.calibration = of_run(run, workdir, embed_dim)
         self._depth = hybrid.DEPTH if by_words else MAX_K
         self.documents, self.dimensions = len(rows), self._index.model.embed_dim
         self.forms: dict[str, tuple[Side, dict[str, str], dict[str, float]]] = {
@@ -320,8 +323,15 @@ def save_images(documents: Records, rows: np.ndarray, folder: Path, prefix: str)
                 unfinished.write_bytes(encoded)
 
 
-def as_results(documents: Records, scores: np.ndarray, rows: np.ndarray) -> list[dict]:
-    """[{rank, score, id, fields: {text field: text}}], best first, of one query's (k,) arrays."""
+def as_results(
+    documents: Records,
+    scores: np.ndarray,
+    rows: np.ndarray,
+    calibration: Calibration | None = None,
+) -> list[dict]:
+    """[{rank, score, id, fields: {text field: text}}], best first, of one query's (k,) arrays; with
+    a calibration of these scores also `probability`, as of `probabilities`."""
+    likely = probabilities(calibration, scores)
     records = [documents[row] for row in rows]
     return [
         {
@@ -329,23 +339,40 @@ def as_results(documents: Records, scores: np.ndarray, rows: np.ndarray) -> list
             "score": round(float(score), 6),
             "id": record["id"],
             "fields": fields_of_kind(documents, record, "text"),
+            **({"probability": probability} if probability else {}),
         }
-        for rank, (score, record) in enumerate(zip(scores, records, strict=True), 1)
+        for rank, (score, record, probability) in enumerate(
+            zip(scores, records, likely, strict=True), 1
+        )
     ]
+
+
+def probabilities(
+    calibration: Calibration | None, scores: Float[np.ndarray, " k"]
+) -> list[dict[str, float]]:
+    """For each score {grade: the probability that a document has it, or a better one}, the grades
+    ascending; nothing without a calibration."""
+    if calibration is None:
+        return [{} for _ in scores]
+    likely = {grade: calibration.probability(scores, grade) for grade in calibration.offsets}
+    return [{str(g): round(float(p[i]), 4) for g, p in likely.items()} for i in range(len(scores))]
 
 
 def format_table(results: list[dict], width: int | None = None) -> str:
     """One line per result, cut at `width` characters."""
     names = list(dict.fromkeys(name for result in results for name in result["fields"]))
-    table = [["rank", "score", "id", *names]]
+    grades = list(results[0].get("probability", {})) if results else []
+    table = [["rank", "score", *(f"{grade}+" for grade in grades), "id", *names]]
     for result in results:
         texts = [one_line(result["fields"].get(name, "")) for name in names]
-        table.append(
-            [str(result["rank"]), f"{result['score']:.4f}", one_line(result["id"]), *texts]
-        )
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+        likely = [f"{result['probability'][grade]:.0%}" for grade in grades]
+        score = f"{result['score']:.4f}"
+        table.append([str(result["rank"]), score, *likely, one_line(result["id"]), *texts])
+    widths, right = [max(map(len, column)) for column in zip(*table, strict=True)], 2 + len(grades)
     lines = (
-        "  ".join([*map(str.rjust, row[:2], widths), *map(str.ljust, row[2:], widths[2:])]).rstrip()
+        "  ".join(
+            [*map(str.rjust, row[:right], widths), *map(str.ljust, row[right:], widths[right:])]
+        ).rstrip()
         for row in table
     )
     return "\n".join(

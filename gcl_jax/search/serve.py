@@ -155,7 +155,7 @@ class SearchApp(App):
                 start = time.perf_counter()
                 scores, rows = searcher.search(query, top_k)
                 milliseconds = round(1e3 * (time.perf_counter() - start), 1)
-            results = as_results(self._store.documents, scores, rows)
+            results = as_results(self._store.documents, scores, rows, searcher.calibration)
             for result, row in zip(results, rows.tolist(), strict=True):
                 result |= {"row": row, "images": self._image_addresses(row)}
             runs.append({"name": searcher.name, "milliseconds": milliseconds, "results": results})

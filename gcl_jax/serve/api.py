@@ -31,7 +31,7 @@ from werkzeug.wrappers import Request, Response
 
 from gcl_jax.errors import DataError
 from gcl_jax.search.hybrid import text_of
-from gcl_jax.search.searcher import MAX_K, Found, Searcher
+from gcl_jax.search.searcher import MAX_K, Found, Searcher, probabilities
 from gcl_jax.search.serve import (
     MAX_BYTES,
     App,
@@ -199,7 +199,10 @@ class Api(App):
                 text = query if isinstance(query, str) else text_of(searcher.store.queries, query)
                 scores, rows = searcher.joined(text, one, k)
             scores = scores.astype(np.float64).round(6)
-            results.append({"ids": [ids[row] for row in rows], "scores": scores.tolist()})
+            result: dict[str, Any] = {"ids": [ids[row] for row in rows], "scores": scores.tolist()}
+            if searcher.calibration and not by_words:
+                result["probabilities"] = probabilities(searcher.calibration, scores)
+            results.append(result)
         return as_json({"step": searcher.step, "results": results})
 
     def _ask(self, searcher: Searcher, name: str, records: Any, search: bool) -> list[Found]:
