@@ -11,6 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import make_cpu_mesh, png
 from PIL import Image
+from scipy.optimize import minimize
+from scipy.special import logsumexp
 from test_search import HostileSource, untrained_run
 from towers import SMALL, random_params
 
@@ -163,6 +165,55 @@ def test_accuracy_is_that_of_a_plain_loop():
     assert classify.accuracy(images, classes[:3], labels % 3)["top5"] == 1.0, "three classes"
 
 
+def test_logistic_regression_has_the_least_loss():
+    """Against scipy in float64."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(60, 5)) + 1
+    labels, penalty = rng.integers(0, 3, 60), 1e-2
+
+    def loss(flat):
+        w, b = flat[:15].reshape(3, 5), flat[15:]
+        z = x @ w.T + b
+        return np.mean(logsumexp(z, axis=1) - z[np.arange(60), labels]) + penalty / 2 * np.sum(w**2)
+
+    best = minimize(loss, np.zeros(18), tol=1e-10).x
+    w, b = classify.logistic_regression(np.float32(x), labels, penalty, 3)
+    np.testing.assert_allclose(w, best[:15].reshape(3, 5), atol=2e-3)
+    np.testing.assert_allclose(b - b.mean(), best[15:] - best[15:].mean(), atol=2e-3)
+
+
+def test_a_probe_finds_what_is_linear_and_which_penalty_it_needs():
+    """Two classes that a small part of the embedding tells apart, and one more in its middle."""
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(600, 8)).astype(np.float32)
+    labels = np.digitize(x[:, 0], [-0.5, 0.5])
+    x[:, 0] *= 0.05
+    x /= np.linalg.norm(x, axis=1, keepdims=True)
+    w, b, penalty = classify.linear_probe(x[:400], labels[:400], 3)
+    right = np.argmax(x[400:] @ w.T + b, axis=1) == labels[400:]
+    assert right.mean() > 0.8
+    assert penalty < 1e-2
+
+
+def test_the_probes_classes_are_those_of_the_images(folder, tmp_path):
+    data = classify.read_images(folder)
+    with pytest.raises(DataError, match=r"class 'cat' has 0 images; a probe needs two or more"):
+        classify.read_training(folder, data)
+    picture = (folder / "bee/1.png").read_bytes()
+    for name in "12":
+        (folder / "cat" / f"{name}.png").write_bytes(picture)
+    rows = [f"flowers/{name}/{i}.png,{name}" for name in ("cat", "bee") for i in "12"]
+    (table := tmp_path / "t.csv").write_text("\n".join(["image,label", *rows]))
+    with pytest.raises(DataError, match=r"class 'ant lion' is in only one of --probe and --clas"):
+        classify.read_training(table, data)
+    rows += [f"flowers/ant_lion/{name},ant lion" for name in ("a.png", "b.PNG")]
+    table.write_text("\n".join(["image,label", *rows]))
+    train = classify.read_training(table, data._replace(classnames=["cat", "bee", "ant lion"]))
+    assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(DataError, match=r"--probe=.*nowhere: no such file or folder"):
+        classify.read_training(tmp_path / "nowhere", data)
+
+
 def test_the_command(folder, tmp_path, monkeypatch, capsys):
     workdir = untrained_run(HostileSource(), tmp_path)
     names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
@@ -182,6 +233,16 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         evaluate.main()
     assert "bee/5.png)', field 'image': unreadable" in capsys.readouterr().err.splitlines()[-1]
+    (folder / "bee" / "5.png").unlink()
+    (folder / "cat").rmdir()
+    names.write_text("\n".join(CLASSES[:2]))
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--probe={folder}"])
+    evaluate.main()
+    lines = capsys.readouterr().out.splitlines()
+    report = json.loads((workdir / "eval/classify/flowers.json").read_text())
+    assert lines[0].split() == ["zero-shot", "linear", "probe"]
+    assert lines[1].split() == ["top1", *(f"{x['top1']:.4f}" for x in (report, report["probe"]))]
+    assert report["probe"]["images"] == 7
 
 
 def test_classes_and_answers_are_open_clips(open_clip, tmp_path, folder):

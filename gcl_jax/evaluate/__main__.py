@@ -30,7 +30,7 @@ from gcl_jax.search import hybrid
 RANKED = ("max_queries", "write_runs", "groups", "group_by", "hybrid", "calibrate")
 OPTIONS = {
     "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify"),
-    "classify": ("classnames", "templates"),
+    "classify": ("classnames", "templates", "probe"),
     "qrels": ("run", "out", "extensions"),
 }
 
@@ -54,7 +54,7 @@ def of_workdir(args: argparse.Namespace) -> str:
 
     model = {"embed_dim": args.embed_dim, "checkpoint": args.checkpoint}
     if args.classify is not None:
-        inputs = args.classify, args.classnames, args.templates
+        inputs = args.classify, args.classnames, args.templates, args.probe
         return classify.classify_workdir(args.workdir, *inputs, **model)
     if args.recall:
         return ranked.recall_workdir(args.workdir, **model)
@@ -126,6 +126,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--classnames", type=local_path, metavar="FILE", help="with --classify: a class per line")
     prompts = "with --classify: a prompt per line, {} for the class"
     add("--templates", type=local_path, metavar="FILE", help=prompts)
+    probe = "with --classify: also logistic regression on the embeddings of these labelled images"
+    add("--probe", type=local_path, metavar="TRAIN", help=probe)
     runs.add_checkpoint(parser)
     distributed.add_arguments(parser)
     return parser

@@ -6,14 +6,22 @@ encoded bytes, or {bytes, path}) and a column `label` (a class name, or its numb
 
 A class is the mean of its embedded prompts, at length 1 again; an image belongs to the class of the
 highest cosine (arXiv 2103.00020, as open_clip's `build_zero_shot_classifier` does it).
+
+With --probe=TRAIN, labelled images in the same form, also a linear probe (same paper, section 3.2):
+multinomial logistic regression on the frozen embeddings of TRAIN, whose L2 penalty is the one of
+`PENALTIES` that does best on a fifth of them.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+import optax
+from jaxtyping import Array, Float, Int
 
 from gcl_jax import distributed
 from gcl_jax.data.store import is_hidden, visible_files
@@ -31,6 +39,8 @@ from gcl_jax.search.index import exact_top_k
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")
 TOP = (1, 5)
+PENALTIES = tuple(10.0**power for power in range(-7, 1))  # beside the mean loss
+MOST_STEPS, FLAT = 1000, 1e-5  # of L-BFGS, and the norm of a gradient at which it is done
 
 
 class Labelled(NamedTuple):
@@ -43,9 +53,12 @@ class Labelled(NamedTuple):
     classnames: list[str]
 
 
-def read_images(path: Path, classnames: Sequence[str] | None = None) -> Labelled:
-    """The images at `path` (see the module); `classnames` replace the names of the subfolders, in
-    their alphabetical order, and are what the labels of a file name or count from 0.
+def read_images(
+    path: Path, classnames: Sequence[str] | None = None, flag: str = "classify"
+) -> Labelled:
+    """The images at `path` (see the module), which `flag` gave; `classnames` replace the names of
+    the subfolders, in their alphabetical order, and are what the labels of a file name or count
+    from 0.
 
     Raises:
         DataError: there are no images or labels, or they do not fit `classnames`.
@@ -53,8 +66,31 @@ def read_images(path: Path, classnames: Sequence[str] | None = None) -> Labelled
     if path.is_dir():
         return _of_folder(path, classnames)
     if not path.is_file():
-        raise DataError(f"--classify={path}: no such file or folder")
+        raise DataError(f"--{flag}={path}: no such file or folder")
     return _of_table(path, classnames)
+
+
+def read_training(path: Path, data: Labelled, classnames: Sequence[str] | None = None) -> Labelled:
+    """The images to train a probe on, with the classes of `data` in their order.
+
+    Raises:
+        DataError: as `read_images`; other classes, or one with fewer than two images.
+    """
+    train = read_images(path, classnames, "probe")
+    if odd := sorted(set(train.classnames).symmetric_difference(data.classnames)):
+        raise DataError(
+            f"--probe={path}: class {odd[0]!r} is in only one of --probe and --classify; both need "
+            "the same classes (labels of a file: name them all in --classnames)"
+        )
+    place = np.array([data.classnames.index(name) for name in train.classnames])
+    labels = place[train.labels]
+    counts = np.bincount(labels, minlength=len(data.classnames))
+    if (counts < 2).any():
+        name, count = data.classnames[int(counts.argmin())], int(counts.min())
+        raise DataError(
+            f"--probe={path}: class {name!r} has {count} images; a probe needs two or more of each"
+        )
+    return train._replace(labels=labels, classnames=data.classnames)
 
 
 def read_lines(path: Path) -> list[str]:
@@ -104,20 +140,93 @@ def accuracy(
     }
 
 
-def classify(embedder: Embedder, data: Labelled, templates: Sequence[str] = TEMPLATES) -> dict:
-    """`accuracy` of the model on `data`, with how many images and classes there are.
+def linear_probe(
+    x: Float[np.ndarray, "n e"], labels: Int[np.ndarray, " n"], classes: int
+) -> tuple[Float[np.ndarray, "c e"], Float[np.ndarray, " c"], float]:
+    """(weights, biases, penalty) of logistic regression on `x`, of each class two or more rows: the
+    penalty that is most often right on a fifth of each class, the larger of equally good ones."""
+    order = np.random.default_rng(0).permutation(len(x))
+    held_out = np.zeros(len(x), bool)
+    for c in range(classes):
+        own = order[labels[order] == c]
+        held_out[own[: -(-len(own) // 5)]] = True
+    kept, best = ~held_out, (-1.0, 0.0)
+    for penalty in PENALTIES:
+        w, b = _fitted(x[kept], labels[kept], penalty, classes)
+        right = np.argmax(x[held_out] @ w.T + b, axis=1) == labels[held_out]
+        best = max(best, (float(right.mean()), penalty))
+    return *_fitted(x, labels, best[1], classes), best[1]
+
+
+def _fitted(x, labels, penalty: float, classes: int):
+    return jax.device_get(logistic_regression(x, labels, penalty, classes))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def logistic_regression(
+    x: Float[Array, "n e"], labels: Int[Array, " n"], penalty: float, classes: int
+) -> tuple[Float[Array, "c e"], Float[Array, " c"]]:
+    """(w, b) with the least mean of -log softmax(w x + b) + `penalty` / 2 * sum w^2, by L-BFGS."""
+
+    def loss(params):
+        w, b = params
+        logits = jnp.matmul(x, w.T, precision=jax.lax.Precision.HIGHEST) + b
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        return losses.mean() + penalty / 2 * jnp.sum(w**2)
+
+    solver = optax.lbfgs()
+    value_and_grad = optax.value_and_grad_from_state(loss)
+
+    def step(carry):
+        params, state, _, count = carry
+        value, grad = value_and_grad(params, state=state)
+        updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=loss)
+        return optax.apply_updates(params, updates), state, optax.tree.norm(grad), count + 1
+
+    def is_steep(carry):
+        return (carry[2] > FLAT) & (carry[3] < MOST_STEPS)
+
+    start = jnp.zeros((classes, x.shape[1])), jnp.zeros(classes)
+    return jax.lax.while_loop(is_steep, step, (start, solver.init(start), jnp.inf, 0))[0]
+
+
+def classify(
+    embedder: Embedder,
+    data: Labelled,
+    templates: Sequence[str] = TEMPLATES,
+    train: Labelled | None = None,
+) -> dict:
+    """`accuracy` of the model on `data`, with how many images and classes there are; and, if there
+    are images to `train` it on (`read_training`), that of a linear probe under "probe".
 
     Raises:
         DataError: an image that cannot be read.
     """
-    classes = classifier(embedder, data.classnames, templates)
+    names = data.classnames
+    classes = classifier(embedder, names, templates)
+    images = _embedded(embedder, data, "images")
+    sizes = {"images": len(images), "classes": len(names)}
+    result = sizes | _by_name(accuracy(images, classes, data.labels), names)
+    if train is not None:
+        x = _embedded(embedder, train, "images to train on")
+        w, b, penalty = linear_probe(x, train.labels, len(names))
+        ones = np.ones((len(images), 1), np.float32)
+        probed = accuracy(np.hstack([images, ones]), np.hstack([w, b[:, None]]), data.labels)
+        how = {"data": str(train.source), "images": len(x), "penalty": penalty}
+        result["probe"] = how | _by_name(probed, names)
+    return result
+
+
+def _embedded(embedder: Embedder, data: Labelled, description: str) -> Float[np.ndarray, "n e"]:
     rows = [{"image": image} for image in data.images]
     records = GivenRecords(str(data.source), {"image": "image"}, rows)
     numbers = np.arange(len(rows))
-    embedded = embedder.embed("document", records, ["image"], numbers, description="images")
-    result = accuracy(embedded.merged({"image": 1.0}), classes, data.labels)
-    result["per_class"] = {data.classnames[c]: x for c, x in result["per_class"].items()}
-    return {"images": len(rows), "classes": len(data.classnames), **result}
+    embedded = embedder.embed("document", records, ["image"], numbers, description=description)
+    return embedded.merged({"image": 1.0})
+
+
+def _by_name(result: dict, names: Sequence[str]) -> dict:
+    return result | {"per_class": {names[c]: x for c, x in result["per_class"].items()}}
 
 
 def classify_workdir(
@@ -125,24 +234,27 @@ def classify_workdir(
     path: Path,
     classnames: Path | None = None,
     templates: Path | None = None,
+    probe: Path | None = None,
     embed_dim: int | None = None,
     checkpoint: str = NEWEST,
 ) -> str:
-    """Classifies the images at `path` by a checkpoint of a run, writes
-    WORKDIR/eval/classify/NAME.json and returns a table.
+    """Classifies the images at `path` by a checkpoint of a run, and by a probe trained on those at
+    `probe`, writes WORKDIR/eval/classify/NAME.json and returns a table.
 
     Raises:
         ConfigError: the model has no image tower.
         DataError: a file or image cannot be read, or does not fit.
     """
-    data = read_images(path, read_lines(classnames) if classnames else None)
+    names = read_lines(classnames) if classnames else None
+    data = read_images(path, names)
+    train = read_training(probe, data, names) if probe else None
     prompts = read_templates(templates) if templates else list(TEMPLATES)
     cfg, params, mesh, step = load_model(workdir, checkpoint)
     if cfg.model.vision is None:
         raise ConfigError(f"--classify needs images, and the model in {workdir} has no image tower")
     if embed_dim is not None:
         set_embed_dim(cfg, embed_dim)
-    result = classify(Embedder(cfg, params, mesh), data, prompts)
+    result = classify(Embedder(cfg, params, mesh), data, prompts, train)
     model = of_model(cfg, params, step)
     if not distributed.is_first():
         return ""
@@ -157,8 +269,17 @@ def classify_workdir(
 def format_result(result: dict) -> str:
     """A line per figure."""
     names = [*(f"top{k}" for k in TOP), "mean_per_class_recall"]
-    lines = [f"{name.replace('_', ' '):<24}{result[name]:.4f}" for name in names]
-    return "\n".join([*lines, f"over {result['images']} images of {result['classes']} classes"])
+    columns, over = [result], f"over {result['images']} images of {result['classes']} classes"
+    head = []
+    if probe := result.get("probe"):
+        columns.append(probe)
+        head = [f"{'':<24}zero-shot   linear probe"]
+        over += f"; probe of {probe['images']} others, penalty {probe['penalty']:g}"
+    lines = [
+        f"{name.replace('_', ' '):<24}" + "      ".join(f"{one[name]:.4f}" for one in columns)
+        for name in names
+    ]
+    return "\n".join([*head, *lines, over])
 
 
 def read_templates(path: Path) -> list[str]:
