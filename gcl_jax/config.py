@@ -454,7 +454,10 @@ class OneToKConfig:
     """The objective one_to_k."""
 
     text_to_text: float = option(
-        0.5, "weight of the contrast among the texts, beside that with the documents", at_least=0
+        0.0,
+        "weight of a contrast among the texts, beside that with the documents; the authors' code "
+        "has none",
+        at_least=0,
     )
 
 

@@ -24,6 +24,7 @@ from conftest import png
 from processes import ROOT
 
 from benchmarks import figures
+from gcl_jax.data.store import RankedStore
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\S*)([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -195,6 +196,46 @@ def test_python_runs(texts, workplace):
     named = [FILE.match(text) for text in texts]
     imports = (f"import {name[1].removesuffix('.py')}" if name else "" for name in named)
     commands.execute(workplace, *(line or text for line, text in zip(imports, texts, strict=True)))
+
+
+def test_captions_in_several_languages_become_stores(tmp_path):
+    """Files as Multi30K and xFlickr&CO have them."""
+    needed = [b for b in BLOCKS if b.needs == ' needs="captions in several languages"']
+    line_by_line, by_image = (b.text for b in needed if b.language == "python")
+    prepare, _train = command_lines("".join(b.text for b in needed if b.language == "bash"))
+    for folder in ("images", "image_splits", "raw", "annotations"):
+        (tmp_path / folder).mkdir()
+    for split in ("train", "val", "test_2016_flickr"):
+        names = [f"{split}{i}.jpg" for i in range(3)]
+        for name in names:
+            (tmp_path / "images" / name).write_bytes(png(np.random.default_rng(len(name))))
+        (tmp_path / f"image_splits/{split}.txt").write_text("".join(f"{n}\n" for n in names))
+        for language in ("en", "de", "fr", "cs"):
+            texts = [f'{language}, "{n}" \u2028 {split}\n' for n in names]
+            (tmp_path / f"raw/{split}.{language}").write_text("".join(texts), "utf-8")
+    for i, language in enumerate(("en", "de", "es", "id", "ja", "ru", "tr", "zh")):
+        images = [(f"val{j}.jpg", [f"{language} {j}", "b"][: 1 + j]) for j in range(3 - (i > 3))]
+        rows = [{"id": n, "img_path": n, "sentences": texts} for n, texts in images]
+        (tmp_path / "annotations" / language).mkdir()
+        file = tmp_path / "annotations" / language / "test.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    commands.execute(tmp_path, line_by_line, by_image)
+    ours = module_of(prepare)
+    commands.run(tmp_path, *ours)
+    store = RankedStore(tmp_path / "stores/languages")
+    assert store.kinds["query"] == dict.fromkeys(("en", "de", "fr", "cs"), "text")
+    assert {split: len(store.pairs(split)) for split in store.splits} == {
+        "train": 3,
+        "val": 3,
+        "test_2016_flickr": 3,
+    }
+    assert [json.loads(x)["image"] for x in (tmp_path / "xflickrco.jsonl").open()] == [
+        "val0.jpg",
+        "val1.jpg",
+        "val1.jpg",
+        "val2.jpg",
+        "val2.jpg",
+    ]
 
 
 def test_figures_are_those_of_the_benchmarks():

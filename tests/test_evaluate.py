@@ -136,6 +136,7 @@ def test_every_query_field_alone_and_the_rank_variance(tiny_config, tmp_path):
 
     pairs: Pairs = store.pairs("in_domain")
     first: dict[int, list[int]] = {}
+    first_of_documents: dict[int, list[int]] = {}
     for field, queries in {"en": (0, 1, 2, 3), "de": (0, 3), "fr": (0, 1, 3)}.items():
         recall = []
         for query in queries:
@@ -145,6 +146,13 @@ def test_every_query_field_alone_and_the_rank_variance(tiny_config, tmp_path):
             relevant = set(pairs.document[pairs.query == query].tolist())
             recall.append(len(relevant & set(order[:5])) / len(relevant))
             first.setdefault(query, []).append(1 + min(map(order.index, relevant)))
+        for document in range(12):
+            texts = np.stack([vectors("query", query, field) for query in queries])
+            order = np.argsort(-texts @ vectors("document", document, "title"))
+            asked = set(pairs.query[pairs.document == document].tolist())
+            places = [i for i, row in enumerate(order) if queries[row] in asked]
+            if places and document != 5:
+                first_of_documents.setdefault(document, []).append(1 + places[0])
         assert len(result.query_fields[field]["Recall@5"]) == len(queries)
         np.testing.assert_allclose(result.query_fields[field]["Recall@5"].mean(), np.mean(recall))
     assert list(map(len, map(first.get, range(4)))) == [3, 2, 1, 3]
@@ -153,6 +161,13 @@ def test_every_query_field_alone_and_the_rank_variance(tiny_config, tmp_path):
     np.testing.assert_allclose(result.rank_variance["MRV"], np.mean([np.var(r) for r in several]))
     np.testing.assert_allclose(
         result.rank_variance["MRV_std"], np.mean([np.std(r) for r in several])
+    )
+    several = [ranks for ranks in first_of_documents.values() if len(ranks) > 1]
+    of_documents = result.rank_variance["documents"]
+    assert 0 <= of_documents["instances"] - len(several) <= 1  # document 5 is zeros
+    assert of_documents["MRV"] > 0
+    np.testing.assert_allclose(
+        of_documents["MRV"] * of_documents["instances"], np.sum([np.var(r) for r in several])
     )
     np.testing.assert_array_equal(result.merged["Recall@5"], result.query_fields["en"]["Recall@5"])
     assert sorted(result.query_ids) == ["q0", "q1", "q2", "q3"]

@@ -113,7 +113,9 @@ def test_the_loss_is_counted_for_every_matrix_of_logits():
     assert loss_flops(cfg) == 4 * one
     cfg = config(query_fields={"english": 0.5, "german": 0.5})
     cfg.loss.objectives = ObjectivesConfig(gcl=0.0, one_to_k=1.0)
-    assert loss_flops(cfg) == (2 + 4) * one  # documents against texts, texts against texts
+    assert loss_flops(cfg) == 2 * one  # documents against texts
+    cfg.loss.one_to_k.text_to_text = 0.5
+    assert loss_flops(cfg) == (2 + 4) * one  # and texts against texts
     assert loss_flops(config(document_fields={"title": 1.0})) == one
 
 

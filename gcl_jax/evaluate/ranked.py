@@ -37,6 +37,7 @@ from gcl_jax.search.hybrid import Words, text_of
 from gcl_jax.search.index import exact_top_k
 
 RECALL_KS = (1, 5, 10)
+DOCUMENTS_AT_ONCE = 4096
 
 
 def evaluate_splits(
@@ -157,17 +158,49 @@ def evaluate_split(
             by_documents[name] = judged_metrics(judgements, *hits, document_rank)
     by_query_field = {}
     ranks = np.full((len(query_ids), len(having)), np.nan)
+    of_documents = []
     for column, (field, rows) in enumerate(having.items()):
         judged = judgements.take(rows)
         grades = judged.of(found_alone[column])
         by_query_field[field] = metrics.evaluate_rankings(grades, judged.grades)
         ranks[rows, column] = metrics.first_relevant_rank(grades)
-    variance = metrics.mean_rank_variance(ranks)
+        asked = judgements, rows, alone[column], searched["merged"]
+        of_documents.append(ranks_of_documents(*asked))
+    variance: dict = metrics.mean_rank_variance(ranks)
+    if variance:
+        ranks = np.stack(of_documents, 1)
+        variance["documents"] = metrics.mean_rank_variance(ranks)
     ranking = None
     if document_ids is not None:
         ranking = as_ranking(judgements, scores, found, query_ids, document_ids)
     groups = groups or {}
     return SplitResult(query_ids, by_documents, by_query_field, variance, ranking, groups, counts)
+
+
+def ranks_of_documents(
+    judgements: Judgements,
+    rows: Int[np.ndarray, " r"],
+    queries: Float[np.ndarray, "r e"],
+    documents: Float[np.ndarray, "n e"],
+) -> Float[np.ndarray, " d"]:
+    """Of every document that any query of the split has for relevant: the rank, from 1, of the
+    first of its queries among the `queries`, which are `rows` of the judgements; NaN where it has
+    none there. Queries of equal scores share the better rank."""
+    query, column = np.nonzero((judgements.documents >= 0) & (judgements.grades > 0))
+    relevant, place = np.unique(judgements.documents[query, column], return_inverse=True)
+    among = np.full(len(judgements.queries), -1)
+    among[rows] = np.arange(len(rows))
+    ranks = np.full(len(relevant), np.nan)
+    for start in range(0, len(relevant), DOCUMENTS_AT_ONCE):
+        scores = documents[relevant[start : start + DOCUMENTS_AT_ONCE]] @ queries.T
+        own = np.full(scores.shape, -np.inf)
+        pairs = (place >= start) & (place < start + len(scores)) & (among[query] >= 0)
+        at = place[pairs] - start, among[query[pairs]]
+        own[at] = scores[at]
+        best = own.max(1, keepdims=True, initial=-np.inf)
+        found = 1 + (scores > best).sum(1)
+        ranks[start : start + len(scores)] = np.where(np.isfinite(best[:, 0]), found, np.nan)
+    return ranks
 
 
 def words_of(

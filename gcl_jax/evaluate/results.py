@@ -36,7 +36,8 @@ class SplitResult:
 
     documents: metrics of "merged" and of each document field alone, in the order of `query_ids`.
     query_fields: those of each query field alone, on the queries that have it; empty if there is
-    but one field. rank_variance: `metrics.mean_rank_variance` over the query fields.
+    but one field. rank_variance: `metrics.mean_rank_variance` over the query fields, of the
+    documents' ranks; and as "documents" that of the ranks which queries have for a document.
     ranking: if it was asked for. groups: {grouping: the group of each query}, likewise.
     counts: of the merged documents' cosines and grades, see `calibration.count`.
     """
@@ -44,7 +45,7 @@ class SplitResult:
     query_ids: list[str]
     documents: Mapping[str, MetricValues]
     query_fields: Mapping[str, MetricValues]
-    rank_variance: Mapping[str, float]
+    rank_variance: Mapping[str, Any]
     ranking: trec.Ranking | None = None
     groups: Mapping[str, Sequence[str]] = dataclasses.field(default_factory=dict)
     counts: Int[np.ndarray, "2001 101"] = dataclasses.field(default_factory=calibration.no_counts)
@@ -172,11 +173,12 @@ def format_tables(results: Mapping[str, SplitResult]) -> str:
     shown = [name for name in metrics.names("columns") if name not in hidden]
     rows, notes = [], []
     for split, result in results.items():
-        if variance := result.rank_variance:
-            notes.append(
-                f"{split}: mean rank variance (MRV) {variance['MRV']:.2f}, MRV_std "
-                f"{variance['MRV_std']:.2f}, over {variance['instances']} queries"
-            )
+        of_documents = result.rank_variance.get("documents", {})
+        for kind, one in ("queries", result.rank_variance), ("documents", of_documents):
+            if one:
+                spread = f"(MRV) {one['MRV']:.2f}, MRV_std {one['MRV_std']:.2f}"
+                count = f"{one['instances']} {kind}"
+                notes.append(f"{split}: mean rank variance {spread}, over {count}")
         for field, values in ({"merged": result.merged} | dict(result.query_fields)).items():
             means = summary(values, "columns")
             rows.append([split, field, _count(values), *(means[name] for name in shown)])
