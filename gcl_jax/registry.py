@@ -149,6 +149,7 @@ OBJECTIVES = Registry(
         "fused": "gcl_jax.losses.of_merged",
         "mixed": "gcl_jax.losses.of_merged",
         "unimodal": "gcl_jax.losses.unimodal",
+        "filip": "gcl_jax.losses.of_merged",
     },
 )
 METRICS = Registry(

@@ -13,6 +13,7 @@ from gcl_jax import registry, sharding
 from gcl_jax.checkpoints.state import init_state
 from gcl_jax.config import MeshConfig
 from gcl_jax.errors import ConfigError
+from gcl_jax.losses.objectives import check_config
 from gcl_jax.models.clip import abstract_model
 from gcl_jax.models.flops import tower_flops
 from gcl_jax.optim import lr_multipliers
@@ -75,6 +76,15 @@ def test_their_tables_of_tokens_are_split_by_columns(own):
     shapes = abstract_model(own.model)[1]
     spec = sharding.param_shardings(shapes, training.mesh)["text"]["words"].spec
     assert spec == P(None, "fsdp")
+
+
+def test_towers_without_tokens_are_told(own):
+    own.loss.objectives.filip = 1.0
+    with pytest.raises(ConfigError, match=r"vision\.family=pixels gives no embeddings of tokens"):
+        check_config(own)
+    own.model.vision = None
+    with pytest.raises(ConfigError, match=r"text.family=bag .*loss\.objectives\.filip learns"):
+        check_config(own)
 
 
 def test_what_they_declare_is_asked(own):

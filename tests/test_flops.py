@@ -117,6 +117,9 @@ def test_the_loss_is_counted_for_every_matrix_of_logits():
     cfg.loss.one_to_k.text_to_text = 0.5
     assert loss_flops(cfg) == (2 + 4) * one  # and texts against texts
     assert loss_flops(config(document_fields={"title": 1.0})) == one
+    cfg = config()
+    cfg.loss.objectives = ObjectivesConfig(gcl=0.0, filip=1.0)
+    assert loss_flops(cfg) == 77 * (49 + 77) * one  # tokens of the query, patches and title
 
 
 def test_a_text_only_model_has_no_image():

@@ -101,10 +101,12 @@ def mean_of_embeddings(params, embeddings, target):
     return jnp.mean(embeddings["square"]), {}
 
 
+@pytest.mark.parametrize("filip", [0.0, pytest.param(1.0, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("mesh", [(4, 2), (8, 1)], indirect=True)
-def test_a_step_in_chunks_equals_the_whole_step(mesh, tiny_config, tiny_batch):
+def test_a_step_in_chunks_equals_the_whole_step(mesh, filip, tiny_config, tiny_batch):
     """Gradients are seen through Adam's first moment after one step; of images, too, in
     `test_sharding.py`."""
+    tiny_config.loss.objectives.filip = filip
     leave_out_images(tiny_config, tiny_batch)
     tiny_config.loss.objectives["unimodal"], tiny_config.loss.unimodal.fields = 1.0, ("title",)
     tiny_config.optim.batch_size, tiny_config.optim.clip_norm = 32, 0.0

@@ -14,7 +14,7 @@ from conftest import make_cpu_mesh
 from jax.sharding import AxisType, Mesh
 
 from gcl_jax.config import LossConfig
-from gcl_jax.losses.contrastive import gcl_loss
+from gcl_jax.losses.contrastive import gcl_loss, gcl_losses
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.pairs import KnownWeights, PairRows
 from gcl_jax.registry import OBJECTIVES
@@ -113,13 +113,15 @@ def test_on_a_tpu_slice_too(form, is_known):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["circle", "roar", "lambdaloss"])
-def test_graded_margins_hold_no_rows_of_logits(name):
-    """Nor of known weights: less than a device's share of one matrix."""
+@pytest.mark.parametrize("name", ["circle", "roar", "lambdaloss", "filip"])
+def test_other_objectives_hold_no_rows_of_logits(name):
+    """Nor of known weights: less than a device's share of one matrix; filip of four tokens each."""
     mesh, pairs = make_cpu_mesh(4, 2), 8192
     rows, everywhere = batch_sharding(mesh), replicated(mesh)
     struct = jax.ShapeDtypeStruct
-    x = struct((pairs, DIM), jnp.float32, sharding=rows)
+    one, tokens = OBJECTIVES[name], 4 if OBJECTIVES[name].needs_tokens else 1
+    shape = (pairs, tokens, DIM // tokens) if tokens > 1 else (pairs, DIM)
+    x = struct(shape, jnp.float32, sharding=rows)
     kinds = jnp.float32, jnp.bool, jnp.int32, jnp.int32
     described = PairRows(*(struct((pairs,), kind, sharding=rows) for kind in kinds))
     table = ((1001,), jnp.int32), ((10_000,), jnp.int32), ((10_000,), jnp.float32)
@@ -129,7 +131,8 @@ def test_graded_margins_hold_no_rows_of_logits(name):
         term = Term("", "", described)
         options = {"mesh": mesh, "known": known, "block_size": BLOCK_SIZE}
         logits = Logits({"": queries}, {"": documents}, 20.0, [term], **options)
-        return OBJECTIVES[name].function(logits, LossConfig())[0]
+        losses = gcl_losses if one.needs_tokens else one.function
+        return losses(logits, LossConfig())[0]
 
     gradient = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))
     compiled = gradient.lower(x, x, described, known).compile()

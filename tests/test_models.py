@@ -1,5 +1,6 @@
 """The towers, from encoded images to gradients; `test_parity_models` has every family."""
 
+import dataclasses
 import io
 import math
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
-from towers import SMALL, random_params
+from towers import SMALL, random_fields, random_params
 
 from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.data.transforms import ImageTransform, decode_image
@@ -158,6 +159,38 @@ def test_encode_fields_sends_pixels_and_tokens_to_their_tower(small_params):
     np.testing.assert_array_equal(embedded["title"], model.encode_text(tokens))
     for rows in embedded.values():
         np.testing.assert_allclose(np.linalg.norm(rows, axis=1), 1, rtol=1e-6)
+
+
+# Each costs a second or two to compile.
+CI = "clip", "bert"
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[pytest.mark.slow] * (x not in CI)) for x in (*SMALL, "convnet")]
+)
+def test_towers_give_their_tokens_beside_what_they_pool(name):
+    cfg = dataclasses.replace(SMALL["clip" if name == "convnet" else name])
+    if name == "convnet":
+        cfg.vision = dataclasses.replace(cfg.vision, family="convnet")
+    pixels, ids = random_fields(cfg)
+    fields = {"title": ids} if pixels is None else {"photo": pixels, "title": ids}
+    model = merge(abstract_model(cfg)[0], jax.tree.map(jnp.asarray, random_params(cfg)))
+    embedded, tokens = jax.jit(lambda fields: model.encode_tokens(fields))(fields)
+    pooled = jax.jit(lambda fields: model.encode_fields(fields))(fields)
+    for field, x in pooled.items():
+        np.testing.assert_allclose(embedded[field], x, atol=1e-5)
+    lengths = np.linalg.norm(tokens["title"], axis=2)
+    many = np.linspace(3, ids.shape[1], len(ids)).astype(int)  # as `random_fields` has it
+    if cfg.text.pool == "last":  # one of the padding that it reads
+        many = np.minimum(many + 1, ids.shape[1])
+    np.testing.assert_allclose(lengths, np.arange(ids.shape[1]) < many[:, None], atol=1e-5)
+    if cfg.text.pool == "argmax":
+        ends = tokens["title"][np.arange(len(ids)), many - 1]
+        np.testing.assert_allclose(ends, pooled["title"], atol=1e-5)
+    if pixels is not None:
+        assert tokens["photo"].shape == (len(ids), 16, cfg.embed_dim)
+        np.testing.assert_allclose(np.linalg.norm(tokens["photo"], axis=2), 1, atol=1e-5)
+        assert np.abs(np.diff(tokens["photo"], axis=1)).max() > 1e-3
 
 
 def test_normalize_of_a_zero_row_is_zero_with_finite_gradients():

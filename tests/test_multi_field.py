@@ -1,5 +1,6 @@
 """Merged embeddings and the sum of loss terms, recomputed term by term from the method."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,12 @@ from test_contrastive import by_hand
 from test_objectives_of_merged import hard_negatives_by_hand, margins_by_hand
 
 from gcl_jax.config import DataConfig, HardNegativesConfig, LossConfig, ObjectivesConfig
-from gcl_jax.losses.multi_field import multi_field_loss, pair_term_weights, product_dtype
+from gcl_jax.losses.multi_field import (
+    merged_batch,
+    multi_field_loss,
+    pair_term_weights,
+    product_dtype,
+)
 from gcl_jax.losses.pairs import PairRows
 from gcl_jax.models.clip import merge_fields
 
@@ -71,6 +77,20 @@ def test_merge_rescales_the_weights_of_the_fields_that_are_there():
     merged = merge_fields(documents, present, DATA.document_fields)
     expected = merged_by_hand(documents, present, DATA.document_fields)
     np.testing.assert_allclose(merged, expected, rtol=0, atol=1e-6)
+
+
+def test_tokens_of_all_fields_that_count_stand_side_by_side():
+    queries, documents, batch = random_batch(DATA)
+    rng = np.random.default_rng(1)
+    tokens = {name: rng.normal(size=(N, t, 4)) for name, t in (("image", 3), ("title", 2))}
+    embeddings = {"query": queries, "document": documents, "document_tokens": tokens}
+    for weights in (DATA.document_fields, {"image": 0.0, "title": 1.0}):
+        data = dataclasses.replace(DATA, document_fields=weights)
+        found = merged_batch(embeddings, batch, 1.0, LossConfig(), data, make_cpu_mesh(1, 1)).tokens
+        there = batch["document_present"]
+        wanted = [tokens[f] * there[f][:, None, None] for f, weight in weights.items() if weight]
+        assert found.keys() == {"document"}
+        np.testing.assert_allclose(found["document"], np.concatenate(wanted, 1), rtol=1e-6)
 
 
 @pytest.mark.parametrize("mesh", [(4, 2)], indirect=True)

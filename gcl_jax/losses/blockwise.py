@@ -38,8 +38,13 @@ class Embedded:
 
     __no_type_check__ = True  # as a pytree it holds anything, such as shapes
 
-    embedding: Float[Array, "n d"]
+    embedding: Float[Array, "n *t d"]
     pairs: PairRows
+
+    @property
+    def flat(self) -> Float[Array, "m d"]:
+        """One row after the other, of each row all tokens if it has several."""
+        return self.embedding.reshape(-1, self.embedding.shape[-1])
 
 
 def fitting_block_size(device: Any) -> int:
@@ -100,16 +105,16 @@ def tile_gradients(
     of_rows: Any,
     columns: Embedded,
     of_columns: Any,
-    so_far: tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]],
+    so_far: tuple[Float[Array, "n *t d"], Float[Array, ""], Float[Array, ""]],
     logit_scale: Float[Array, ""],
     size: tuple[int, int],
     order: Int[Array, " m"] | None = None,
-) -> tuple[tuple[Float[Array, "n d"], Float[Array, ""], Float[Array, ""]], Float[Array, "m d"]]:
+) -> tuple[tuple[Float[Array, "n *t d"], Float[Array, ""], Float[Array, ""]], Any]:
     """(gradients by rows, scale and bias, added to `so_far`; gradients by the columns), in float32.
 
     Args:
         tile: rows and columns and the statistics of each -> (P, sum P), P the gradients by their
-            logits logit_scale * X Y^T + bias, of rows X and columns Y.
+            logits logit_scale * X Y^T + bias, of rows X and columns Y, or of all their tokens.
     """
 
     def over_columns(sums, places):
@@ -119,10 +124,12 @@ def tile_gradients(
             (dx, by_scale, by_bias), dy = carry
             i, rows, of_rows = inputs
             p, of_bias = tile(rows, of_rows, block, of_block)
-            py = product(p.astype(block.embedding.dtype), block.embedding)
-            dx = dx.at[i].add(logit_scale * py)
-            by_scale += jnp.sum(py * rows.embedding)
-            dy += product(p.T.astype(rows.embedding.dtype), rows.embedding)
+            x, y = rows.flat, block.flat
+            p = p.reshape(len(x), len(y))
+            py = product(p.astype(y.dtype), y)
+            dx = dx.at[i].add(logit_scale * py.reshape(dx.shape[1:]))
+            by_scale += jnp.sum(py * x)
+            dy += product(p.T.astype(x.dtype), x).reshape(dy.shape)
             return ((dx, by_scale, by_bias + of_bias), dy), None
 
         carry = sums, jnp.zeros_like(block.embedding, jnp.float32)
@@ -199,7 +206,7 @@ class Gather(_OverLevels):
             rows = jax.lax.all_gather(rows, axis, tiled=True)
         return rows
 
-    def _scattered(self, rows: Float[Array, "n d"]) -> Float[Array, "m d"]:
+    def _scattered(self, rows: Float[Array, "n *d"]) -> Float[Array, "m *d"]:
         """Of the sums over all devices, a device's share of rows. The shares are a dimension of
         their own: rows cut in place are padded by the TPU compiler, which then corrects its
         cuts."""

@@ -8,6 +8,7 @@ of `Logits.sums` in between: memory is linear in the batch, and nothing is appro
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,8 @@ class Logits:
 
     Args:
         queries, documents: embeddings (n, d) and (m, d), float32 or bfloat16, by name. Those that
-            no term names stay where they are.
+            no term names stay where they are. Or of tokens, (n, t, d) and (m, s, d), 0 for padding,
+            which meet by late interaction, that of `Tile.along`.
         scale: the factor itself (exp of the learned parameter).
         mesh: over whose devices, along all axes, the rows are split; documents go once over an axis
             called "slice", however many the others are. None computes wherever the arrays are,
@@ -82,8 +84,8 @@ class Logits:
 
     __no_type_check__ = True  # `_check` says more, in one line
 
-    queries: Mapping[str, Float[Any, "n d"]]
-    documents: Mapping[str, Float[Any, "m d"]]
+    queries: Mapping[str, Float[Any, "n *t d"]]
+    documents: Mapping[str, Float[Any, "m *s d"]]
     scale: Float[Any, ""] | float
     terms: Sequence[Term]
     mesh: Mesh | AbstractMesh | None = None
@@ -113,16 +115,19 @@ class Logits:
             form = "gather" if _size(self.mesh) > 1 and copies <= GATHER_LIMIT else "ring"
         names = tuple((term.query, term.document) for term in self.terms)
         rows, columns = [t.rows for t in self.terms], [t.columns for t in self.terms]
+        arrays = queries, documents, rows, columns
         transport = TRANSPORTS[form](self.levels)
         device = _device(self.mesh)
         size = self.block_size or fitting_block_size(device)
-        kernel, sizes = self.kernel, ((size, size), (size, size))
+        # So many tokens, not more of them than rows of one.
+        many = [max(math.prod(x.shape[1:-1]) for x in side.values()) for side in arrays[:2]]
+        tile = max(1, size // many[0]), max(1, size // many[1])
+        kernel, sizes = self.kernel, (tile, tile)
         if kernel != "xla":
             kernel = "triton" if device.platform == "gpu" else "interpret"
             if self.block_size is None and self.known is None:
                 sizes = (4 * size, 4 * size), (4 * size, size)
         options = _Options(reductions, names, self.mask_duplicates, transport, sizes, kernel)
-        arrays = queries, documents, rows, columns
         return self.on_devices(functools.partial(_sums, options), arrays)
 
     @property
@@ -175,8 +180,8 @@ class _Options(NamedTuple):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _sums(
     options: _Options,
-    queries: dict[str, Float[Array, "n d"]],
-    documents: dict[str, Float[Array, "m d"]],
+    queries: dict[str, Float[Array, "n *t d"]],
+    documents: dict[str, Float[Array, "m *s d"]],
     rows: list[PairRows],
     columns: list[PairRows],
     scale: Float[Array, ""],
@@ -306,8 +311,14 @@ def _columns(visitors, known: KnownWeights | None, options: _Options):
     ]
 
 
-def _raw(rows: Embedded, columns: Embedded) -> Float[Array, "n m"]:
-    return product(rows.embedding, columns.embedding.T)
+def _raw(rows: Embedded, columns: Embedded) -> Float[Array, "n m"] | Float[Array, "n t m s"]:
+    x, y = rows.flat, columns.flat
+    raw = product(x, y.T)
+    if rows.embedding.ndim == 2:
+        return raw
+    tokens = jnp.any(x != 0, 1)[:, None] & jnp.any(y != 0, 1)
+    raw = jnp.where(tokens, raw, -jnp.inf)
+    return raw.reshape(*rows.embedding.shape[:2], *columns.embedding.shape[:2])
 
 
 def _found(rows: Embedded, columns: Embedded, known: KnownWeights | None):
@@ -349,10 +360,14 @@ def _check(logits: Logits) -> None:
             dtype in (jnp.float32, jnp.bfloat16),
             f"embeddings must be float32 or bfloat16, not {dtype}",
         )
-        require(len(shape) == 2, f"embeddings must have shape (N, D), not {shape}")
-        count = shape[0] if term.columns is None else len(documents)
         require(
-            documents.shape == (count, shape[1]) and documents.dtype == dtype,
+            len(shape) == 2 or (len(shape) == 3 and kernel == "xla"),
+            f"embeddings must have shape (N, D), not {shape}",
+        )
+        count = shape[0] if term.columns is None else len(documents)
+        fits = documents.ndim == len(shape) and documents.shape[-1:] == shape[-1:]
+        require(
+            fits and len(documents) == count and documents.dtype == dtype,
             "embeddings must agree in shape and dtype: "
             f"{documents.shape} {documents.dtype} is not {shape} {dtype}",
         )

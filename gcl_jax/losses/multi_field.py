@@ -120,7 +120,8 @@ def multi_field_loss(
         embeddings: of "query" and "document" {field: float32 (b, e)}, of "view_query" and
             "view_document" the same of second views, of "negative_query" and "negative_document"
             {field: float32 (b, h, e)}, if there are any; of length 1, or as long as the field
-            counts.
+            counts. If an objective needs them, of "query_tokens" and "document_tokens"
+            {field: float32 (b, t, e)}, of length 1, or 0 for padding.
         batch: as `gcl_jax.data.pipeline` describes it; and "known", a `KnownWeights`, if all known
             relevance is the target; and "key", a random key, if an objective draws numbers.
         logit_scale: the factor itself.
@@ -195,6 +196,11 @@ def merged_batch(
         for side in ("query", "document")
         for field, second in embeddings.get(f"view_{side}", {}).items()
     }
+    tokens = {
+        side: _joined_tokens(embeddings[f"{side}_tokens"], batch[f"{side}_present"], weights)
+        for side, weights in data.weights.items()
+        if f"{side}_tokens" in embeddings
+    }
     return Merged(
         queries,
         documents,
@@ -205,6 +211,7 @@ def merged_batch(
         negatives=negatives,
         key=batch.get("key"),
         mesh=mesh,
+        tokens=tokens,
         known=batch.get("known"),
         mask_duplicates=loss.mask_duplicates,
         form=loss.form,
@@ -212,6 +219,14 @@ def merged_batch(
         kernel=loss.kernel,
         views=views,
     )
+
+
+def _joined_tokens(
+    tokens: Mapping[str, Any], present: Mapping[str, Any], weights: Mapping[str, float]
+) -> jax.Array:
+    """(b, t, e), the tokens of all fields of weight above 0; 0 where a record lacks the field."""
+    counted = [field for field, weight in weights.items() if weight]
+    return jnp.concatenate([tokens[f] * present[f][:, None, None] for f in counted], axis=1)
 
 
 def over_dims(loss_of: Callable, dims: Sequence[int], gated: bool = False) -> Callable:

@@ -33,7 +33,7 @@ from gcl_jax.config import LossConfig, TrainConfig
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.pairs import KnownWeights, PairRows
-from gcl_jax.registry import OBJECTIVES
+from gcl_jax.registry import OBJECTIVES, TEXT_TOWERS, VISION_TOWERS
 
 F = TypeVar("F", bound=Callable)
 
@@ -46,7 +46,7 @@ class Objective:
     pairs of fields; if `of_merged`, (Merged, LossConfig) -> one loss.
     needs_bias: learns a bias of the logits. needs_known: ranks all that is known of a query.
     needs_grades: learns from weights that differ. needs_negatives: learns from hard negatives.
-    needs_teacher: learns from a teacher's scores.
+    needs_teacher: learns from a teacher's scores. needs_tokens: learns from embeddings of tokens.
     check: raises `UserError` for whatever else it lacks in the configuration.
     matrices: how many N x N matrices of logits it makes, of each term if not `of_merged`.
     """
@@ -58,6 +58,7 @@ class Objective:
     needs_grades: bool = False
     needs_negatives: bool = False
     needs_teacher: bool = False
+    needs_tokens: bool = False
     check: Callable[[TrainConfig], None] = lambda cfg: None
     matrices: Callable[[TrainConfig], float] = lambda cfg: 1
 
@@ -108,9 +109,10 @@ class Merged:
     """N pairs with merged embeddings, rows of length 1.
 
     rows: `valid` where both sides have a field. query_fields, query_present: each query field's own
-    embeddings (n, d), and where there is one. negatives: by side, "query" or "document". key: for
-    objectives that draw random numbers. dtype: of embeddings in products; "auto" is their own.
-    views: of what is seen twice, by "SIDE FIELD". The others: as in `Logits`.
+    embeddings (n, d), and where there is one. negatives: by side, "query" or "document". tokens: by
+    side, those of all fields that count, if an objective needs them. key: for objectives that draw
+    random numbers. dtype: of embeddings in products; "auto" is their own. views: of what is seen
+    twice, by "SIDE FIELD". The others: as in `Logits`.
     """
 
     queries: Float[Any, "n d"]
@@ -122,6 +124,7 @@ class Merged:
     negatives: Mapping[str, Negatives]
     key: jax.Array | None
     mesh: Mesh
+    tokens: Mapping[str, Float[Any, "n t d"]] = dataclasses.field(default_factory=dict)
     known: KnownWeights | None = None
     mask_duplicates: bool = False
     form: str = "auto"
@@ -150,7 +153,7 @@ class Merged:
             **options,
         )
 
-    def _cast(self, x: Float[Any, "n d"]) -> Float[Any, "n d"]:
+    def _cast(self, x: Float[Any, "n *t d"]) -> Float[Any, "n *t d"]:
         return x if self.dtype == "auto" else x.astype(self.dtype)
 
     def weighted_mean(self, losses: Float[Array, " n"]) -> Float[Array, ""]:
@@ -184,6 +187,14 @@ def check_config(cfg: TrainConfig) -> None:
                 "scored documents of a query in the batch (data.pairs_per_query brings them "
                 "together)"
             )
+        towers = {"vision": VISION_TOWERS, "text": TEXT_TOWERS} if one.needs_tokens else {}
+        for kind, families in towers.items():
+            tower = getattr(cfg.model, kind)
+            if tower is not None and not families[tower.family].gives_tokens:
+                raise ConfigError(
+                    f"config.model.{kind}.family={tower.family} gives no embeddings of tokens, "
+                    f"from which loss.objectives.{name} learns: its class has no `gives_tokens`"
+                )
 
 
 def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:

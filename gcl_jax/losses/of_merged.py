@@ -17,8 +17,12 @@ mixed: mixed supervised graph contrast (MixSGCL, arXiv 2404.15954), for embeddin
 There, nodes mix the outputs of their own graph layers, of which there are none here: the node-wise
 mix-up is between pairs of the batch instead, with the same coefficients on both sides. The authors
 sum over the pairs and the sets, here all is a weighted mean.
+
+filip: fine-grained contrast by late interaction (FILIP, arXiv 2111.07783), of the tokens of all
+fields that a query and a document have. Each direction has its own similarity.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -27,7 +31,7 @@ from jaxtyping import Array, Float
 
 from gcl_jax.config import LossConfig, TrainConfig
 from gcl_jax.errors import DataError
-from gcl_jax.losses.contrastive import normalizer
+from gcl_jax.losses.contrastive import gcl_losses, normalizer
 from gcl_jax.losses.logits import Term
 from gcl_jax.losses.objectives import Merged, Negatives, objective, several_each
 from gcl_jax.losses.pairs import MASKED, PairRows, Softmax, Tile, same_ids
@@ -273,3 +277,25 @@ def mixed_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
         for name in queries
     ]
     return batch.weighted_mean(jnp.mean(jnp.stack(losses), 0))
+
+
+def _matrices_of_tokens(cfg: TrainConfig) -> float:
+    """As many for each pair of tokens; of texts, at most. The field called "image" is one."""
+    vision, text = cfg.model.vision, cfg.model.text.context_length
+    image = (vision.image_size // vision.patch_size) ** 2 if vision else 0
+    counts = [
+        sum(image if field == "image" else text for field, weight in fields.items() if weight)
+        for fields in cfg.data.weights.values()
+    ]
+    return float(counts[0] * counts[1])
+
+
+@objective("filip", of_merged=True, needs_tokens=True, matrices=_matrices_of_tokens)
+def filip_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
+    """The loss of `gcl_losses`, in which the logits of a query are the mean over its tokens of the
+    best token of each document, and the logits of a document the mean over its tokens of the best
+    token of each query: scale * mean_t max_s x_t . y_s."""
+    batch = dataclasses.replace(batch, kernel="xla")
+    queries, documents = ({"": batch.tokens[side]} for side in ("query", "document"))
+    terms = [Term("", "", batch.rows)]
+    return gcl_losses(batch.logits(queries, documents, terms, known=batch.known), loss)[0]

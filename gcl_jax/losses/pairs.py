@@ -168,6 +168,7 @@ class Tile(NamedTuple):
 
     known: the weights of all combinations, 0 where there is no score, if these are looked up.
     mask_duplicates: other pairs of the same query or document are no negatives.
+    Of tokens, t of each row and s of each column, logits are (n, t, m, s) until `along` an axis.
     """
 
     logits: Float[Array, "n m"]
@@ -175,6 +176,18 @@ class Tile(NamedTuple):
     columns: PairRows
     known: Float[Array, "n m"] | None
     mask_duplicates: bool
+
+    def along(self, axis: int) -> "Tile":
+        """With one logit of each combination, where there are those of tokens: late interaction,
+        the mean over the tokens of a row (axis 1) or of a column (axis 0) of the best of the other
+        side's; -inf belongs to no token."""
+        if self.logits.ndim == 2:
+            return self
+        tokens = 2 - axis  # of what is left when the other side's are gone
+        best = self.logits.max(1 + 2 * axis)
+        there = best > -jnp.inf
+        total = jnp.where(there, best, 0.0).sum(tokens)
+        return self._replace(logits=total / jnp.maximum(there.sum(tokens), 1))
 
     @property
     def own(self) -> Bool[Array, "n m"]:
@@ -307,6 +320,7 @@ Reductions = Callable[[Tile, int], Sequence[Softmax | Sum]]
 
 def reduced(tile: Tile, axis: int, reductions: Reductions, tops: Sequence[Any] = ()):
     """`reductions` of the tile along `axis`; relative to the tops of `tops`, if given."""
+    tile = tile.along(axis)
 
     def one(reduction: Softmax | Sum, top: Any = None) -> SoftmaxSums | Total:
         if isinstance(reduction, Sum):

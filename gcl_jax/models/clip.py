@@ -63,14 +63,11 @@ class CLIP(nnx.Module):
         self, pixels: UInt8[AnyArray, "b h w 3"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "b e"]:
         """Pixels (0 to 255) to float32 embeddings of length 1; `key` turns patch dropout on."""
-        assert self.visual is not None, "a text-only model has no image tower"
-        images = jnp.asarray(pixels).astype(jnp.float32) / 255
-        images = (images - jnp.array(self.mean)) / jnp.array(self.std)
-        return normalize(self.visual(images, key))
+        return self._encoded(pixels, key, tokens=False)[0]
 
     def encode_text(self, tokens: Int[AnyArray, "b t"]) -> Float[Array, "b e"]:
         """Token ids to float32 embeddings of length 1."""
-        return normalize(self.text(jnp.asarray(tokens)))
+        return self._encoded(tokens, None, tokens=False)[0]
 
     def encode_fields(
         self, fields: Fields, key: PRNGKeyArray | None = None
@@ -78,13 +75,36 @@ class CLIP(nnx.Module):
         """Each field through its tower: rank 4 is pixels, rank 2 is token ids. `key`: see
         `encode_image`; every field draws its own patches. With gates, a row is as long as its field
         counts in `merge_fields`, else of length 1."""
-        embeddings = {}
+        return self._encode_fields(fields, key, tokens=False)[0]
+
+    def encode_tokens(
+        self, fields: Fields, key: PRNGKeyArray | None = None
+    ) -> tuple[dict[str, Float[Array, "b e"]], dict[str, Float[Array, "b t e"]]]:
+        """`encode_fields`, and of each field float32 embeddings of its tokens (of an image, of its
+        patches or cells), of length 1, and 0 for padding."""
+        return self._encode_fields(fields, key, tokens=True)
+
+    def _encode_fields(self, fields: Fields, key: PRNGKeyArray | None, tokens: bool):
+        embeddings, of_tokens = {}, {}
         for i, (name, x) in enumerate(fields.items()):
             own = None if key is None else jax.random.fold_in(key, i)
+            embedding, of_tokens[name] = self._encoded(x, own, tokens)
             kind = "image" if x.ndim == 4 else "text"
-            embedding = self.encode_image(x, own) if kind == "image" else self.encode_text(x)
             embeddings[name] = embedding if self.gates is None else self.gates[kind](embedding)
-        return embeddings
+        return embeddings, of_tokens
+
+    def _encoded(self, x: AnyArray, key: PRNGKeyArray | None, tokens: bool):
+        """(embeddings, those of the tokens or None), of length 1, of pixels or of token ids."""
+        tower: Any = self.text
+        inputs: tuple[Any, ...] = (jnp.asarray(x),)
+        if x.ndim == 4:
+            assert self.visual is not None, "a text-only model has no image tower"
+            images = jnp.asarray(x).astype(jnp.float32) / 255
+            images = (images - jnp.array(self.mean)) / jnp.array(self.std)
+            tower, inputs = self.visual, (images, key)
+        if not tokens:
+            return normalize(tower(*inputs)), None
+        return tuple(map(normalize, tower.with_tokens(*inputs)))
 
 
 class Gate(nnx.Module):

@@ -32,9 +32,13 @@ class _Tower:
 
     embedding_names: of its parameters and modules, those that compute what enters the first block;
         the bottom layer to `optim.layer_decay`.
+    gives_tokens: whether it has a method `with_tokens`, which takes what `__call__` does and
+        returns, beside the embeddings, those of its tokens (b, t, embed_dim), 0 for padding; the
+        objective filip and search by tokens need it.
     """
 
     embedding_names: ClassVar[tuple[str, ...]] = ()
+    gives_tokens: ClassVar[bool] = False
 
     @classmethod
     def build(cls, *args: Any) -> Any:
@@ -46,6 +50,7 @@ class _BuiltIn(_Tower):
     """One whose module is the class `tower` of `gcl_jax.models.towers`, which needs jax."""
 
     tower: ClassVar[str]
+    gives_tokens = True
 
     @classmethod
     def build(cls, *args: Any) -> Any:

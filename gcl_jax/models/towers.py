@@ -9,11 +9,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from gcl_jax.config import TextConfig, VisionConfig
 from gcl_jax.errors import DataError
-from gcl_jax.models.layers import ACTIVATIONS, Linear, Mlp, Numerics, Transformer
+from gcl_jax.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    Mlp,
+    Numerics,
+    Position,
+    Transformer,
+    tokens_at,
+)
 from gcl_jax.sharding import looked_up
 
 
@@ -48,17 +56,37 @@ class VisionTransformer(nnx.Module):
         self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "b e"]:
         """Normalised images to unnormalised embeddings; with `key`, patches are dropped."""
+        if not self.has_class_token:
+            return self.pool(self.ln_post(self._states(images, key, None)))
+        x = self.ln_post(self._states(images, key, 0)[:, 0])
+        return x @ self.proj[...].astype(self.dtype)
+
+    def with_tokens(
+        self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b n e"]]:
+        """The same, and each patch by the same projection; where attention pools, as if it saw that
+        patch alone."""
+        x = self.ln_post(self._states(images, key, None))
+        if not self.has_class_token:
+            alone = self.pool(x.reshape(-1, 1, x.shape[-1]))
+            return self.pool(x), alone.reshape(x.shape)
+        x = x @ self.proj[...].astype(self.dtype)
+        return x[:, 0], x[:, 1:]
+
+    def _states(
+        self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None, read: int | None
+    ) -> Float[Array, "b r d"]:
+        """What the transformer returns of the tokens, or of that at `read`."""
         x = self._patches(images).astype(self.dtype) @ self.patch_embedding[...].astype(self.dtype)
         positions = self.positional_embedding[...].astype(self.dtype)
         if not self.has_class_token:
             x = x + self.patch_bias[...].astype(self.dtype) + positions
             x = _drop_patches(x, self.patch_dropout, key)
-            return self.pool(self.ln_post(self.transformer(x, is_causal=False)))
+            return self.transformer(x, is_causal=False)
         x = _drop_patches(x + positions[1:], self.patch_dropout, key)
         token = self.class_embedding[...].astype(self.dtype) + positions[0]
         x = jnp.concatenate([jnp.broadcast_to(token, (x.shape[0], 1, x.shape[-1])), x], axis=1)
-        x = self.transformer(self.ln_pre(x), is_causal=False, read=0)
-        return self.ln_post(x[:, 0]) @ self.proj[...].astype(self.dtype)
+        return self.transformer(self.ln_pre(x), is_causal=False, read=read)
 
     def _patches(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n p"]:
         """Pixels of each patch: the convolution of stride = kernel size becomes one matmul over
@@ -136,10 +164,20 @@ class ConvNet(nnx.Module):
         self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None
     ) -> Float[Array, "b e"]:
         """Normalised images to unnormalised embeddings."""
+        return self._cells(images).mean((1, 2)) @ self.proj[...].astype(self.dtype)
+
+    def with_tokens(
+        self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None = None
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b n e"]]:
+        """The same, and the projection of each cell, of which the embedding is the mean."""
+        cells = self._cells(images) @ self.proj[...].astype(self.dtype)
+        return cells.mean((1, 2)), cells.reshape(len(cells), -1, cells.shape[-1])
+
+    def _cells(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b y x d"]:
         x = _convolved(images.astype(self.dtype), self.stem, stride=2)
         for i in range(len(self.layers)):
             x = self.layers[str(i)](x)
-        return self.ln_post(x).mean((1, 2)) @ self.proj[...].astype(self.dtype)
+        return self.ln_post(x)
 
 
 class ConvBlock(nnx.Module):
@@ -228,11 +266,31 @@ class TextTransformer(nnx.Module):
         CLIP's end token has the highest id, so argmax finds it, and what follows is out of a causal
         model's sight; SigLIP's tower attends to its padding and reads the last token.
         """
+        read = self._pooled(tokens)
+        return self.projection(self.ln_final(self._states(tokens, read)[:, 0]))
+
+    def with_tokens(
+        self, tokens: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b t e"]]:
+        """The same, and the projection of each token, 0 behind the end of a text: behind CLIP's end
+        token, or where SigLIP's padding, whatever its id, is repeated. (Padding before a text
+        counts as tokens.)"""
+        x, read = self.projection(self.ln_final(self._states(tokens, None))), self._pooled(tokens)
+        places = jnp.arange(tokens.shape[1])
+        end = jnp.broadcast_to(read, len(tokens))
+        if self.pool == "last":
+            end = 1 + jnp.max(jnp.where(tokens != tokens[:, -1:], places, -1), axis=1)
+        real = places <= end[:, None]
+        return tokens_at(x, read)[:, 0], jnp.where(real[:, :, None], x, 0)
+
+    def _pooled(self, tokens: Int[Array, "b t"]) -> Position:
+        return tokens.shape[1] - 1 if self.pool == "last" else jnp.argmax(tokens, axis=-1)
+
+    def _states(self, tokens: Int[Array, "b t"], read: Position | None) -> Float[Array, "b r d"]:
+        """What the transformer returns of the tokens, or of those at `read`."""
         x = looked_up(self.token_embedding[...], tokens, self.dtype)
         x += self.positional_embedding[...][: tokens.shape[1]].astype(self.dtype)
-        read = tokens.shape[1] - 1 if self.pool == "last" else jnp.argmax(tokens, axis=-1)
-        x = self.transformer(x, is_causal=self.causal, read=read)
-        return self.projection(self.ln_final(x[:, 0]))
+        return self.transformer(x, is_causal=self.causal, read=read)
 
 
 class Bert(nnx.Module):
@@ -253,19 +311,33 @@ class Bert(nnx.Module):
         """Token ids, padded at the end with `pad_id`, to unnormalised embeddings. Padding starts
         behind the last other token; a row of nothing else counts as one, so that it stays finite.
         """
+        x, real = self._states(tokens, 0 if self.pool == "first" else None)
+        return self._pooled(x, real)
+
+    def with_tokens(
+        self, tokens: Int[Array, "b t"]
+    ) -> tuple[Float[Array, "b e"], Float[Array, "b t e"]]:
+        """The same, and the projection of each token, 0 behind the end of a text."""
+        x, real = self._states(tokens, None)
+        return self._pooled(x, real), jnp.where(real[:, :, None], self.projection(x), 0)
+
+    def _states(
+        self, tokens: Int[Array, "b t"], read: int | None
+    ) -> tuple[Float[Array, "b r d"], Bool[Array, "b t"]]:
+        """What the transformer returns of the tokens, or of that at `read`; which are real."""
         t = tokens.shape[1]
         lengths = jnp.max(jnp.where(tokens != self.pad_id, jnp.arange(1, t + 1), 1), axis=1)
         positions = self.positional_embedding[...][self.first_position : self.first_position + t]
         x = looked_up(self.token_embedding[...], tokens, self.dtype)
         x += (positions + self.token_type_embedding[...][0]).astype(self.dtype)
-        x = self.ln_embedding(x)
-        read = 0 if self.pool == "first" else None
-        x = self.transformer(x, is_causal=False, lengths=lengths, read=read)
+        x = self.transformer(self.ln_embedding(x), is_causal=False, lengths=lengths, read=read)
+        return x, jnp.arange(t) < lengths[:, None]
+
+    def _pooled(self, x: Float[Array, "b r d"], real: Bool[Array, "b t"]) -> Float[Array, "b e"]:
         if self.pool == "first":
             return self.projection(x[:, 0])
-        real = jnp.arange(t) < lengths[:, None]
         total = jnp.sum(jnp.where(real[:, :, None], x, 0), axis=1, dtype=jnp.float32)
-        return self.projection((total / lengths[:, None]).astype(self.dtype))
+        return self.projection((total / real.sum(1, keepdims=True)).astype(self.dtype))
 
 
 class Projection(nnx.Module):
@@ -283,7 +355,7 @@ class Projection(nnx.Module):
         if cfg.proj == "linear_bias":
             self.bias = numerics.param(0.0, (embed_dim,), rngs)
 
-    def __call__(self, x: Float[Array, "b d"]) -> Float[Array, "b e"]:
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b e"]:
         if self.kind == "none":
             return x
         if self.kind == "mlp":

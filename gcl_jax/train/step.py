@@ -124,15 +124,22 @@ def _cosines(folder: Path, store: RankedStore, pairs: Pairs) -> np.ndarray:
 
 
 def encode_batch(
-    model: CLIP, inputs: Mapping[str, Fields], key: jax.Array | None = None
+    model: CLIP,
+    inputs: Mapping[str, Fields],
+    key: jax.Array | None = None,
+    tokens: bool = False,
 ) -> dict[str, dict[str, jax.Array]]:
     """The embeddings of all that `inputs` has of `EMBEDDED`: of a side {field: (b, e)}, as of its
-    second views, of its negatives {field: (b, H, e)}. `key`: see `CLIP.encode_image`; what a side
-    draws does not depend on whether there are negatives or views."""
+    second views, of its negatives {field: (b, H, e)}; with `tokens`, as SIDE_tokens, those of each
+    side's, too, {field: (b, t, e)}. `key`: see `CLIP.encode_image`; what a side draws does not
+    depend on whether there are negatives or views."""
     keys = [None] * len(EMBEDDED) if key is None else list(jax.random.split(key, len(EMBEDDED)))
     embeddings = {}
     for name, own in zip(EMBEDDED, keys, strict=True):
-        if name in inputs and name in SIDES + VIEWS:
+        if name in SIDES and tokens:
+            found = model.encode_tokens(inputs[name], own)
+            embeddings[name], embeddings[f"{name}_tokens"] = found
+        elif name in inputs and name in SIDES + VIEWS:
             embeddings[name] = model.encode_fields(inputs[name], own)
         elif name in inputs:
             flat = {field: x.reshape(-1, *x.shape[2:]) for field, x in inputs[name].items()}
@@ -163,6 +170,7 @@ def make_train_step(
     graphdef, _ = abstract_model(cfg.model, mesh)
     vision = cfg.model.vision
     drops_patches = vision is not None and vision.patch_dropout > 0
+    tokens = any(one.needs_tokens for one in asked(cfg.loss).values())
     objective = over_dims(multi_field_loss, cfg.loss.matryoshka_dims, cfg.model.gates)
     loss = dataclasses.replace(cfg.loss, dtype=product_dtype(cfg), kernel=checked_kernel(cfg, mesh))
     settings = {"loss": loss, "data": cfg.data, "mesh": mesh}
@@ -172,7 +180,7 @@ def make_train_step(
             with on_mesh(mesh):
                 params = with_part(state.params, trained)
                 model = merge(graphdef, gathered_outside_layers(params, cfg.model.dtype))
-                return encode_batch(model, inputs, key if drops_patches else None)
+                return encode_batch(model, inputs, key if drops_patches else None, tokens)
 
         def loss_fn(trained, embeddings, batch):
             params = with_part(state.params, trained)
