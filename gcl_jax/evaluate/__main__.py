@@ -4,8 +4,8 @@ Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT
 query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables. With --write_runs also
 the judgements and what was found, for trec_eval and its like; with --groups also the means of
 groups of queries; with --hybrid also those of BM25, and of BM25 fused with the embeddings; with
---calibrate what a cosine means. --recall
-and --classify evaluate images and texts as is usual for CLIP.
+--calibrate what a cosine means. --recall and --classify evaluate images and texts as is usual for
+CLIP, --compositional right against hard captions.
 
 Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files), two evaluated runs
 are compared by `--compare RUN_A RUN_B`.
@@ -29,8 +29,9 @@ from gcl_jax.search import hybrid
 # What each way of calling the command has of its own.
 RANKED = ("max_queries", "write_runs", "groups", "group_by", "hybrid", "calibrate")
 OPTIONS = {
-    "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify"),
+    "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify", "compositional"),
     "classify": ("classnames", "templates", "probe"),
+    "compositional": ("image_root",),
     "qrels": ("run", "out", "extensions"),
 }
 
@@ -38,7 +39,7 @@ OPTIONS = {
 def of_workdir(args: argparse.Namespace) -> str:
     """What is asked of a run, as a table."""
     # What may be missing is told before jax and the model are loaded.
-    if args.classify is None:
+    if args.classify is None and args.compositional is None:
         store = one_store([args.workdir])
         if args.hybrid:
             hybrid.check(store, store.resolve(load_config(args.workdir)).data.query_fields)
@@ -50,12 +51,15 @@ def of_workdir(args: argparse.Namespace) -> str:
     else:
         load_config(args.workdir)
 
-    from gcl_jax.evaluate import classify, ranked
+    from gcl_jax.evaluate import classify, compositional, ranked
 
     model = {"embed_dim": args.embed_dim, "checkpoint": args.checkpoint}
     if args.classify is not None:
         inputs = args.classify, args.classnames, args.templates, args.probe
         return classify.classify_workdir(args.workdir, *inputs, **model)
+    if args.compositional is not None:
+        cases = args.compositional
+        return compositional.compositional_workdir(args.workdir, cases, args.image_root, **model)
     if args.recall:
         return ranked.recall_workdir(args.workdir, **model)
     return ranked.evaluate_workdir(
@@ -123,6 +127,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="instead: zero-shot accuracy on a folder of images by class, or a CSV or parquet file",
     )
+    other.add_argument(
+        "--compositional",
+        type=local_path,
+        metavar="PATH",
+        help="instead: right against hard captions, of a JSON file or a folder of them, in the "
+        "form of SugarCrepe, ARO or VALSE",
+    )
+    add("--image_root", type=local_path, metavar="DIR", help="with --compositional: of its images")
     add("--classnames", type=local_path, metavar="FILE", help="with --classify: a class per line")
     prompts = "with --classify: a prompt per line, {} for the class"
     add("--templates", type=local_path, metavar="FILE", help=prompts)
@@ -141,7 +153,7 @@ def main() -> None:
         for mode, names in OPTIONS.items():
             if mode not in given and (surplus := given.intersection(names)):
                 raise UserError(f"--{min(surplus)} is an option of --{mode}")
-        alone = given.intersection(("recall", "classify"))
+        alone = given.intersection(("recall", "classify", "compositional"))
         if alone and (surplus := given.intersection(RANKED)):
             raise UserError(f"--{min(surplus)} does not go with --{min(alone)}")
         if args.workdir is not None:
