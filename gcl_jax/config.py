@@ -260,8 +260,24 @@ class DataConfig:
     )
     negatives: str = option(
         "",
-        "hard negatives: 'store' (given with the data), or a folder that gcl_jax.mine wrote",
+        "hard negatives: 'store' (given with the data), a folder that gcl_jax.mine wrote, or "
+        "'refresh' (documents that the model itself ranks high, mined anew while it trains)",
         path=True,
+    )
+    refresh_start: int | None = option(
+        None,
+        "steps before negatives='refresh' mines for the first time; None: half of all",
+        at_least=0,
+    )
+    refresh_every: int | None = option(
+        None, "steps until it mines again; None: a quarter of all", at_least=1
+    )
+    refresh_margin: float = option(
+        0.05,
+        "what it mines has a cosine below that of the pair by this share, as gcl_jax.mine's "
+        "--relative_margin",
+        at_least=0,
+        below=1,
     )
     num_negatives: int = option(1, "hard negatives of a pair in a batch", at_least=1, at_most=2**10)
     text_negatives: str = option(
@@ -468,6 +484,11 @@ class HardNegativesConfig:
     rank: float = option(0.2, "weight of the cross-modal rank term beside the contrast", at_least=0)
     intra: float = option(0.2, "weight of the intra-modal term", at_least=0)
     max_margin: float = option(10.0, "largest margin of the rank term, in logits", at_least=0)
+    hardness: float = option(
+        0.0,
+        "of the contrast, a negative of cosine c counts exp(hardness * c) times (LLaVE); 0: once",
+        at_least=0,
+    )
 
 
 @dataclasses.dataclass(slots=True)

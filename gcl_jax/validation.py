@@ -174,6 +174,12 @@ def _validate_data(cfg: TrainConfig) -> None:
     for side in ("query_fields", "document_fields"):
         weights = getattr(cfg.data, side)
         require(not weights or sum(weights.values()) > 0, f"data.{side}: all weights are 0")
+    for key in ("refresh_start", "refresh_every"):
+        value = getattr(cfg.data, key)
+        require(
+            value is None or cfg.data.negatives == "refresh",
+            f"data.{key}={value} is of data.negatives='refresh', which is {cfg.data.negatives!r}",
+        )
     if cfg.data.pairs_per_query > 1:
         together = (
             f"data.pairs_per_query={cfg.data.pairs_per_query} brings a query's pairs together"

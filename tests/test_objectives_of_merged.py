@@ -135,9 +135,12 @@ def margins_by_hand(q, d, scale, negatives, rows, max_margin):
     return margins
 
 
-def hard_negatives_by_hand(q, d, scale, negatives, margins, rows, known, mask, rank, intra):
+def hard_negatives_by_hand(
+    q, d, scale, negatives, margins, rows, known, mask, rank, intra, hardness=None
+):
     """negatives: {side: (embeddings (n, h, d), valid, id)}. margins: constants to gradients.
-    known: weights (queries, documents)."""
+    known: weights (queries, documents). hardness: (cosines of all documents, the pairs' and then
+    the negatives', by queries; of all queries by documents) times alpha, constants to gradients."""
     weight, valid = rows.weight, rows.valid
     t = np.diag(weight) if known is None else known[np.ix_(rows.query_id, rows.document_id)]
     t = np.where(valid[:, None] & valid, t, 0)
@@ -169,8 +172,14 @@ def hard_negatives_by_hand(q, d, scale, negatives, margins, rows, known, mask, r
         within = np.where(there, scale * np.einsum("nd,nhd->nh", mine, x), MASKED)
         among = logsumexp(np.hstack([pair[:, None], within]), axis=1) - pair
         total += intra * np.sum((weight * among)[valid])
-    contrast = contrast_by_hand(z, t, extra["query"]) + contrast_by_hand(
-        z.T, t.T, extra["document"]
+    columns, rows_ = (np.hstack([z, extra["query"]]), np.hstack([z.T, extra["document"]]))
+    attracted = (t > 0) | own
+    if hardness is not None:
+        for side, here in ((columns, attracted), (rows_, attracted.T)):
+            more = hardness["query" if side is columns else "document"]
+            side += np.where(np.hstack([here, np.zeros((N, side.shape[1] - N), bool)]), 0, more)
+    contrast = contrast_by_hand(columns[:, :N], t, columns[:, N:]) + contrast_by_hand(
+        rows_[:, :N], t.T, rows_[:, N:]
     )
     return total / valid.sum() + contrast / (2 * (valid.sum() if known is None else t.sum()))
 
@@ -311,7 +320,17 @@ def random_negatives(side):
     return tables[side][ids], valid, ids
 
 
-def hard_negatives_case(sides, is_known, mask):
+def cosines_by_hand(q, d, negatives):
+    """{side: cosines of its (n, all that it is contrasted with)}."""
+    found = {}
+    for side, own, other in (("query", q, d), ("document", d, q)):
+        partner = "document" if side == "query" else "query"
+        more = [negatives[partner][0].reshape(N * HARD, -1)] if partner in negatives else []
+        found[side] = np.float64(own) @ np.float64(np.vstack([other, *more])).T
+    return found
+
+
+def hard_negatives_case(sides, is_known, mask, alpha=0.0):
     q, d, rows, known, _ = batch()
     known = known if is_known else None
     negatives = {side: random_negatives(side) for side in sides}
@@ -322,7 +341,7 @@ def hard_negatives_case(sides, is_known, mask):
     def ours(how, q, d, scale, *embeddings):
         given = {side: Negatives(*one) for side, one in with_embeddings(embeddings).items()}
         options = {"negatives": given, "known": known, "mask_duplicates": mask}
-        loss = LossConfig(hard_negatives=HardNegativesConfig(**WEIGHTS))
+        loss = LossConfig(hard_negatives=HardNegativesConfig(**WEIGHTS, hardness=alpha))
         return hard_negatives_loss(merged(q, d, scale, rows, **options, **how), loss)
 
     table = None
@@ -332,10 +351,12 @@ def hard_negatives_case(sides, is_known, mask):
     if sides == BOTH:  # margins at both ends and between
         assert {0, WEIGHTS["max_margin"]} < set(np.concatenate(list(margins.values())))
 
+    hardness = {side: alpha * x for side, x in cosines_by_hand(q, d, negatives).items()}
+
     def hand(q, d, scale, *embeddings):
         given = with_embeddings(embeddings)
-        weights = WEIGHTS["rank"], WEIGHTS["intra"]
-        return hard_negatives_by_hand(q, d, scale, given, margins, rows, table, mask, *weights)
+        more = WEIGHTS["rank"], WEIGHTS["intra"], hardness
+        return hard_negatives_by_hand(q, d, scale, given, margins, rows, table, mask, *more)
 
     embeddings = [x for x, _, _ in negatives.values()]
     return (q, d, SCALE, *embeddings), ours, hand
@@ -356,9 +377,10 @@ CASES = {
     "hard documents": (hard_negatives_case, ("document",), True, True),
     "hard negatives": (hard_negatives_case, BOTH, False, False),
     "hard negatives masked": (hard_negatives_case, BOTH, False, True),
+    "hard negatives weighed": (hard_negatives_case, BOTH, True, False, 9.0),
 }
 
-ONCE = {"mixed simplex", "filip"}
+ONCE = {"mixed simplex", "filip", "hard negatives weighed"}
 
 
 @functools.cache
@@ -380,7 +402,10 @@ def test_objectives_of_merged_embeddings_follow_their_formulas(mesh, name, form)
     follows_its_formula(mesh, name, form)
 
 
-@pytest.mark.parametrize("name", ["mixed simplex", pytest.param("filip", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    ["mixed simplex", "hard negatives weighed", pytest.param("filip", marks=pytest.mark.slow)],
+)
 def test_others_follow_theirs(name):
     follows_its_formula(make_cpu_mesh(4, 2), name, "ring")
 

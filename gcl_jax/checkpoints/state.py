@@ -18,7 +18,8 @@ from gcl_jax.sharding import Params, param_shardings, replicated
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrainState:
     """step: int32 scalar, steps done. params: nested dicts of arrays. opt_state: optax's. ema:
-    float32 moving averages of the trained parameters, or None.
+    float32 moving averages of the trained parameters, or None. mined: in checkpoints alone, {side:
+    int32 (pairs, H)} hard negatives that the run mined last, or None.
 
     A leaf may also be a ShapeDtypeStruct or a sharding, where a function says so, and jax puts its
     own marks in the place of all but `step`.
@@ -28,6 +29,7 @@ class TrainState:
     params: Any
     opt_state: Any
     ema: Any = None
+    mined: Any = None
 
 
 def fresh_state(cfg: TrainConfig, tx: optax.GradientTransformation, params: Params) -> TrainState:

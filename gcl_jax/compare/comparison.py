@@ -136,6 +136,7 @@ class Comparison:
         if method in LOSSES:
             cfg.loss = contrastive(cfg.loss, method)
             cfg.data.negatives, cfg.data.text_negatives = "", "none"  # which it has no use for
+            cfg.data.refresh_start = cfg.data.refresh_every = None
         return cfg
 
     def folder(self, method: str, seed: int | None) -> Path:

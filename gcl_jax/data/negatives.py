@@ -29,6 +29,7 @@ from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.paths import local_path
 
 SIDES = ("query", "document")
+REFRESH = "refresh"  # the value of data.negatives for those that the run mines itself
 FILES = {"query": "negative_queries.npy", "document": "negative_documents.npy"}
 NOTE = "negatives.json"
 TRIES = 10  # per negative text wanted; a text of few words has few
@@ -99,6 +100,13 @@ def negative_files(source: str, store: RankedStore, split: str) -> dict[str, Pat
     return found
 
 
+def negative_sides(source: str, store: RankedStore, split: str) -> tuple[str, ...]:
+    """The sides that `data.negatives` gives hard negatives for; raises as `negative_files` does."""
+    if source == REFRESH:
+        return ("document",)
+    return tuple(negative_files(source, store, split)) if source else ()
+
+
 def _check_origin(note: Path, store: RankedStore, split: str) -> None:
     try:
         origin = json.loads(note.read_text("utf-8"))["fingerprint"]
@@ -137,12 +145,22 @@ class PairNegatives:
     """The `data.num_negatives` hard negatives that an example of the training split takes on either
     side, from `data.negatives` and `data.text_negatives`."""
 
-    def __init__(self, cfg: TrainConfig, store: RankedStore, encoders: Mapping[str, Encoder]):
-        """Raises `DataError` where the data lacks the negatives that `cfg` asks for."""
+    def __init__(
+        self,
+        cfg: TrainConfig,
+        store: RankedStore,
+        encoders: Mapping[str, Encoder],
+        mined: Mapping[str, np.ndarray] | None = None,
+    ):
+        """`mined`: {side: int32 (pairs, H)} to take while data.negatives is "refresh"; what it
+        holds may be replaced.
+
+        Raises `DataError` where the data lacks the negatives that `cfg` asks for."""
         data = cfg.data
         self._count, self._encoders = data.num_negatives, encoders
-        split = data.train_split
-        self._files = negative_files(data.negatives, store, split) if data.negatives else {}
+        split, given = data.train_split, data.negatives not in ("", REFRESH)
+        self._files = negative_files(data.negatives, store, split) if given else {}
+        self._mined = {} if mined is None else mined
         self._texts = TextNegatives(cfg, store) if data.text_negatives != "none" else None
 
     @functools.cached_property
@@ -161,8 +179,9 @@ class PairNegatives:
         for side, encode in self._encoders.items():
             made: list[tuple[dict, dict]] = []
             ids = np.full(self._count, -1, np.int32)
-            if side in self._files:
-                rows = self._drawn(self._rows[side][pair], rng)
+            negatives = self._rows.get(side, self._mined.get(side))
+            if negatives is not None:
+                rows = self._drawn(negatives[pair], rng)
                 made = [encode(int(row), rng) for row in rows]
                 ids[: len(rows)] = rows
             elif side == "document" or self._texts is None:

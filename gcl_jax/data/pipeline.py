@@ -211,7 +211,11 @@ class _PairExamples:
     """grain random-access source: example i is pair i of the training split."""
 
     def __init__(
-        self, cfg: TrainConfig, store: RankedStore, text_lengths: TextLengths | None = None
+        self,
+        cfg: TrainConfig,
+        store: RankedStore,
+        text_lengths: TextLengths | None = None,
+        mined: Mapping[str, np.ndarray] | None = None,
     ):
         data, lengths = cfg.data, text_lengths or {}
         self._pairs = store.pairs(data.train_split)
@@ -225,7 +229,7 @@ class _PairExamples:
             "query": encoder("query", store.queries, data.query_fields),
             "document": encoder("document", store.documents, data.document_fields),
         }
-        self._negatives = PairNegatives(cfg, store, self._encoders)
+        self._negatives = PairNegatives(cfg, store, self._encoders, mined)
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -268,16 +272,18 @@ def train_batches(
     num_shards: int = 1,
     text_lengths: TextLengths | None = None,
     pairs: Pairs | None = None,
+    mined: Mapping[str, np.ndarray] | None = None,
 ):
     """An endless iterator over this host's share of the global batches, sampled anew each epoch as
     `cfg.data` says. `text_lengths` are the token columns of each side's text fields, by default as
     many as the context length (`longest_texts` finds how many there need be); `pairs` are those of
-    `sampled_pairs`, if somebody has them already.
+    `sampled_pairs`, if somebody has them already; `mined` as in `PairNegatives`.
 
-    Batches depend only on (config, store, step, num_shards). `get_state()` and `set_state()` save
-    and restore the position, exactly and on any number of shards.
+    Batches depend only on (config, store, step, num_shards, mined). `get_state()` and `set_state()`
+    save and restore the position, exactly and on any number of shards; what was read ahead, and
+    with `mined` as it was, `set_state()` drops.
     """
-    source = _PairExamples(cfg, store, text_lengths)
+    source = _PairExamples(cfg, store, text_lengths, mined)
     numbers = grain.MapDataset.source(source).seed(cfg.seed)
     examples = sampled(numbers, cfg, sampled_pairs(cfg, store) if pairs is None else pairs)
     examples = examples.repeat().random_map(source.example)

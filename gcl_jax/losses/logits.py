@@ -331,7 +331,7 @@ def _found(rows: Embedded, columns: Embedded, known: KnownWeights | None):
 
 def _tile(raw, rows: PairRows, columns: PairRows, found, everywhere, options: _Options) -> Tile:
     scale, bias = everywhere
-    return Tile(scale * raw + bias, rows, columns, found, options.mask_duplicates)
+    return Tile(scale * raw + bias, rows, columns, found, options.mask_duplicates, scale)
 
 
 _sums.defvjp(_forward, _backward)

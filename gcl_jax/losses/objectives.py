@@ -215,8 +215,8 @@ def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:
         if one.needs_negatives and not negatives:
             raise DataError(
                 f"config.loss.objectives.{name} needs negatives of the pairs: set "
-                "config.data.negatives to 'store' or to a folder made by `python -m gcl_jax.mine`, "
-                "or config.data.text_negatives to 'swap' or 'replace'"
+                "config.data.negatives to 'refresh', to 'store' or to a folder made by `python -m "
+                "gcl_jax.mine`, or config.data.text_negatives to 'swap' or 'replace'"
             )
         one.check(cfg)
     if negatives and not any(one.needs_negatives for one in objectives.values()):

@@ -53,6 +53,8 @@ def hard_negatives_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
     contrast: the loss of `gcl_losses`, in which every query is also contrasted with the hard
     negative documents of all pairs, every document with all hard negative queries, but for those of
     other pairs that are known to be relevant to it or, if duplicates are masked, its own partner;
+    with `hardness` a, whatever has no weight in T counts exp(a * cosine) times in the denominators,
+    a constant to gradients (LLaVE, arXiv 2503.04812, whose model weighs its own negatives, too);
     cross-modal rank: mean over a pair's negatives of relu(margin_h + Z_negative - Z_pair), with
     margin_h the batch's mean of Z_pair - Z_negative for the h-th negative, in [0, `max_margin`]
     (a constant to gradients; the authors take the last batch's, which a checkpoint would have to
@@ -61,7 +63,7 @@ def hard_negatives_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
     the side's own embedding x and its negatives.
     """
     options = loss.hard_negatives
-    total = _contrast(batch)
+    total = _contrast(batch, options.hardness)
     pair = batch.scale * jnp.sum(batch.queries * batch.documents, 1)
     partners = {"query": batch.documents, "document": batch.queries}
     own = {"query": batch.queries, "document": batch.documents}
@@ -83,7 +85,7 @@ def hard_negatives_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
     return total
 
 
-def _contrast(batch: Merged) -> Float[Array, ""]:
+def _contrast(batch: Merged, hardness: float) -> Float[Array, ""]:
     queries, rows = _with_negatives(batch, "query", batch.queries)
     documents, columns = _with_negatives(batch, "document", batch.documents)
 
@@ -99,7 +101,11 @@ def _contrast(batch: Merged) -> Float[Array, ""]:
         if tile.mask_duplicates:
             relevant |= jnp.where(of_documents, same_document, same_query)
         extra = tile.valid & (mined_here | ~relevant)
-        return [Softmax(jnp.where(real, tile.members, extra), targets)]
+        weighed: Any = 0.0
+        if hardness:
+            cosine = jax.lax.stop_gradient(tile.logits) / tile.scale
+            weighed = jnp.where(real & tile.labelled, 0.0, hardness * cosine)
+        return [Softmax(jnp.where(real, tile.members, extra), targets, offset=weighed)]
 
     term = Term("", "", rows, columns)
     logits = batch.logits({"": queries}, {"": documents}, [term], known=batch.known)

@@ -169,6 +169,7 @@ class Tile(NamedTuple):
     known: the weights of all combinations, 0 where there is no score, if these are looked up.
     mask_duplicates: other pairs of the same query or document are no negatives.
     Of tokens, t of each row and s of each column, logits are (n, t, m, s) until `along` an axis.
+    scale: of the logits, a constant to gradients.
     """
 
     logits: Float[Array, "n m"]
@@ -176,6 +177,7 @@ class Tile(NamedTuple):
     columns: PairRows
     known: Float[Array, "n m"] | None
     mask_duplicates: bool
+    scale: Float[Array, ""] | float = 1.0
 
     def along(self, axis: int) -> "Tile":
         """With one logit of each combination, where there are those of tokens: late interaction,

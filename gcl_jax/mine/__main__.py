@@ -19,7 +19,7 @@ import shutil
 import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Int
@@ -27,16 +27,23 @@ from jaxtyping import Int
 from gcl_jax import distributed, paths, runs
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
 from gcl_jax.errors import ArgumentParser, DataError, reported_in_one_line, spelled
-from gcl_jax.mine.mining import Mining, mine_negatives
+from gcl_jax.mine.mining import Mining, embedded, mine_split
 from gcl_jax.paths import local_path, output_path, write_json
 from gcl_jax.prepare.stores import publish, vacant
 from gcl_jax.runs import NEWEST, one_store
 
-SIDES = {"documents": ("document",), "queries": ("query",), "both": ("document", "query")}
+if TYPE_CHECKING:
+    from gcl_jax.data.pipeline import Side
+
+SIDES: "dict[str, tuple[Side, ...]]" = {
+    "documents": ("document",),
+    "queries": ("query",),
+    "both": ("document", "query"),
+}
 
 
 def mine_run(
-    workdir: Path, sides: Sequence[str], mining: Mining, checkpoint: str = NEWEST
+    workdir: Path, sides: "Sequence[Side]", mining: Mining, checkpoint: str = NEWEST
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The negatives {side: int32 (pairs, H)} of the training split of the run in `workdir`, and
     what `negatives.json` says of them.
@@ -51,38 +58,16 @@ def mine_run(
     from gcl_jax.runs import load_run
 
     cfg, store, params, mesh, step = load_run(workdir, checkpoint=checkpoint)
-    embedder = Embedder(cfg, params, mesh)
-    split = cfg.data.train_split
-    pairs = store.pairs(split)
-    # All documents that the queries search; all queries of the split.
-    rows = {"query": np.unique(pairs.query), "document": store.corpus(split)}
-    weights = cfg.data.weights
-    embeddings = {
-        side: embedder.embed(
-            side, store.records[side], list(weights[side]), rows[side], description=f"embed {side}"
-        ).merged(weights[side])
-        for side in ("query", "document")
-    }
-    place = {side: np.searchsorted(rows[side], getattr(pairs, side)) for side in rows}
-    score = np.asarray(pairs.score)
-    negatives = {}
+    split, negatives = cfg.data.train_split, dict[str, np.ndarray]()
+    rows, embeddings = embedded(cfg, store, Embedder(cfg, params, mesh))
     for side in sides:
-        anchor = "query" if side == "document" else "document"
-        mined = mine_negatives(
-            embeddings[anchor],
-            embeddings[side],
-            place[anchor],
-            place[side],
-            score,
-            mining,
-            description=f"mine negatives ({side})",
-        )
+        mined = mine_split(cfg, store, rows, embeddings, side, mining)
         if not (mined >= 0).any():
             raise DataError(
                 f"no {side} is left as a negative for any pair of split {split!r}: mine with a "
                 "higher --range_max or a smaller margin, or train the run longer"
             )
-        negatives[side] = compacted(np.append(rows[side], -1)[mined])
+        negatives[side] = compacted(mined)
     note = {
         "run": str(workdir),
         "step": step,

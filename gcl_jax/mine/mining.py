@@ -2,14 +2,21 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax import logs
-from gcl_jax.config import option
+from gcl_jax.config import TrainConfig, option
 from gcl_jax.data.negatives import compacted
+from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from gcl_jax.data.pipeline import Side
+    from gcl_jax.embed.embedder import Embedder
 
 ANCHORS_PER_BLOCK = 512
 PAIRS_PER_BLOCK = 8192
@@ -121,6 +128,57 @@ def mine_negatives(
                 mined[pairs] = _chosen(found[of], kept, mining, rng)
                 bar.update(len(pairs))
     return mined
+
+
+def embedded(
+    cfg: TrainConfig, store: RankedStore, embedder: "Embedder", *, quiet: bool = False
+) -> "tuple[dict[Side, np.ndarray], dict[Side, np.ndarray]]":
+    """({side: rows of the store}, {side: their embeddings}) of all queries of the training split
+    and all documents that they search."""
+    split, weights = cfg.data.train_split, cfg.data.weights
+    rows: dict[Side, np.ndarray] = {
+        "query": np.unique(store.pairs(split).query),
+        "document": store.corpus(split),
+    }
+    return rows, {
+        side: embedder.embed(
+            side,
+            store.records[side],
+            list(weights[side]),
+            rows[side],
+            description=f"embed {side}",
+            quiet=quiet,
+        ).merged(weights[side])
+        for side in rows
+    }
+
+
+def mine_split(
+    cfg: TrainConfig,
+    store: RankedStore,
+    rows: "Mapping[Side, np.ndarray]",
+    embeddings: "Mapping[Side, np.ndarray]",
+    side: "Side",
+    mining: Mining,
+    *,
+    quiet: bool = False,
+) -> Int[np.ndarray, "n h"]:
+    """int32 (pairs, num_negatives): rows of the store that are hard negatives of each pair of the
+    training split on this `side`, -1 behind the last; of what `embedded` returns."""
+    pairs = store.pairs(cfg.data.train_split)
+    place = {name: np.searchsorted(own, getattr(pairs, name)) for name, own in rows.items()}
+    anchor: Side = "query" if side == "document" else "document"
+    mined = mine_negatives(
+        embeddings[anchor],
+        embeddings[side],
+        place[anchor],
+        place[side],
+        np.asarray(pairs.score),
+        mining,
+        description=f"mine negatives ({side})",
+        quiet=quiet,
+    )
+    return np.append(rows[side], -1)[mined].astype(np.int32)
 
 
 def _chosen(

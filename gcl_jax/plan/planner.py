@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from gcl_jax import optim
 from gcl_jax.checkpoints.state import TrainState, abstract_state
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.negatives import negative_files
+from gcl_jax.data.negatives import negative_sides
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import fitting_block_size
 from gcl_jax.losses.multi_field import loss_flops, product_dtype
@@ -70,8 +70,7 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
         cfg = store.resolve(cfg)
         kinds = store.kinds
         pairs, note = len(store.pairs(cfg.data.train_split)), f"store {name}"
-        if cfg.data.negatives:
-            given = tuple(negative_files(cfg.data.negatives, store, cfg.data.train_split))
+        given = negative_sides(cfg.data.negatives, store, cfg.data.train_split)
         if wants_known:
             weights = known_weights(cfg, store)
             known = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)

@@ -11,7 +11,7 @@ import jax
 
 from gcl_jax import config, distributed, logs, paths, registry, sharding
 from gcl_jax.checkpoints.checkpointer import Checkpointer
-from gcl_jax.checkpoints.state import abstract_state, averaged_params
+from gcl_jax.checkpoints.state import averaged_params
 from gcl_jax.config import TrainConfig
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError, StorageError, UserError, in_one_line
@@ -128,6 +128,11 @@ def _train(
             monitor.start_at(step)
             done = finished = step >= steps or monitor.ends_early(step)
             while not done:
+                if training.refresh.due(step):
+                    monitor.settle()
+                    with monitor.pause():
+                        found = training.refresh.mine(step, state, embedder, batches)
+                    writer.write(step, found)
                 # The step before is still running: meanwhile the next batch is fetched and sent.
                 with monitor.waiting():
                     rows = next(batches)
@@ -150,9 +155,9 @@ def _train(
                 if len(monitor.nonfinite) >= cfg.nonfinite.patience and not signum:
                     reason = diagnosis(monitor.nonfinite, state.params, workdir)
                     del state  # with the restored one it may not fit into memory
-                    abstract = abstract_state(cfg, training.tx, training.mesh)
                     allowed = monitor.rollbacks < cfg.nonfinite.rollbacks
-                    restored = checkpointer.restore(abstract) if allowed else None
+                    source = training.refresh
+                    restored = source.restore(checkpointer, training.tx) if allowed else None
                     if not restored:
                         raise NonFiniteRun(reason)
                     step, state, _ = restored
@@ -169,7 +174,8 @@ def _train(
                     done = done or monitor.ends_early(step)
                 # What a rollback returns to must be sound, so not in the midst of skipped steps.
                 if (saving or done) and (signum or done or not monitor.nonfinite):
-                    checkpointer.save(step, state, batches.get_state(), summaries)
+                    saved = training.refresh.with_mined(state)
+                    checkpointer.save(step, saved, batches.get_state(), summaries)
                 if signum and not done:
                     raise Interrupted(signum, step)
         if not finished:
@@ -189,6 +195,9 @@ def as_begun(cfg: TrainConfig, workdir: Path) -> TrainConfig:
     for name in ("epochs", "warmup_steps"):
         if getattr(cfg.optim, name) is None:
             setattr(cfg.optim, name, getattr(begun.optim, name))
+    for name in ("refresh_start", "refresh_every"):
+        if getattr(cfg.data, name) is None:
+            setattr(cfg.data, name, getattr(begun.data, name))
     if cfg.model.max_logit_scale is None:
         cfg.model.max_logit_scale = begun.model.max_logit_scale
     return cfg

@@ -197,7 +197,8 @@ class Monitor:
             if not (name.startswith("accuracy/") and np.isnan(value))
         }
         training = self._training
-        speed = training.flops * steps / seconds / jax.device_count()
+        flops = training.refresh.flops(training.lengths)
+        speed = flops * steps / seconds / jax.device_count()
         scalars |= {
             "learning_rate": float(training.schedule(step - 1 - scalars["skipped_steps"])),
             "pairs_per_second": training.cfg.optim.batch_size * steps / seconds,

@@ -30,13 +30,13 @@ from gcl_jax.errors import ConfigError, did_you_mean
 from gcl_jax.evaluate import metrics
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.pairs import KnownWeights
-from gcl_jax.models import flops
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.models.layers import Numerics
 from gcl_jax.prepare.stores import open_store
 from gcl_jax.runs import is_run, load_config, require_sealed
 from gcl_jax.sharding import Params
 from gcl_jax.train.flags import RESUMABLE
+from gcl_jax.train.refresh import Refresh, schedule
 from gcl_jax.train.step import MAX_LOGIT_SCALE, Metrics, known_weights, make_train_step
 from gcl_jax.validation import CHECKPOINT_EVERY, checkpoint_every, validate
 
@@ -47,7 +47,7 @@ VALIDATION = re.compile(r"(val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
 class Training:
     """The parts of a run. `cfg` is resolved for `store`; `batches` is this host's endless iterator;
     `steps` and `schedule` (of the learning rate) are those of the whole run; `constants` go with
-    every batch to `train_step`; `flops` are those of the towers in a step."""
+    every batch to `train_step`; `lengths` are the token columns of texts."""
 
     cfg: TrainConfig
     store: RankedStore
@@ -58,7 +58,8 @@ class Training:
     tx: optax.GradientTransformation
     train_step: Callable[[TrainState, Mapping], tuple[TrainState, Metrics]]
     constants: dict[str, KnownWeights]
-    flops: float
+    refresh: Refresh
+    lengths: dict[str, dict[str, int]]
 
     def to_devices(self, rows: Mapping) -> dict:
         """This host's rows of a batch as the global batch that `train_step` takes."""
@@ -101,7 +102,8 @@ def make_training(cfg: TrainConfig) -> Training:
     for line in records_without_fields(cfg, store):
         distributed.announce(line)
     lengths = text_lengths(cfg, store)
-    batches = train_batches(cfg, store, jax.process_index(), jax.process_count(), lengths, pairs)
+    place, refresh = (jax.process_index(), jax.process_count()), Refresh(cfg, store, mesh)
+    batches = train_batches(cfg, store, *place, lengths, pairs, refresh.mined)
     distributed.announce(f"training on split {split!r} of {store.directory}: {len(pairs)} pairs")
     queries = [len(np.unique(x.query)) for x in (store.pairs(split), pairs)]
     if queries[0] > queries[1]:
@@ -135,7 +137,8 @@ def make_training(cfg: TrainConfig) -> Training:
         tx,
         train_step,
         constants,
-        flops.train_flops(cfg, store.kinds, lengths),
+        refresh,
+        lengths,
     )
 
 
@@ -155,6 +158,7 @@ def spelled_out(cfg: TrainConfig, pairs: Pairs | int) -> TrainConfig:
         options.epochs = optim.epochs(options, epoch)
     steps = optim.total_steps(options, epoch)
     options.warmup_steps = optim.warmup_steps(options, steps)
+    schedule(cfg.data, steps)
     held_out = [name for name in evaluation.splits if VALIDATION.match(name)]
     held_out = [name for name in held_out if name != cfg.data.train_split]
     if evaluation.every is None:
@@ -290,7 +294,7 @@ def start_or_continue(
     require_sealed(started, workdir)
     check_same_run(cfg, started, workdir, latest, resume_changes)
     cfg.init_from = started.init_from
-    restored = checkpointer.restore(abstract_state(cfg, training.tx, training.mesh))
+    restored = training.refresh.restore(checkpointer, training.tx)
     assert restored is not None  # `latest` says that there is one
     step, state, position = restored
     training.batches.set_state(position)

@@ -1,0 +1,128 @@
+"""Hard negatives that a run mines with its own model, between steps: data.negatives="refresh".
+
+Before the first time batches have no hard negatives, so that an objective that contrasts with them
+is plain contrast until then, and such a step costs as much. What was mined last is in every
+checkpoint, so that a run that is continued goes on with it.
+"""
+
+import dataclasses
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from gcl_jax import distributed
+from gcl_jax.checkpoints.checkpointer import Checkpointer, Restored
+from gcl_jax.checkpoints.state import TrainState, abstract_state, averaged_params
+from gcl_jax.config import DataConfig, TrainConfig
+from gcl_jax.data.negatives import REFRESH
+from gcl_jax.data.pipeline import Side
+from gcl_jax.data.store import RankedStore
+from gcl_jax.embed.embedder import Embedder
+from gcl_jax.errors import ConfigError
+from gcl_jax.mine.mining import Mining, embedded, mine_split
+from gcl_jax.models import flops
+from gcl_jax.models.flops import TextLengths
+from gcl_jax.sharding import replicated
+
+SIDE: Side = "document"
+
+
+def schedule(data: DataConfig, steps: int) -> None:
+    """Spells out when a run of `steps` steps mines.
+
+    Raises:
+        ConfigError: it never does.
+    """
+    if data.negatives != REFRESH:
+        return
+    if data.refresh_start is None:
+        data.refresh_start = steps // 2
+    data.refresh_every = data.refresh_every or max(1, steps // 4)
+    if data.refresh_start >= steps:
+        raise ConfigError(
+            f"config.data.refresh_start={data.refresh_start} is not before the last of {steps} "
+            "steps: no hard negatives would ever be mined"
+        )
+
+
+class Refresh:
+    """The hard negatives that a run has mined, and when it mines again; nothing where it does not.
+
+    Attributes:
+        mined: {"document": int32 (pairs, H)}, rows of the store; empty before the first time.
+    """
+
+    def __init__(self, cfg: TrainConfig, store: RankedStore, mesh: Mesh):
+        """`cfg`: with `schedule` spelled out."""
+        self._cfg, self._store, self._mesh = cfg, store, mesh
+        self._asked = cfg.data.negatives == REFRESH
+        count = max(Mining().num_negatives, cfg.data.num_negatives)
+        self._mining = Mining(num_negatives=count, relative_margin=cfg.data.refresh_margin)
+        self._shape = len(store.pairs(cfg.data.train_split)), count
+        self.mined: dict[str, np.ndarray] = {}
+
+    def due(self, step: int) -> bool:
+        """Whether it is time to mine when `step` steps are done."""
+        start, every = self._cfg.data.refresh_start, self._cfg.data.refresh_every
+        return self._asked and step >= (start or 0) and (step - (start or 0)) % (every or 1) == 0
+
+    def mine(self, step: int, state: TrainState, embedder: Embedder, batches: Any) -> dict:
+        """Searches the training corpus with the model of `state`; `batches` go on with what is
+        found. On all processes alike. Returns what to log."""
+        began, quiet = time.perf_counter(), not distributed.is_first()
+        found = embedded(
+            self._cfg, self._store, embedder.with_params(averaged_params(state)), quiet=True
+        )
+        rows = np.full(self._shape, -1, np.int32)
+        if not quiet:
+            rows = mine_split(self._cfg, self._store, *found, SIDE, self._mining, quiet=True)
+        if jax.process_count() > 1:
+            rows = np.asarray(multihost_utils.broadcast_one_to_all(rows))
+        self._take(rows)
+        batches.set_state(batches.get_state())  # what was read ahead has those of before
+        counts, seconds = (rows >= 0).sum(axis=1), time.perf_counter() - began
+        distributed.announce(
+            f"\nstep {step}: mined hard negatives in {seconds:.1f} s: {counts.mean():.2f} for a "
+            f"pair, none for {np.mean(counts == 0):.0%} of {len(counts)} pairs"
+        )
+        return {"refresh/seconds": seconds, "refresh/negatives": float(counts.mean())}
+
+    def with_mined(self, state: TrainState) -> TrainState:
+        """`state` as it goes into a checkpoint."""
+        if not self._asked:
+            return state
+        mined = self.mined.get(SIDE, np.full(self._shape, -1, np.int32))
+        placed = jax.device_put({SIDE: mined}, replicated(self._mesh))
+        return dataclasses.replace(state, mined=placed)
+
+    def restore(
+        self, checkpointer: Checkpointer, tx: optax.GradientTransformation
+    ) -> Restored | None:
+        """What `Checkpointer.restore` returns for a run with the optimizer `tx`; what was mined is
+        taken from it."""
+        abstract = abstract_state(self._cfg, tx, self._mesh)
+        if not self._asked:
+            return checkpointer.restore(abstract)
+        like = jax.ShapeDtypeStruct(self._shape, np.int32, sharding=replicated(self._mesh))
+        restored = checkpointer.restore(dataclasses.replace(abstract, mined={SIDE: like}))
+        if restored is None:
+            return None
+        self._take(np.asarray(restored.state.mined[SIDE]))
+        return restored._replace(state=dataclasses.replace(restored.state, mined=None))
+
+    def _take(self, rows: np.ndarray) -> None:
+        self.mined.clear()
+        if (rows >= 0).any():
+            self.mined[SIDE] = rows
+
+    def flops(self, text_lengths: TextLengths) -> float:
+        """Of the towers in a step, as batches are now."""
+        cfg = self._cfg
+        if self._asked and not self.mined:
+            cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, negatives=""))
+        return flops.train_flops(cfg, self._store.kinds, text_lengths)
