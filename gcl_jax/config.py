@@ -225,6 +225,19 @@ class DataConfig:
     store: str = option(
         "emoji", "folder of a store, or the name of a bundled or registered source", path=True
     )
+    stores: dict[str, float] = option(
+        {},
+        "several stores in place of it, each by its folder or source, and its weight: the share of "
+        "the pairs that come from there",
+        above=0,
+        path=True,
+    )
+    batch_of: str = option(
+        "one_store",
+        "of several stores: one gives a whole batch, and then another, so that a pair's negatives "
+        "are of its own store; or every batch has rows of all",
+        ("one_store", "all_stores"),
+    )
     digest: str = option(
         "", "of the store's contents: a run notes it, and then takes no other store; empty: any"
     )
@@ -287,6 +300,11 @@ class DataConfig:
     )
 
     @property
+    def named(self) -> str:
+        """The store, or the stores, as messages name them."""
+        return " + ".join(self.stores) or self.store
+
+    @property
     def weights(self) -> dict[str, dict[str, float]]:
         """The fields and their weights by side, "query" and "document"."""
         return {"query": self.query_fields, "document": self.document_fields}
@@ -325,8 +343,9 @@ class OptimConfig:
     steps: int = option(0, "steps to train, in place of both", at_least=0)
     batch_size: int = option(
         0,
-        "pairs of a step, on all devices together; 0: 256, or of fewer than 2048 pairs the largest "
-        "power of 2 that leaves an epoch 8 steps, but 32 if there are as many",
+        "pairs of a step, on all devices together; 0: 256, or of fewer than 2048 pairs (of the "
+        "smallest store) the largest power of 2 that leaves an epoch 8 steps, but 32 if there are "
+        "as many",
         at_least=0,
         at_most=2**24,
     )

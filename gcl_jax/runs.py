@@ -24,7 +24,7 @@ from gcl_jax import config, distributed, paths
 from gcl_jax.config import DataConfig, MeshConfig, ModelConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError, UserError, spelled
-from gcl_jax.prepare.stores import open_store
+from gcl_jax.prepare.stores import open_stores
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -160,7 +160,7 @@ def load_run(
         # What is said of the run's own store need not fit another.
         cfg.data, cfg.eval.splits, cfg.eval.query_fields = data, (), ()
         cfg.loss.pair_weights = {}
-    store = open_store(cfg.data.store)
+    store = open_stores(cfg.data)
     return Run(store.resolve(cfg), store, params, mesh, step)
 
 
@@ -171,7 +171,7 @@ def one_store(workdirs: Sequence[Path]) -> RankedStore:
         ConfigError, DataError: a directory is no run, or its store is gone.
         UserError: there is more than one store.
     """
-    stores = [open_store(load_config(workdir).data.store) for workdir in workdirs]
+    stores = [open_stores(load_config(workdir).data) for workdir in workdirs]
     for workdir, found in zip(workdirs, stores, strict=True):
         if found.directory.resolve() != stores[0].directory.resolve():
             raise UserError(

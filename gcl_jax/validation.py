@@ -93,7 +93,7 @@ def example(one: Described) -> Any:
     if one.default or not (isinstance(one.default, tuple | dict)):
         return one.default
     if isinstance(one.default, dict):
-        return {"image": 0.9}
+        return {"emoji": 1.0} if one.option.path else {"image": 0.9}
     return {str: ("a", "b"), int: (64, 128), float: (0.5, 1.0)}[typing.get_args(one.type)[0]]
 
 
@@ -171,6 +171,11 @@ def _validate_model(cfg: TrainConfig) -> None:
 
 
 def _validate_data(cfg: TrainConfig) -> None:
+    require(
+        not (cfg.data.stores and cfg.data.negatives),
+        f"data.negatives={cfg.data.negatives!r} are those of one store, and data.stores names "
+        "several; leave one out (data.text_negatives goes with both)",
+    )
     for side in ("query_fields", "document_fields"):
         weights = getattr(cfg.data, side)
         require(not weights or sum(weights.values()) > 0, f"data.{side}: all weights are 0")

@@ -10,6 +10,7 @@ from test_prepare import write_table
 
 from gcl_jax.config import ObjectivesConfig
 from gcl_jax.data.__main__ import as_text, figures
+from gcl_jax.data.negatives import records_fingerprint
 from gcl_jax.embed import vectors
 from gcl_jax.embed.embedder import Corpus
 from gcl_jax.errors import ConfigError, DataError
@@ -99,7 +100,7 @@ def embeddings(store, side, rows, rng):
     """A folder's contents, as `vectors` reads them, and what it depends on; record 1 is zeros."""
     x = rng.normal(size=(len(rows), 8)).astype(np.float32)
     x[rows == 1] = 0
-    manifest = {"store": {"fingerprint": vectors.fingerprint(store, side)}}
+    manifest = {"store": {"fingerprint": records_fingerprint(store, side)}}
     return Corpus(rows, {"merged": x}), manifest
 
 

@@ -30,7 +30,7 @@ from collections.abc import Iterable
 from gcl_jax import distributed, runs
 from gcl_jax.compare.comparison import ROWS, Comparison
 from gcl_jax.config import TrainConfig
-from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
+from gcl_jax.errors import ArgumentParser, ConfigError, UserError, reported_in_one_line
 from gcl_jax.paths import output_path
 from gcl_jax.prepare.stores import open_store
 from gcl_jax.train import flags
@@ -57,7 +57,13 @@ def configuration(
         kinds = open_store(str(store)).kinds.values()
         if not any("image" in has.values() for has in kinds):
             fitting.append(("model.vision", "none"))
-    return flags.read_config(file or CONFIG, [*fitting, *overrides])
+    cfg = flags.read_config(file or CONFIG, [*fitting, *overrides])
+    if cfg.data.stores:
+        raise ConfigError(
+            f"config.data.stores: rows are of one store: compare on each of {cfg.data.named}, "
+            "with --store and a config without"
+        )
+    return cfg
 
 
 def names(text: str) -> tuple[str, ...]:

@@ -24,6 +24,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.mixture import Mixture
 from gcl_jax.data.store import RankedStore, read_checksums
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.paths import local_path
@@ -65,6 +66,24 @@ def pairs_fingerprint(store: RankedStore, split: str) -> dict[str, Any]:
         "pairs": len(store.pairs(split)),
         "records": hashlib.sha256(together.encode()).hexdigest(),
     }
+
+
+def records_fingerprint(store: RankedStore, side: str) -> str:
+    """Changes with the records of that side of the store, not with its pairs."""
+    if isinstance(store, Mixture):
+        parts = "\n".join(records_fingerprint(one, side) for one in store.stores.values())
+        return hashlib.sha256(parts.encode()).hexdigest()
+    folder = "documents" if side == "document" else "queries"
+    try:
+        known = read_checksums(store.directory)
+    except DataError:  # removed by hand: size and time tell a changed file then
+        files = [path for path in (store.directory / folder).rglob("*") if path.is_file()]
+        known = {
+            str(path.relative_to(store.directory)): f"{stat.st_size} {stat.st_mtime_ns}"
+            for path, stat in ((path, path.stat()) for path in files)
+        }
+    lines = sorted(f"{n} {digest}" for n, digest in known.items() if n.startswith(f"{folder}/"))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def negative_files(source: str, store: RankedStore, split: str) -> dict[str, Path]:

@@ -18,12 +18,14 @@ import bisect
 import functools
 import threading
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import grain
 import numpy as np
 from jaxtyping import Float, Int
 
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.mixture import Selection, of_stores, parts, turns
 from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.errors import ConfigError, DataError
 
@@ -51,6 +53,12 @@ def sampled(rows: grain.MapDataset, cfg: TrainConfig, pairs: Pairs) -> grain.Map
     """
     data, size = cfg.data, cfg.optim.batch_size
     length = pairs_per_epoch(cfg, pairs)
+    if len(pairs.starts) > 1:
+        each = zip(of_stores(pairs), parts(cfg, pairs), strict=True)
+        streams = [sampled(rows[places], *own) for places, own in each]
+        run = size if data.batch_of == "one_store" else 1
+        selection: Any = Selection(turns(cfg), run, length, cfg.seed)
+        return grain.MapDataset.select_from_datasets(streams, selection)
     if data.sampler == "score":
         draw = functools.partial(draw_pairs, Proportional(pairs.score), size)
         if data.unique_queries:
@@ -66,11 +74,14 @@ def sampled(rows: grain.MapDataset, cfg: TrainConfig, pairs: Pairs) -> grain.Map
 
 
 def pairs_per_epoch(cfg: TrainConfig, pairs: Pairs) -> int:
-    """How many rows an epoch has: all pairs, or those that have a place under `unique_queries`.
+    """How many rows an epoch has: all pairs, or those that have a place under `unique_queries`; of
+    several stores together, although each comes as often as its weight says.
 
     Raises:
         ConfigError: a batch has more rows than there are pairs, or with `unique_queries` queries.
     """
+    if len(pairs.starts) > 1:
+        return sum(pairs_per_epoch(*own) for own in parts(cfg, pairs))
     size = cfg.optim.batch_size
     if size > len(pairs) and cfg.data.sampler == "uniform":
         raise ConfigError(
@@ -95,6 +106,8 @@ def repeated_rows(cfg: TrainConfig, pairs: Pairs) -> float:
     """How many rows of a batch, on average, hold a pair that it has already: scores draw it again,
     or the batch reaches from one epoch into the next."""
     size, n = cfg.optim.batch_size, len(pairs)
+    if len(pairs.starts) > 1:
+        return max(repeated_rows(*own) for own in parts(cfg, pairs))
     if cfg.data.unique_queries:
         return 0.0
     if cfg.data.sampler == "score":

@@ -47,12 +47,13 @@ MANIFEST = "store.json"
 class Pairs:
     """Scored pairs as columns of equal length: `query` and `document` are row numbers (int32) in
     the store, `score` (float32) lies in [1, 100]; `teacher_score` (float32) is what another model
-    says, any number or NaN, if anything."""
+    says, any number or NaN, if anything; `starts` is where those of each store of several begin."""
 
     query: np.ndarray
     document: np.ndarray
     score: np.ndarray
     teacher_score: np.ndarray | None = None
+    starts: tuple[int, ...] = (0,)
 
     def __len__(self) -> int:
         return len(self.query)
@@ -76,7 +77,7 @@ def reading(part: Path, store: Path) -> Iterator[None]:
 
 
 def _load(folder: Path, store: Path) -> Pairs:
-    found = {name: folder / f"{name}.npy" for name in Pairs.__slots__}
+    found = {name: folder / f"{name}.npy" for name in (*COLUMNS, "teacher_score")}
     if not found["teacher_score"].is_file():
         del found["teacher_score"]
     with reading(folder, store):
@@ -308,8 +309,7 @@ class RankedStore:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a path below a folder, or in an archive, is what an operating system left there:
-    .DS_Store, ._a.jpg, __MACOSX."""
+    """Whether a path is what an operating system left there: .DS_Store, ._a.jpg, __MACOSX."""
     return any(p == "__MACOSX" or (p[0] == "." and p != "..") for p in PurePosixPath(name).parts)
 
 

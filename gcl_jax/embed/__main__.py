@@ -20,7 +20,7 @@ from gcl_jax.config import DataConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line, spelled, to_install
 from gcl_jax.paths import local_path, output_path, replacing
-from gcl_jax.prepare.stores import open_store
+from gcl_jax.prepare.stores import open_stores
 
 if TYPE_CHECKING:
     from gcl_jax.data.pipeline import Side
@@ -53,10 +53,11 @@ def embed_run(args: argparse.Namespace) -> None:
     if args.store or args.query_fields or args.document_fields:
         data = DataConfig(
             store=str(args.store or trained.store),
+            stores={} if args.store else trained.stores,
             query_fields=args.query_fields or trained.query_fields,
             document_fields=args.document_fields or trained.document_fields,
         )
-    store = open_store((data or trained).store)
+    store = open_stores(data or trained)
     if args.split is not None:
         store.pairs(args.split)
 

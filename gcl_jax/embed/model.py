@@ -23,7 +23,7 @@ from gcl_jax.models.clip import abstract_params
 from gcl_jax.models.flops import Kinds
 from gcl_jax.models.presets import PRESETS
 from gcl_jax.paths import local_path, path_of
-from gcl_jax.prepare.stores import open_store
+from gcl_jax.prepare.stores import open_stores
 from gcl_jax.runs import NEWEST, is_run, load_model, set_embed_dim
 from gcl_jax.sharding import Params
 from gcl_jax.validation import validate
@@ -129,7 +129,7 @@ class Model:
         weights = weights or {field: 1.0 for row in rows for field in row if field != "id"}
         if self._kinds is None:
             raise UserError(
-                f"the store of this run, {self.cfg.data.store}, is gone: say which fields are "
+                f"the store of this run, {self.cfg.data.named}, is gone: say which fields are "
                 "images with gcl_jax.load(..., image_fields=[...])"
             )
         found = self._embed(name, rows, self._kinds[side], weights, side)
@@ -279,7 +279,7 @@ def load(
     kinds = None if image_fields is None else _texts_but(image_fields)
     cfg, params, mesh, step = load_model(folder, str(checkpoint))
     try:
-        store = open_store(cfg.data.store)
+        store = open_stores(cfg.data)
         cfg, kinds = store.resolve(cfg), kinds or store.kinds
     except DataError:  # gone, or another: texts and images can be embedded all the same
         pass

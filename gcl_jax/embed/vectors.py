@@ -31,8 +31,9 @@ from jax.experimental import multihost_utils
 
 from gcl_jax import distributed, paths
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.negatives import records_fingerprint
 from gcl_jax.data.pipeline import Side
-from gcl_jax.data.store import RankedStore, is_locked, locked, read_checksums
+from gcl_jax.data.store import RankedStore, is_locked, locked
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
 from gcl_jax.paths import address, digest_of, filesystem, remote, write_json
@@ -94,26 +95,11 @@ class Task:
             "checkpoint": {"step": self.step, "parameters": self.parameters},
             "store": {
                 "path": paths.address(directory) or str(directory.resolve()),
-                "fingerprint": fingerprint(self.store, self.side),
+                "fingerprint": records_fingerprint(self.store, self.side),
             },
             # As JSON, where a list and a tuple are the same.
             "model": json.loads(json.dumps(dataclasses.asdict(self.cfg.model))),
         }
-
-
-def fingerprint(store: RankedStore, side: Side) -> str:
-    """Changes with the records of that side of the store, not with its pairs."""
-    folder = "documents" if side == "document" else "queries"
-    try:
-        known = read_checksums(store.directory)
-    except DataError:  # removed by hand: size and time tell a changed file then
-        files = [path for path in (store.directory / folder).rglob("*") if path.is_file()]
-        known = {
-            str(path.relative_to(store.directory)): f"{stat.st_size} {stat.st_mtime_ns}"
-            for path, stat in ((path, path.stat()) for path in files)
-        }
-    lines = sorted(f"{n} {digest}" for n, digest in known.items() if n.startswith(f"{folder}/"))
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def key(manifest: dict) -> str:

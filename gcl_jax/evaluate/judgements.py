@@ -12,12 +12,12 @@ FIELD       the values of a text field of the queries; "category" is taken unask
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.store import Pairs, RankedStore
+from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.evaluate.metrics import lookup_grades
 from gcl_jax.evaluate.trec import SEPARATOR
@@ -46,6 +46,13 @@ class Judgements:
     def of(self, ranked: np.ndarray) -> np.ndarray:
         """Grades (q, k), 0 where unjudged, of ranked documents, by positions in the corpus."""
         return lookup_grades(ranked, self.documents, self.grades)
+
+
+def ids_in(records: Records, rows: Iterable[int], split: str) -> list[str]:
+    """The ids by which results of `split` name records: those of its own store, where a run has
+    several, so that they are comparable with those of a run on that store alone."""
+    store = split[: split.find("/") + 1]
+    return [records.ids[row].removeprefix(store) for row in rows]
 
 
 def ground_truth_of(cfg: TrainConfig, store: RankedStore, split: str) -> str:

@@ -26,6 +26,7 @@ from gcl_jax.evaluate import metrics, results, trec
 from gcl_jax.evaluate.judgements import (
     Judgements,
     ground_truth_of,
+    ids_in,
     load_judgements,
     query_groups,
 )
@@ -97,8 +98,8 @@ def evaluate_splits(
             queries.take(np.searchsorted(query_rows, judged[split].queries)),
             documents.of(corpus),
             document_rank[corpus],
-            [store.queries.ids[row] for row in judged[split].queries],
-            [store.documents.ids[row] for row in corpus] if rankings else None,
+            ids_in(store.queries, judged[split].queries, split),
+            ids_in(store.documents, corpus, split) if rankings else None,
             groups.get(split, {}),
             words_of(cfg, store, judged[split].queries, corpus) if by_words else None,
         )

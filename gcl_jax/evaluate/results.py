@@ -132,7 +132,7 @@ def write(path: Path, report: dict, result: SplitResult) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     columns = {name: result.merged[key] for name, key in metrics.names("columns").items()}
     columns |= {GROUP_COLUMN + name: pa.array(x) for name, x in result.groups.items()}
     with replacing(path.with_name(f"{path.name}.parquet")) as unfinished:
@@ -359,8 +359,9 @@ def format_comparison(a: Path, b: Path, comparison: Mapping[str, Mapping[str, Di
 
 
 def _evaluations(directory: Path) -> dict[str, Path]:
-    folder = directory / "eval" if (directory / "eval").is_dir() else directory
-    files = {path.name.removesuffix(".parquet"): path for path in sorted(folder.glob("*.parquet"))}
+    folder = directory / "eval" if (of_run := (directory / "eval").is_dir()) else directory
+    found = sorted(folder.glob("**/*.parquet" if of_run else "*.parquet"))
+    files = {path.relative_to(folder).as_posix().removesuffix(".parquet"): path for path in found}
     if not files:
         raise DataError(
             f"{directory} has no evaluation: python -m gcl_jax.evaluate --workdir={directory}"

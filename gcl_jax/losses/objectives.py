@@ -208,7 +208,7 @@ def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:
             raise DataError(
                 f"config.loss.objectives.{name} learns from graded relevance, but all "
                 f"{len(loss_weights)} pairs of split {cfg.data.train_split!r} of store "
-                f"{cfg.data.store} have the loss weight {loss_weights.min():g}: give scores that "
+                f"{cfg.data.named} have the loss weight {loss_weights.min():g}: give scores that "
                 "differ and a config.loss.score_to_weight other than 'constant', or use "
                 "objectives.gcl"
             )

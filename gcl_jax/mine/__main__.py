@@ -25,8 +25,9 @@ import numpy as np
 from jaxtyping import Int
 
 from gcl_jax import distributed, paths, runs
+from gcl_jax.data.mixture import Mixture
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
-from gcl_jax.errors import ArgumentParser, DataError, reported_in_one_line, spelled
+from gcl_jax.errors import ArgumentParser, DataError, UserError, reported_in_one_line, spelled
 from gcl_jax.mine.mining import Mining, embedded, mine_split
 from gcl_jax.paths import local_path, output_path, write_json
 from gcl_jax.prepare.stores import publish, vacant
@@ -52,7 +53,11 @@ def mine_run(
         DataError: not a single one is left.
     """
     # What may be missing is told before jax and the model are loaded.
-    one_store([workdir])
+    if isinstance(store := one_store([workdir]), Mixture):
+        raise UserError(
+            f"{workdir} was trained on {', '.join(store.stores)}, and negatives are those of one "
+            "store: mine with a run that was trained on one"
+        )
 
     from gcl_jax.embed.embedder import Embedder
     from gcl_jax.runs import load_run

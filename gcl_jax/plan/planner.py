@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from gcl_jax import optim
 from gcl_jax.checkpoints.state import TrainState, abstract_state
 from gcl_jax.config import TrainConfig
+from gcl_jax.data.mixture import fewest
 from gcl_jax.data.negatives import negative_sides
 from gcl_jax.errors import ConfigError
 from gcl_jax.losses.blockwise import fitting_block_size
@@ -28,10 +29,10 @@ from gcl_jax.models.clip import abstract_model, with_shardings
 from gcl_jax.plan.hlo import Collective, read_collectives, read_program
 from gcl_jax.plan.topology import Topology, why_not
 from gcl_jax.plan.work import Work, read_work
-from gcl_jax.prepare.stores import open_store
+from gcl_jax.prepare.stores import open_stores
 from gcl_jax.registry import SOURCES
 from gcl_jax.sharding import batch_sharding, bytes_per_device, make_mesh, replicated
-from gcl_jax.train.setup import spelled_out
+from gcl_jax.train.setup import batch_size, spelled_out
 from gcl_jax.train.step import known_weights, make_train_step
 
 GIB, MIB = 2**30, 2**20
@@ -63,13 +64,14 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
         ConfigError: an image field of a model without image tower.
         DataError: a store that is damaged or lacks what `cfg` names.
     """
-    name, pairs, wants_known = cfg.data.store, ASSUMED_PAIRS, cfg.loss.targets == "known"
-    known, given = None, tuple[str, ...]()
-    if name in SOURCES or (Path(name) / "store.json").is_file():
-        store = open_store(name)
-        cfg = store.resolve(cfg)
-        kinds = store.kinds
-        pairs, note = len(store.pairs(cfg.data.train_split)), f"store {name}"
+    names, wants_known = tuple(cfg.data.stores) or (cfg.data.store,), cfg.loss.targets == "known"
+    pairs, known, given = ASSUMED_PAIRS, None, tuple[str, ...]()
+    if all(name in SOURCES or (Path(name) / "store.json").is_file() for name in names):
+        store = open_stores(cfg.data)
+        cfg, kinds = store.resolve(cfg), store.kinds
+        found = store.pairs(cfg.data.train_split)
+        cfg.optim.batch_size = cfg.optim.batch_size or batch_size(fewest(found))
+        pairs, note = len(found), f"store {cfg.data.named}"
         given = negative_sides(cfg.data.negatives, store, cfg.data.train_split)
         if wants_known:
             weights = known_weights(cfg, store)
@@ -86,9 +88,8 @@ def resolve(cfg: TrainConfig, image_fields: Iterable[str] = ("image",)) -> tuple
             side: {field: "image" if field in images else "text" for field in fields}
             for side, fields in cfg.data.weights.items()
         }
-        note = f"no store at {name}: fields as the config names them, {ASSUMED_PAIRS:,} pairs"
-        if cfg.data.negatives:
-            given = ("document",)
+        note = f"no store at {cfg.data.named}: fields as the config says, {ASSUMED_PAIRS:,} pairs"
+        given = ("document",) if cfg.data.negatives else ()
         if wants_known:
             array: Any = jax.ShapeDtypeStruct
             starts, weights = array((ASSUMED_QUERIES + 1,), np.int32), array((pairs,), np.float32)

@@ -104,7 +104,9 @@ def read_metrics(
     with the parameters of the digest `checkpoint`, shortened embeddings as "SPLIT, first DIM
     dimensions"; the others are named on stderr."""
     metrics = {}
-    for path in sorted((workdir / "eval").glob("*.json")):
+    folders = {workdir / "eval" / split.rpartition("/")[0] for split in cfg.eval.splits}
+    files = (path for one in {workdir / "eval", *folders} for path in one.glob("*.json"))
+    for path in sorted(files):
         if path.name.endswith((".gt_results.json", ".retrieval.json")):  # of `--write_runs`
             continue
         try:

@@ -11,7 +11,9 @@ from pathlib import Path, PurePath
 import numpy as np
 
 from gcl_jax import config, logs, paths
+from gcl_jax.config import DataConfig
 from gcl_jax.data import store
+from gcl_jax.data.mixture import Mixture
 from gcl_jax.data.negatives import save_negatives
 from gcl_jax.data.store import MANIFEST, VERSION, Pairs, RankedStore
 from gcl_jax.errors import ConfigError, DataError, UserError, naming
@@ -44,6 +46,17 @@ def open_store(name: str) -> RankedStore:
         ConfigError, DataError: as there; the store is damaged.
     """
     return RankedStore(directory_of(name))
+
+
+def open_stores(data: DataConfig) -> RankedStore:
+    """The store that `data` names, or the several ones of `data.stores` as one.
+
+    Raises:
+        ConfigError, DataError: as `open_store`; stores that do not go together.
+    """
+    if not data.stores:
+        return open_store(data.store)
+    return Mixture({name: open_store(name) for name in sorted(data.stores)})
 
 
 def directory_of(name: str) -> Path:

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gcl_jax import logs
-from gcl_jax.data.store import Pairs
+from gcl_jax.data.store import COLUMNS, Pairs
 from gcl_jax.data.tokenizer import CLEANERS
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.prepare.records import (
@@ -143,7 +143,7 @@ class TablesSource(Source):
             corpus = {name: one.format(half) for name, (_, half) in self._drawn.items()}
         if len(pairs) and (empty := [name for name, mask in masks.items() if not mask.any()]):
             raise DataError(f"no pair is left for split {empty[0]!r}; give more, or fewer splits")
-        columns = Pairs.__slots__
+        columns = *COLUMNS, "teacher_score"
         positions = {"query": self._queries.positions(), "document": self._documents.positions()}
         return {
             name: Split(

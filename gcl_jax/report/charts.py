@@ -89,7 +89,9 @@ def training_charts(rows: Sequence[dict[str, float]], splits: Sequence[str]) -> 
     shown = metrics.names("brief")
     for row in rows:
         for key, value in row.items():
-            head, _, tail = key.partition("/")
+            head, _, tail = key.rpartition("/")
+            if head not in splits:
+                head, _, tail = key.partition("/")
             if key == "step" or not math.isfinite(value):
                 continue
             if head not in splits:

@@ -16,7 +16,7 @@ from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.data.transforms import thumbnail
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.evaluate.judgements import Judgements, load_judgements
+from gcl_jax.evaluate.judgements import Judgements, ids_in, load_judgements
 from gcl_jax.evaluate.metrics import evaluate_rankings
 from gcl_jax.evaluate.results import compare
 from gcl_jax.paths import replacing
@@ -145,7 +145,7 @@ def read_sample(workdir: Path, cfg: TrainConfig, store: RankedStore, split: str)
     except (OSError, pa.ArrowException, KeyError):
         raise DataError(f"{path} is missing or damaged; {again}") from None
     judgements = load_judgements(cfg, store, split, max(1, len(ndcg)))
-    ids = [store.queries.ids[row] for row in judgements.queries]
+    ids = ids_in(store.queries, judgements.queries, split)
     if ndcg.keys() != set(ids):
         raise DataError(f"{path} evaluates other queries than the store has now; {again}")
     return Sample(judgements, np.array([ndcg[id_] for id_ in ids]))

@@ -141,9 +141,11 @@ def _set_option(part: Any, name: str, hint: Any, key: str, rest: list[str], text
     value = _parsed(text, hint)
     if not is_of(value, hint):
         one = next(one for one in described() if f"{key}.".startswith(f"{one.key}."))
-        found = 1.0 if rest else example(one)
-        example_key = f"{key}.image" if isinstance(found, dict) else key
-        shown = 0.9 if isinstance(found, dict) else _as_text(found)
+        found, example_key = 1.0 if rest else example(one), key
+        if isinstance(found, dict):
+            entry, found = next(iter(found.items()))
+            example_key = f"{key}.{entry}"
+        shown = _as_text(found)
         raise ConfigError(
             f"config.{key}={text!r} must be {in_words(hint)}; write for example "
             f"--config.{example_key}={shown}"

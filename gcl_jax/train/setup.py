@@ -22,9 +22,10 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.checkpoints.saved import require_fit
 from gcl_jax.checkpoints.state import TrainState, abstract_state, init_state
 from gcl_jax.config import ModelConfig, TrainConfig
+from gcl_jax.data import mixture
 from gcl_jax.data.pipeline import longest_texts, padded_length, sampled_pairs, train_batches
 from gcl_jax.data.sampling import advice, pair_weights, pairs_per_epoch, records_without_fields
-from gcl_jax.data.store import HELD_OUT, Pairs, RankedStore
+from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, did_you_mean
 from gcl_jax.evaluate import metrics
@@ -32,15 +33,13 @@ from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.models.layers import Numerics
-from gcl_jax.prepare.stores import open_store
+from gcl_jax.prepare.stores import open_stores
 from gcl_jax.runs import is_run, load_config, require_sealed
 from gcl_jax.sharding import Params
 from gcl_jax.train.flags import RESUMABLE
 from gcl_jax.train.refresh import Refresh, schedule
 from gcl_jax.train.step import MAX_LOGIT_SCALE, Metrics, known_weights, make_train_step
 from gcl_jax.validation import CHECKPOINT_EVERY, checkpoint_every, validate
-
-VALIDATION = re.compile(r"(val|valid|validation|dev)(?![a-z])", re.IGNORECASE)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -82,14 +81,14 @@ def make_training(cfg: TrainConfig) -> Training:
     # may take minutes.
     tx, text = optim.make_optimizer(cfg.optim, 1, parameters), cfg.model.text
     load_tokenizer(text.tokenizer, text.context_length, text.clean)
-    store, asked = open_store(cfg.data.store), cfg
+    store, asked = open_stores(cfg.data), cfg
     cfg = store.resolve(cfg)
     # Else GPUs would wait for each other in programs that differ.
     kernel = Numerics.of(cfg.model, jax.default_backend()).attention
     distributed.require_alike({"the code": distributed.code(), "what attends": kernel})
     distributed.require_alike(_options(cfg))
     split = cfg.data.train_split
-    if not asked.data.train_split and HELD_OUT.match(split):
+    if not asked.data.train_split and mixture.is_held_out(split):
         raise ConfigError(
             f"store {store.directory} has no split to train on, only {', '.join(store.splits)}; to "
             f"train on one of these all the same, name it: --config.data.train_split={split}"
@@ -117,7 +116,8 @@ def make_training(cfg: TrainConfig) -> Training:
             "each epoch, others every time"
         )
     steps = optim.total_steps(cfg.optim, epoch)
-    distributed.announce(in_words(cfg, steps, epoch))
+    for line in (in_words(cfg, steps, epoch), *mixture.in_words(cfg, pairs, steps)):
+        distributed.announce(line)
     for line in advice(cfg, pairs, steps, not asked.optim.batch_size):
         distributed.announce(f"warning: {line}")
     tx = optim.make_optimizer(cfg.optim, steps, parameters)
@@ -151,7 +151,7 @@ def spelled_out(cfg: TrainConfig, pairs: Pairs | int) -> TrainConfig:
     """
     cfg = copy.deepcopy(cfg)
     options, evaluation, checkpoint = cfg.optim, cfg.eval, cfg.checkpoint
-    count = pairs if isinstance(pairs, int) else len(pairs)
+    count = pairs if isinstance(pairs, int) else mixture.fewest(pairs)
     options.batch_size = options.batch_size or batch_size(count)
     epoch = pairs if isinstance(pairs, int) else pairs_per_epoch(cfg, pairs)
     if not (options.steps or options.examples):
@@ -159,8 +159,7 @@ def spelled_out(cfg: TrainConfig, pairs: Pairs | int) -> TrainConfig:
     steps = optim.total_steps(options, epoch)
     options.warmup_steps = optim.warmup_steps(options, steps)
     schedule(cfg.data, steps)
-    held_out = [name for name in evaluation.splits if VALIDATION.match(name)]
-    held_out = [name for name in held_out if name != cfg.data.train_split]
+    held_out = mixture.validation_splits(cfg)
     if evaluation.every is None:
         unit = checkpoint.every or (CHECKPOINT_EVERY if steps >= 10 * CHECKPOINT_EVERY else 1)
         tenth = unit * max(1, round(steps / 10 / unit))
@@ -371,7 +370,7 @@ def check_same_run(
     digests = {started.data.digest, cfg.data.digest} - {""}
     if len(digests) > 1:
         raise ConfigError(
-            f"store {cfg.data.store} has been prepared again: its contents are not those that the "
+            f"store {cfg.data.named} has been prepared again: its contents are not those that the "
             f"run in {workdir} was trained on; prepare it as it was, or choose another --workdir"
         )
     # As JSON, where a list and a tuple are the same.

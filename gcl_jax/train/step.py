@@ -21,7 +21,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from gcl_jax.checkpoints.state import TrainState, state_shardings
 from gcl_jax.config import TrainConfig
-from gcl_jax.data.negatives import SIDES
+from gcl_jax.data.negatives import SIDES, records_fingerprint
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.sampling import pair_weights
 from gcl_jax.data.store import Pairs, RankedStore
@@ -104,7 +104,7 @@ def _cosines(folder: Path, store: RankedStore, pairs: Pairs) -> np.ndarray:
         except DataError as error:
             raise DataError(f"config.loss.distill_from: {error}, with --side=both") from None
         manifest = vectors.read_manifest(folder / name)
-        if not manifest or manifest["store"]["fingerprint"] != vectors.fingerprint(store, side):
+        if not manifest or manifest["store"]["fingerprint"] != records_fingerprint(store, side):
             raise DataError(
                 f"config.loss.distill_from: {folder / name} is of the {name} of another store; "
                 f"embed those of {store.directory} with --store, by the teacher's run"
