@@ -584,6 +584,12 @@ class LossConfig:
     pair_weights: dict[str, float] = option(
         {}, "weight of one such term, by its name QUERY_FIELD:DOCUMENT_FIELD", at_least=0
     )
+    side_pairs: float = option(
+        0.0,
+        "weight that the terms of two fields of one side share, such as a document's image by its "
+        "title",
+        at_least=0,
+    )
     mask_duplicates: bool = option(
         False, "another pair of the same query or document is no negative"
     )

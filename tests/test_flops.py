@@ -106,7 +106,9 @@ def test_the_loss_is_counted_for_every_matrix_of_logits():
     assert loss_flops(cfg) == 2 * one
     cfg.loss.objectives = ObjectivesConfig(gcl=1.0, fused=1.0)
     assert loss_flops(cfg) == (2 + 9) * one  # three kinds of embeddings against three
-    cfg.loss.matryoshka_dims = (256, 512)
+    cfg.loss.side_pairs = 1.0
+    assert loss_flops(cfg) == (2 + 1 + 9) * one  # image:title
+    cfg.loss.side_pairs, cfg.loss.matryoshka_dims = 0.0, (256, 512)
     assert loss_flops(cfg) == (2 + 9) * 1.5 * one
     cfg = config(text_negatives="swap", num_negatives=3)
     cfg.loss.objectives = ObjectivesConfig(gcl=0.0, hard_negatives=1.0)

@@ -381,6 +381,19 @@ def test_data_that_an_objective_lacks_are_named(name, key, value):
     check_data(cfg, weights)
 
 
+@pytest.mark.parametrize(
+    ("gcl", "fields"), [(1.0, {"title": 1.0}), (0.0, {"image": 0.5, "title": 0.5})]
+)
+def test_terms_inside_a_side_need_two_fields_and_an_objective(gcl, fields):
+    cfg, weights = config_of("fused"), np.ones(3, np.float32)
+    cfg.data.query_fields, cfg.data.document_fields = {"query": 1.0}, fields
+    cfg.loss.objectives.gcl, cfg.loss.side_pairs = gcl, 0.5
+    with pytest.raises(DataError, match=r"config.loss.side_pairs=0.5 is of .*; leave it at 0"):
+        check_data(cfg, weights)
+    cfg.loss.objectives.gcl, cfg.data.document_fields = 1.0, {"image": 0.5, "title": 0.5}
+    check_data(cfg, weights)
+
+
 def test_negatives_that_no_objective_looks_at_are_refused():
     cfg = config_of("gcl")
     cfg.data.text_negatives = "swap"

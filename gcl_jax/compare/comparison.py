@@ -47,7 +47,7 @@ LOSSES = {
 TRAINED = (*LOSSES, "config")
 # Of the config's loss, what these have, too.
 KEPT = (
-    *("merged", "field_pairs", "pair_weights", "mask_duplicates", "matryoshka_dims"),
+    *("merged", "field_pairs", "side_pairs", "pair_weights", "mask_duplicates", "matryoshka_dims"),
     *("form", "dtype", "kernel"),
 )
 PARTS = re.compile(r"(model|data|loss|optim|eval)\.|init_from$")  # of a config: they make results

@@ -6,10 +6,15 @@ over the objectives o that have a weight. The pair terms are a reconstruction: t
 no trainer. By default they share the weight `field_pairs` equally; `pair_weights` sets single ones,
 by name "QUERY_FIELD:DOCUMENT_FIELD". Objectives that look at more than pairs of fields have the
 merged embeddings as their one term.
+
+`side_pairs` adds terms inside a side: two fields of a document, or of a query, find each other
+among those of the batch. They belong together whatever the scores say, so all weights are 1, and
+other rows of the same document (or query) are no negatives.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -38,6 +43,16 @@ def pair_term_weights(loss: LossConfig, data: DataConfig) -> dict[tuple[str, str
     pairs = [(q, d) for q in data.query_fields for d in data.document_fields]
     default = loss.field_pairs / len(pairs) if len(pairs) > 1 else 0.0
     return {(q, d): loss.pair_weights.get(f"{q}:{d}", default) for q, d in pairs}
+
+
+def side_term_weights(loss: LossConfig, data: DataConfig) -> dict[tuple[str, str, str], float]:
+    """The weight of every (side, field, other field of that side)."""
+    pairs = [
+        (side, *fields)
+        for side, named in data.weights.items()
+        for fields in itertools.combinations(named, 2)
+    ]
+    return {pair: loss.side_pairs / len(pairs) for pair in pairs} if loss.side_pairs else {}
 
 
 def product_dtype(cfg: TrainConfig) -> str:
@@ -97,8 +112,10 @@ def loss_flops(cfg: TrainConfig) -> float:
     8 B^2 D for each matrix of logits, which is made twice and multiplied three times
     (docs/loss.md)."""
     terms = bool(cfg.loss.merged) + sum(map(bool, pair_term_weights(cfg.loss, cfg.data).values()))
+    within = len(side_term_weights(cfg.loss, cfg.data))
     matrices = sum(
-        one.matrices(cfg) * (1 if one.of_merged else terms) for one in asked(cfg.loss).values()
+        one.matrices(cfg) * (1 if one.of_merged else terms + within * (not one.needs_known))
+        for one in asked(cfg.loss).values()
     )
     dims = cfg.loss.matryoshka_dims or (cfg.model.embed_dim,)
     return 8.0 * cfg.optim.batch_size**2 * sum(dims) * matrices
@@ -114,7 +131,8 @@ def multi_field_loss(
     data: DataConfig,
     mesh: Mesh,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Returns (total, {"OBJECTIVE/TERM": value}), the terms "merged" and "FIELD:FIELD".
+    """Returns (total, {"OBJECTIVE/TERM": value}), the terms "merged", "FIELD:FIELD" and "SIDE
+    FIELD:FIELD".
 
     Args:
         embeddings: of "query" and "document" {field: float32 (b, e)}, of "view_query" and
@@ -127,7 +145,8 @@ def multi_field_loss(
         logit_scale: the factor itself.
     """
     merged = merged_batch(embeddings, batch, logit_scale, loss, data, mesh)
-    logits, term_weights = _of_terms(merged, embeddings, batch, logit_bias, loss, data)
+    across = _of_terms(merged, embeddings, batch, logit_bias, loss, data)
+    within = _within_sides(merged, embeddings, batch, logit_bias, loss, data)
     total = jnp.float32(0)
     values: dict[str, jax.Array] = {}
     for name, one in asked(loss).items():
@@ -136,9 +155,11 @@ def multi_field_loss(
             terms = {"merged": one.function(merged, loss)}
             total += weight * terms["merged"]
         else:
-            losses = one.function(logits, loss) if term_weights else []
-            terms = dict(zip(term_weights, losses, strict=True))
-            total += weight * sum(term_weights[term] * value for term, value in terms.items())
+            terms = {}
+            for logits, term_weights in (across,) if one.needs_known else (across, within):
+                losses = one.function(logits, loss) if term_weights else []
+                terms |= dict(zip(term_weights, losses, strict=True))
+                total += weight * sum(term_weights[term] * terms[term] for term in term_weights)
         values |= {f"{name}/{term}": value for term, value in terms.items()}
     return total, values
 
@@ -159,6 +180,22 @@ def _of_terms(
     alone = {field: normalize(x) for field, x in embeddings["document"].items()}
     documents = {**alone, MERGED: merged.documents}
     return merged.logits(queries, documents, terms, known=merged.known, bias=bias), term_weights
+
+
+def _within_sides(
+    merged: Merged, embeddings: Embeddings, batch: Mapping, bias, loss: LossConfig, data: DataConfig
+) -> tuple[Logits, dict[str, float]]:
+    """The same of two fields of one side."""
+    terms, term_weights, fields = [], {}, dict[str, jax.Array]()
+    for (side, a, b), weight in side_term_weights(loss, data).items():
+        present, ids = batch[f"{side}_present"], batch[f"{side}_id"]
+        ones = jnp.ones_like(merged.rows.weight)
+        rows = PairRows(ones, present[a] & present[b], ids, ids, merged.rows.number)
+        terms.append(Term(f"{side} {a}", f"{side} {b}", rows))
+        term_weights[f"{side} {a}:{b}"] = weight
+        fields |= {f"{side} {field}": normalize(embeddings[side][field]) for field in (a, b)}
+    masked = dataclasses.replace(merged, mask_duplicates=True)
+    return masked.logits(fields, fields, terms, bias=bias), term_weights
 
 
 def merged_batch(

@@ -219,6 +219,13 @@ def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:
                 "gcl_jax.mine`, or config.data.text_negatives to 'swap' or 'replace'"
             )
         one.check(cfg)
+    sides = [fields for fields in cfg.data.weights.values() if len(fields) > 1]
+    takes = [name for name, one in objectives.items() if not (one.of_merged or one.needs_known)]
+    if cfg.loss.side_pairs and not (sides and takes):
+        raise DataError(
+            f"config.loss.side_pairs={cfg.loss.side_pairs} is of objectives such as gcl, and of "
+            "sides with two fields or more; leave it at 0"
+        )
     if negatives and not any(one.needs_negatives for one in objectives.values()):
         raise DataError(
             "config.data.negatives and text_negatives are embedded for nothing without an "
