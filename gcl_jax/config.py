@@ -295,8 +295,9 @@ class DataConfig:
     num_negatives: int = option(1, "hard negatives of a pair in a batch", at_least=1, at_most=2**10)
     text_negatives: str = option(
         "none",
-        "hard negatives made of a query's words: two swap places, or one is another query's",
-        ("none", "swap", "replace"),
+        "hard negatives made of a query's words: two swap places, or one is another query's, or an "
+        "object, an attribute or a relation is another (English: docs/data.md)",
+        ("none", "swap", "replace", "by_kind"),
     )
 
     @property

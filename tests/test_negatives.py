@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 import pickle
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,15 @@ from test_prepare import png, write_table
 
 from gcl_jax import validation
 from gcl_jax.data.__main__ import as_text, figures
-from gcl_jax.data.negatives import compacted, pairs_fingerprint, replacements, swaps
+from gcl_jax.data.negatives import (
+    EXCHANGES,
+    EXCLUSIVE,
+    by_kind,
+    compacted,
+    pairs_fingerprint,
+    replacements,
+    swaps,
+)
 from gcl_jax.data.pipeline import _PairExamples, train_batches
 from gcl_jax.data.store import RankedStore, damaged_files
 from gcl_jax.data.tokenizer import load_tokenizer
@@ -305,7 +314,7 @@ def test_negatives_are_augmented(cfg, store):
     assert len(seen) > 5
 
 
-@pytest.mark.parametrize("rule", ["none", "swap", "replace"])
+@pytest.mark.parametrize("rule", ["none", "swap", "replace", "by_kind"])
 def test_resumes_repeats_and_shards(cfg, store, rule):
     cfg.data.augmentation, cfg.data.text_negatives = "crop_flip", rule
     whole = taken(train_batches(cfg, store), 6)
@@ -357,6 +366,36 @@ def test_replacements_change_one_word():
     found = {tuple(x) for x in itertools.islice(changed, 200)}
     assert found == {(), ("blue", "shoe"), ("shoe", "shoe"), ("red", "RED"), ("red", "blue")}
     assert list(replacements([], np.random.default_rng(0), lambda: source)) == []
+
+
+def test_by_kind_exchanges_an_object_an_attribute_or_a_relation():
+    words = ["a", "Red,", "dog", "sitting", "on", '"the"', "old", "car"]
+    source = ["the", "blue", "horse", "is", "under", "one", "tree."]
+    rng = np.random.default_rng(0)
+    texts = list(itertools.islice(by_kind(words, rng, lambda: source), 300))
+    places: dict[int, set] = {}
+    for text in texts:
+        (place,) = [i for i, word in enumerate(text) if word != words[i]]
+        places.setdefault(place, set()).add(text[place])
+    assert places.keys() == {1, 2, 3, 4, 6, 7}
+    assert places[2] == places[7] == {"horse", "tree"}
+    assert places[1] >= {"blue,", "white,"}
+    assert places[4] <= {"under", "below", "beneath", "beside", "near", "behind"}
+    assert places[6] == {"new", "young"}
+    kinds = [sum(word != own for word, own in zip(text, words, strict=True)) for text in texts]
+    assert set(kinds) == {1}
+    changed = [next(i for i, word in enumerate(text) if word != words[i]) for text in texts]
+    for of_kind in ({2, 7}, {1, 6}, {3, 4}):
+        assert 70 < sum(place in of_kind for place in changed) < 130
+    assert list(by_kind(["a", "of", "7", "..."], rng, lambda: source)) == []
+    assert next(by_kind(["dog"], rng, lambda: ["The", "dog"])) == []
+
+
+def test_no_word_excludes_itself_or_is_of_two_kinds():
+    groups = itertools.chain(*EXCLUSIVE.values())
+    every = [word for group in groups for word in re.findall("[a-z]+", group)]
+    assert len(every) == len(set(every)) == len(EXCHANGES)
+    assert all(word not in others for word, (_, others) in EXCHANGES.items())
 
 
 def test_rule_made_texts(cfg, tiny_store, tmp_path):

@@ -9,7 +9,8 @@ MINED/SPLIT, with `negatives.json`: where they come from, and which pairs they b
 
 Others are made of a query's own words: two change places, or one comes from elsewhere. These are
 the rules of the "hard negative texts" of CE-CLIP (arXiv 2306.08832) and NegCLIP (arXiv 2210.01936),
-without their parsers: words are what white space parts.
+without their parsers: words are what white space parts, and what is an attribute or a relation says
+a list of English words; objects are all others but those that mean little.
 """
 
 import functools
@@ -36,6 +37,53 @@ NOTE = "negatives.json"
 TRIES = 10  # per negative text wanted; a text of few words has few
 
 Words = list[str]
+
+# What parts them by "|" excludes each other; words side by side mean nearly the same.
+EXCLUSIVE = {
+    "attribute": (
+        "red|orange|yellow|green|blue|purple|pink|brown|black|white|grey gray",
+        "big large huge|small little tiny",
+        "tall long|short",
+        "old|new young",
+        "open|closed shut",
+        "full|empty",
+        "wet|dry",
+        "hot|cold",
+        "clean|dirty",
+        "bright light|dark",
+        "round|square",
+        "happy|sad|angry",
+        "wooden|metal|plastic|stone",
+        "one|two|three|four|five|six",
+    ),
+    "relation": (
+        "on above over|under below beneath|beside near|behind",
+        "in inside within|outside",
+        "left|right",
+        "up|down",
+        "with|without",
+        "before|after",
+        "sitting|standing|lying|walking|running|jumping|flying",
+        "eating|holding|throwing|pulling|pushing",
+    ),
+}
+MEANS_LITTLE = """
+    a an the of to and or at by for from as is are was were be it its this that there these those
+    his her their he she they we you i my your our who which what while some any no not very
+"""
+LITTLE = frozenset(MEANS_LITTLE.split())
+PUNCTUATION = ".,;:!?\"'()[]"
+
+
+def _exchanges() -> Iterator[tuple[str, tuple[str, Words]]]:
+    for kind, groups in EXCLUSIVE.items():
+        for alike in (group.split("|") for group in groups):
+            for one in alike:
+                others = [word for other in alike if other != one for word in other.split()]
+                yield from ((word, (kind, others)) for word in one.split())
+
+
+EXCHANGES = dict(_exchanges())  # {word: (its kind, what it may become)}
 
 
 def compacted(rows: Int[np.ndarray, "n h"]) -> Int[np.ndarray, "n k"]:
@@ -243,6 +291,35 @@ def replacements(
         yield changed if word.casefold() != words[position].casefold() else []
 
 
+def by_kind(words: Words, rng: np.random.Generator, other: Callable[[], Words]) -> Iterator[Words]:
+    """Endless texts in which an object, an attribute or a relation is another one, each kind that
+    there is as often: an object becomes one of a text from `other`, the others what excludes them.
+    An empty list where a draw does not change the text; nothing if there is no word to change."""
+    places: dict[str, list[int]] = {}
+    for i, word in enumerate(words):
+        places.setdefault(_kind(word), []).append(i)
+    places.pop("", None)
+    while places:
+        kind = list(places)[rng.integers(len(places))]
+        i = places[kind][rng.integers(len(places[kind]))]
+        core = words[i].strip(PUNCTUATION)
+        if kind == "object":
+            found = [word.strip(PUNCTUATION) for word in other() if _kind(word) == kind]
+        else:
+            found = EXCHANGES[core.casefold()][1]
+        new = found[rng.integers(len(found))] if found else core
+        changed = [*words[:i], words[i].replace(core, new, 1), *words[i + 1 :]]
+        yield changed if new.casefold() != core.casefold() else []
+
+
+def _kind(word: str) -> str:
+    """What `word` is: "object", "attribute", "relation", or nothing."""
+    core = word.strip(PUNCTUATION).casefold()
+    if core in EXCHANGES:
+        return EXCHANGES[core][0]
+    return "" if core in LITTLE or not any(map(str.isalpha, core)) else "object"
+
+
 class TextNegatives:
     """Texts that are wrong for a pair, made of its query as `data.text_negatives` says: in every
     text field where the rule is possible; the other fields stay."""
@@ -299,4 +376,6 @@ class TextNegatives:
             row = self._sources[rng.integers(len(self._sources))]
             return str(self._queries[int(row)][field]).split()
 
-        return swaps(words, rng) if self._rule == "swap" else replacements(words, rng, other)
+        if self._rule == "swap":
+            return swaps(words, rng)
+        return {"replace": replacements, "by_kind": by_kind}[self._rule](words, rng, other)

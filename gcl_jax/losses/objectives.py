@@ -216,7 +216,7 @@ def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:
             raise DataError(
                 f"config.loss.objectives.{name} needs negatives of the pairs: set "
                 "config.data.negatives to 'refresh', to 'store' or to a folder made by `python -m "
-                "gcl_jax.mine`, or config.data.text_negatives to 'swap' or 'replace'"
+                "gcl_jax.mine`, or config.data.text_negatives to 'swap', 'replace' or 'by_kind'"
             )
         one.check(cfg)
     sides = [fields for fields in cfg.data.weights.values() if len(fields) > 1]
