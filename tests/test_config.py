@@ -29,6 +29,14 @@ def test_every_shipped_config_is_valid(path):
     check_config(cfg)
 
 
+@pytest.mark.parametrize("name", [name for name in presets.PRESETS if "SigLIP" in name])
+def test_the_template_of_siglip_takes_every_size(name):
+    cfg = read_config(f"configs/finetune_siglip.py:{name}")
+    validate(cfg)
+    assert cfg.model == presets.preset(name)
+    assert cfg.init_from == f"timm/{name}"
+
+
 def test_json_round_trip(tmp_path):
     cfg = TrainConfig(model=presets.preset("ViT-B-16"))
     cfg.loss.pair_weights = {"query:image": 0.25}
