@@ -15,7 +15,7 @@ from towers import SMALL, assert_same_params, random_fields, random_params, save
 import gcl_jax
 from gcl_jax.config import ModelConfig
 from gcl_jax.data.tokenizer import load_tokenizer
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import DataError
 from gcl_jax.models.clip import abstract_model, merge
 from gcl_jax.models.presets import preset
 from gcl_jax.models.towers import resize_positions
@@ -143,34 +143,6 @@ def test_what_transformers_saves_is_read(transformers, tmp_path, name):
     keys = ("tokenizer", "clean", "context_length", "pool")
     text = dataclasses.replace(saved.text, **{key: getattr(cfg.text, key) for key in keys})
     assert text == cfg.text
-
-
-def test_a_naflex_checkpoint_is_a_tower_of_one_size(transformers, torch, tmp_path):
-    """Equal to Siglip2Model for square images of as many patches as it has positions."""
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    sizes |= {"num_attention_heads": 2}
-    words = {"vocab_size": 90, "max_position_embeddings": 8, "projection_size": 32}
-    torch.manual_seed(0)
-    config = transformers.Siglip2Config(
-        text_config=sizes | words, vision_config=sizes | {"num_patches": 16, "patch_size": 8}
-    )
-    theirs = transformers.Siglip2Model(config).eval()
-    theirs.save_pretrained(tmp_path)
-    transformers.Siglip2ImageProcessor(max_num_patches=16, patch_size=8).save_pretrained(tmp_path)
-    cfg = model_config(str(tmp_path))
-    assert (cfg.vision.image_size, cfg.preprocess.resize_mode) == (32, "squash")
-    pixels, tokens = random_fields(cfg)
-    ours = our_embeddings(load_pretrained(str(tmp_path), cfg), cfg, pixels, tokens)
-    patches = torch_images(torch, cfg, pixels).permute(0, 2, 3, 1).reshape(-1, 4, 8, 4, 8, 3)
-    patches = patches.permute(0, 1, 3, 2, 4, 5).reshape(len(pixels), 16, -1)
-    whole, grid = torch.ones(patches.shape[:2]), torch.tensor([[4, 4]] * len(pixels))
-    found = theirs.get_image_features(patches, whole, grid).pooler_output
-    assert_close(ours["image"], unit(found))
-    assert_close(ours["text"], unit(theirs.get_text_features(torch.tensor(tokens)).pooler_output))
-    config.vision_config.num_patches = 15
-    config.save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="num_patches=15 is not supported"):
-        model_config(str(tmp_path))
 
 
 def saved_by_torch(torch, kind: str, weights, path: Path) -> None:

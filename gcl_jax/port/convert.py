@@ -53,11 +53,8 @@ class Layout(NamedTuple):
 
 
 def _load_patches(kernel):
-    """(width, channel, row, column), or NaFlex's (width, row * column * channel), to (row * column
-    * channel, width)."""
-    if kernel.ndim == 4:
-        kernel = kernel.transpose(0, 2, 3, 1)
-    return kernel.reshape(len(kernel), -1).T
+    """(width, channel, row, column) to (row * column * channel, width)."""
+    return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
 
 
 def _dump_patches(matrix):

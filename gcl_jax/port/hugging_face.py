@@ -1,7 +1,4 @@
-"""transformers' CLIP and SigLIP: weights and configurations, both ways.
-
-Siglip2Model (NaFlex) is read alone, as the tower of one size that it is for square images.
-"""
+"""transformers' CLIP and SigLIP: weights and configurations, both ways."""
 
 import dataclasses
 import functools
@@ -35,7 +32,7 @@ Reader = Callable[[ModelConfig, Values], None]  # changes a model as the values 
 
 # Weights
 
-# The transformer of CLIPModel, SiglipModel and Siglip2Model.
+# The transformer of CLIPModel and SiglipModel.
 _LAYERS = blocks(
     "encoder.layers",
     "layer_norm1 self_attn.{q,k,v}_proj self_attn.out_proj layer_norm2 mlp.fc1 mlp.fc2",
@@ -119,7 +116,6 @@ _SIGLIP_BASE = BASE | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6
 _VISION_DEFAULTS = {
     "clip": _CLIP_BASE | {"image_size": 224, "patch_size": 32},
     "siglip": _SIGLIP_BASE | {"image_size": 224, "patch_size": 16},
-    "siglip2": _SIGLIP_BASE | {"num_patches": 256, "patch_size": 16},
 }
 _SMALLER = {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}
 _TEXT_DEFAULTS = {
@@ -127,7 +123,6 @@ _TEXT_DEFAULTS = {
     | _SMALLER
     | {"vocab_size": 49408, "max_position_embeddings": 77, "eos_token_id": 49407},
     "siglip": _SIGLIP_BASE | {"vocab_size": 32000, "max_position_embeddings": 64},
-    "siglip2": _SIGLIP_BASE | {"vocab_size": 32000, "max_position_embeddings": 64},
 }
 
 
@@ -168,10 +163,6 @@ def _from_config(kind: str, config: Values) -> ModelConfig:
     vision = tower("vision_config", _VISION_DEFAULTS[kind])
     text = tower("text_config", _TEXT_DEFAULTS[kind])
     require_values(vision, num_channels=3, vision_use_head=True)
-    if kind == "siglip2":
-        side = math.isqrt(vision["num_patches"])
-        require_values(vision, num_patches=side**2)
-        vision["image_size"] = side * vision["patch_size"]
     image = VisionConfig(
         image_size=vision["image_size"],
         patch_size=vision["patch_size"],
@@ -263,8 +254,7 @@ def _read_preprocessor(cfg: ModelConfig, values: Values) -> None:
     resample, size = values.get("resample", 3), values.get("size")
     if resample not in _RESAMPLE:
         raise ConfigError(f"resample={resample} is not supported; {_RESAMPLE} are")
-    square = "max_num_patches" in values or (isinstance(size, dict) and "height" in size)
-    squash = square and not values.get("do_center_crop")
+    squash = isinstance(size, dict) and "height" in size and not values.get("do_center_crop")
     cfg.preprocess = PreprocessConfig(
         tuple(values.get("image_mean", known.mean)),
         tuple(values.get("image_std", known.std)),
