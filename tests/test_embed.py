@@ -21,8 +21,8 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer
 from gcl_jax.data.store import RankedStore, locked
 from gcl_jax.embed import __main__ as embed
 from gcl_jax.embed import vectors
+from gcl_jax.embed.cache import EmbeddingCache
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
-from gcl_jax.embed.vectors import EmbeddingCache
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.mine import __main__ as mine
@@ -253,7 +253,7 @@ def test_a_corpus_is_embedded_once_per_checkpoint(workdir, monkeypatch):
     assert counts == [24]
     assert results(workdir) == first
     with monkeypatch.context() as patch:
-        patch.setattr("gcl_jax.embed.vectors._cannot_write", lambda *_: "read-only")
+        patch.setattr("gcl_jax.embed.cache._cannot_write", lambda *_: "read-only")
         shutil.rmtree(workdir / "embeddings")
         call(patch, evaluate, workdir)
     assert results(workdir) == first

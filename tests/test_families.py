@@ -80,10 +80,10 @@ def test_their_tables_of_tokens_are_split_by_columns(own):
 
 def test_towers_without_tokens_are_told(own):
     own.loss.objectives.filip = 1.0
-    with pytest.raises(ConfigError, match=r"vision\.family=pixels gives no embeddings of tokens"):
+    with pytest.raises(ConfigError, match=r"vision\.family=pixels: loss\.objectives\.filip needs"):
         check_config(own)
     own.model.vision = None
-    with pytest.raises(ConfigError, match=r"text.family=bag .*loss\.objectives\.filip learns"):
+    with pytest.raises(ConfigError, match=r"text\.family=bag: .*, which this tower does not give"):
         check_config(own)
 
 

@@ -1,7 +1,8 @@
 """Embed the records of a store: `python -m gcl_jax.embed --workdir=runs/demo --out=vectors`.
 
 Makes a folder: `embeddings.npy` (memory-mappable, float32, rows of length 1), `ids.parquet` (the id
-of each row) and `manifest.json` (what they were made from). Without --out it is the one that
+of each row) and `manifest.json` (what they were made from); with --tokens `tokens.npy` and
+`counts.npy` in place of the first. Without --out it is the one that
 evaluate, search and report read, in WORKDIR/embeddings. A call that was killed is continued by the
 same command. Row, key or label i of every --export is row i of `embeddings.npy` and `ids.parquet`.
 Exports that round, int8 and binary, are searched for queries of the store, to tell what they lose.
@@ -19,6 +20,7 @@ from gcl_jax import distributed, logs, runs
 from gcl_jax.config import DataConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line, spelled, to_install
+from gcl_jax.models.families import require_tokens
 from gcl_jax.paths import local_path, output_path, replacing
 from gcl_jax.prepare.stores import open_stores
 
@@ -49,7 +51,10 @@ def embed_run(args: argparse.Namespace) -> None:
     """The command, with parsed arguments."""
     # Whatever can be wrong with the arguments is told before jax and the model are loaded.
     check_exports(args.export)
-    trained, data = runs.load_config(args.workdir).data, None
+    run, data = runs.load_config(args.workdir), None
+    trained = run.data
+    if args.tokens:
+        require_tokens(run.model, "--tokens")
     if args.store or args.query_fields or args.document_fields:
         data = DataConfig(
             store=str(args.store or trained.store),
@@ -62,6 +67,7 @@ def embed_run(args: argparse.Namespace) -> None:
         store.pairs(args.split)
 
     from gcl_jax.embed import vectors
+    from gcl_jax.embed.cache import EmbeddingCache
     from gcl_jax.embed.embedder import Embedder
 
     cfg, store, params, mesh, step = runs.load_run(
@@ -73,14 +79,15 @@ def embed_run(args: argparse.Namespace) -> None:
     if "faiss_binary" in args.export and dim % 8:
         raise UserError(f"--export=faiss_binary: {dim} dimensions are no multiple of 8, of a byte")
     embedder, digest = Embedder(cfg, params, mesh), runs.parameters_digest(params)
-    cache = vectors.EmbeddingCache(args.workdir, step)
+    cache = EmbeddingCache(args.workdir, step)
     asked = None
     if args.side != "query" and ROUNDED.keys() & set(args.export):
         asked = queries_of(cfg, store, embedder)
     sides: list[Side] = list(FOLDERS) if args.side == "both" else [args.side]
     for side in sides:
         rows, kept = rows_of(store, side, args.split), args.out is None
-        task = vectors.Task(cfg, store, side, rows, step, digest, per_field=kept or args.per_field)
+        more = {"tokens": True} if args.tokens else {"per_field": kept or args.per_field}
+        task = vectors.Task(cfg, store, side, rows, step, digest, **more)
         if kept:
             folder = cache.folder(task)
         else:
@@ -280,6 +287,11 @@ def main() -> None:
         metavar="DIR",
         help="the folder to make, or with --side=both the folder of two; must not exist",
     )
+    add(
+        "--tokens",
+        action="store_true",
+        help="embeddings of all tokens (float16) in place of one for each record, for --maxsim",
+    )
     add("--per_field", action="store_true", help="with --out: keep each field's embeddings too")
     for side in FOLDERS:
         add(
@@ -309,6 +321,8 @@ def main() -> None:
     distributed.add_arguments(parser)
     args = parser.parse_args()
     with reported_in_one_line():
+        if args.tokens and (args.per_field or args.export):
+            raise UserError("--tokens goes with neither --per_field nor --export")
         if args.per_field and args.out is None:
             raise UserError("--per_field is an option of --out: WORKDIR/embeddings has each field")
         with distributed.joined(*(getattr(args, name) for name in distributed.FLAGS)):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from gcl_jax import distributed, logs
 from gcl_jax.config import TrainConfig
@@ -21,10 +21,12 @@ from gcl_jax.sharding import Params, in_memory, local_rows, replicated, to_globa
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FieldEmbeddings:
-    """Embeddings of n records, one array per field, and which records have the field."""
+    """Embeddings of n records, one array per field, and which records have the field; if they were
+    asked for, of each field's tokens, too, 0 for padding."""
 
     fields: dict[str, Float[np.ndarray, "n e"]]
     present: dict[str, Bool[np.ndarray, " n"]]
+    tokens: dict[str, Float[np.ndarray, "n t e"]] = dataclasses.field(default_factory=dict)
 
     def merged(self, weights: Mapping[str, float]) -> Float[np.ndarray, "n e"]:
         """Rows of length 1, the weighted sum of the fields that `weights` names; a record that has
@@ -40,9 +42,49 @@ class FieldEmbeddings:
 
     def take(self, rows: np.ndarray) -> "FieldEmbeddings":
         return FieldEmbeddings(
-            {name: x[rows] for name, x in self.fields.items()},
-            {name: x[rows] for name, x in self.present.items()},
+            *({name: x[rows] for name, x in y.items()} for y in (self.fields, self.present))
         )
+
+    def tokens_of(self, weights: Mapping[str, float]) -> "Tokens":
+        """Those of all fields of weight above 0 that a record has, field after field."""
+        counted = [name for name, weight in weights.items() if weight > 0]
+        parts = [self.tokens[name] * self.present[name][:, None, None] for name in counted]
+        every = np.concatenate(parts, axis=1)
+        real = every.any(axis=2)
+        return Tokens.in_a_row(real.sum(axis=1), every[real])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tokens:
+    """Embeddings of the tokens of n records, in memory or memory-mapped: record i has `counts[i]`
+    rows of `embeddings`, of length 1, from `starts[i]` on."""
+
+    starts: Int[np.ndarray, " n"]
+    counts: Int[np.ndarray, " n"]
+    embeddings: Float[np.ndarray, "k e"]
+
+    @classmethod
+    def in_a_row(cls, counts: Int[np.ndarray, " n"], embeddings: Float[np.ndarray, "k e"]):
+        """Those of all records, one after the other."""
+        counts = np.asarray(counts, np.int64)
+        return cls(np.cumsum(counts) - counts, counts, embeddings)
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def take(self, rows: Int[np.ndarray, " m"]) -> "Tokens":
+        return Tokens(self.starts[rows], self.counts[rows], self.embeddings)
+
+    def padded(self, size: int) -> tuple[Float[np.ndarray, "m t e"], Bool[np.ndarray, "m t"]]:
+        """(tokens in float32, which are real), for `size` records, the last ones without tokens, as
+        many for each as the longest has, rounded up to a power of two."""
+        longest = 1 << (int(self.counts.max(initial=1)) - 1).bit_length()
+        real = np.zeros((size, longest), bool)
+        real[: len(self)] = np.arange(longest) < self.counts[:, None]
+        tokens = np.zeros((size, longest, self.embeddings.shape[1]), np.float32)
+        places = self.starts[:, None] + np.arange(longest)
+        tokens[real] = self.embeddings[places[real[: len(self)]]]
+        return tokens, real
 
 
 @functools.partial(jax.jit, static_argnames="weights")
@@ -55,10 +97,11 @@ def _merged(fields, present, weights: tuple[tuple[str, float], ...]) -> Float[Ar
 @dataclasses.dataclass(frozen=True, slots=True)
 class Corpus:
     """Embedded records as they are searched: `rows` are their numbers in the store, ascending,
-    `arrays` what `FieldEmbeddings.searched` returns, in memory or memory-mapped."""
+    `arrays` what `FieldEmbeddings.searched` returns, in memory or memory-mapped; or their "tokens"
+    (k, e) in a row, and the "counts" of each."""
 
     rows: Int[np.ndarray, " n"]
-    arrays: Mapping[str, Float[np.ndarray, "n e"]]
+    arrays: Mapping[str, Shaped[np.ndarray, "..."]]
 
     @classmethod
     def embedded(
@@ -72,7 +115,7 @@ class Corpus:
         return cls(rows, found.searched(fields))
 
     def of(self, rows: Int[np.ndarray, " m"]) -> dict[str, Float[np.ndarray, "m e"]]:
-        """The arrays of some of its rows, ascending; neighbours are not copied."""
+        """The embeddings of some of its rows, ascending; neighbours are not copied."""
         places = np.searchsorted(self.rows, rows)
         picked: slice | np.ndarray = places
         if len(places) and places[-1] - places[0] + 1 == len(places):
@@ -89,14 +132,17 @@ class Embedder:
         dim = cfg.eval.embed_dim or cfg.model.embed_dim
         self._cfg, self.params, self._mesh = cfg, params, mesh
 
-        def encode(params, batch):
-            embeddings = merge(graphdef, params).encode_fields(batch["inputs"])
+        def encode(params, batch, tokens):
+            model = merge(graphdef, params)
+            found = (model.encode_fields(batch["inputs"]),)
+            if tokens:
+                found = model.encode_tokens(batch["inputs"])
             if dim < cfg.model.embed_dim:
-                embeddings = truncated(embeddings, dim, cfg.model.gates)
+                found = tuple(truncated(x, dim, cfg.model.gates) for x in found)
             # Other hosts have read it, too, so it comes back from the devices.
-            return embeddings, batch["present"]
+            return found[0], batch["present"], *found[1:]
 
-        self._encode = jax.jit(encode, out_shardings=replicated(mesh))
+        self._encode = jax.jit(encode, static_argnums=2, out_shardings=replicated(mesh))
 
     def with_params(self, params: Params) -> "Embedder":
         """The same model with other parameters of the same shapes; compiles nothing anew."""
@@ -119,6 +165,25 @@ class Embedder:
             {field: np.concatenate([b.present[field] for b in batches]) for field in fields},
         )
 
+    def embed_tokens(
+        self,
+        side: Side,
+        records: Records,
+        weights: Mapping[str, float],
+        indices: np.ndarray,
+        **options: Any,
+    ) -> Tokens:
+        """The tokens of records, of all fields of weight above 0; options are those of `batches`.
+
+        Raises:
+            UserError: a tower that gives none.
+        """
+        fields = [field for field, weight in weights.items() if weight > 0]
+        batches = self.batches(side, records, fields, indices, tokens=True, **options)
+        parts = [batch.tokens_of(weights) for batch in batches]
+        counts, every = zip(*((part.counts, part.embeddings) for part in parts), strict=True)
+        return Tokens.in_a_row(np.concatenate(counts), np.concatenate(every))
+
     def batches(
         self,
         side: Side,
@@ -129,10 +194,12 @@ class Embedder:
         skip: int = 0,
         description: str = "embed",
         quiet: bool = False,
+        tokens: bool = False,
     ) -> Iterator[FieldEmbeddings]:
         """Embeds the records `indices`, in that order and as what they are to the model (`side`),
-        with a progress bar unless `quiet`. While the devices work on one batch, the next is read.
-        The first `skip` records are left out, as they were embedded before."""
+        with a progress bar unless `quiet`, with their `tokens` if asked to. While the devices work
+        on one batch, the next is read. The first `skip` records are left out, as they were embedded
+        before."""
         # Few records need no whole batch. Rounded up to what splits evenly over the devices.
         size = min(self._cfg.eval.batch_size, 1 << (len(indices) - 1).bit_length())
         size = -(-size // self._mesh.size) * self._mesh.size
@@ -146,7 +213,7 @@ class Embedder:
         with bar, in_memory(self._less_memory):
             at_work = None
             for batch, rows in read:
-                started = self._encode(self.params, to_global(batch, self._mesh)), rows
+                started = self._encode(self.params, to_global(batch, self._mesh), tokens), rows
                 if at_work:
                     yield _fetched(*at_work)
                     bar.update(at_work[1])
@@ -162,7 +229,7 @@ class Embedder:
         )
 
 
-def _fetched(encoded: tuple[Mapping, Mapping], rows: int) -> FieldEmbeddings:
+def _fetched(encoded: tuple[Mapping, ...], rows: int) -> FieldEmbeddings:
     """The first `rows` of what the devices made."""
     return FieldEmbeddings(
         *({field: np.asarray(x)[:rows] for field, x in arrays.items()} for arrays in encoded)

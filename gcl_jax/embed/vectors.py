@@ -4,11 +4,12 @@
       embeddings.npy                        float32 (n, e): merged fields, rows of length 1
       fields/FIELD.npy, present/FIELD.npy   each field alone (zeros where it is missing) and bool
                                             (n,), where they were asked for
+      tokens.npy, counts.npy                in place of all these: float16 (k, e), the tokens of
+                                            all records in a row, and how many each has, int32 (n,)
       ids.parquet                           `row`, the number in the store, and `id` of each row
       manifest.json                         what the embeddings depend on, and the arrays' checksums
 
-A folder is complete or absent: it grows in FOLDER.incomplete, which says how far it is. A run keeps
-the embeddings of its documents in WORKDIR/embeddings, so that a checkpoint embeds a corpus once.
+A folder is complete or absent: it grows in FOLDER.incomplete, which says how far it is.
 """
 
 import collections
@@ -20,11 +21,10 @@ import json
 import math
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from jax.experimental import multihost_utils
@@ -33,16 +33,17 @@ from gcl_jax import distributed, paths
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.negatives import records_fingerprint
 from gcl_jax.data.pipeline import Side
-from gcl_jax.data.store import RankedStore, is_locked, locked
+from gcl_jax.data.store import RankedStore, locked
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
 from gcl_jax.errors import DataError
-from gcl_jax.paths import address, digest_of, filesystem, remote, write_json
+from gcl_jax.models.flops import most_tokens
+from gcl_jax.paths import digest_of, write_json
 from gcl_jax.prepare.stores import publish, vacant
-from gcl_jax.runs import parameters_digest
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 EMBEDDINGS, IDS = "embeddings.npy", "ids.parquet"
+TOKENS, COUNTS = "tokens.npy", "counts.npy"
 # Work that a kill may cost.
 SECONDS_PER_NOTE = 5.0
 IDS_AT_A_TIME = 1 << 20
@@ -52,7 +53,8 @@ IDS_AT_A_TIME = 1 << 20
 class Task:
     """Which records to embed, by which model: the records `rows` (ascending) of one side of
     `store`, the fields and weights of `cfg`, and the parameters of training step `step` with the
-    digest `parameters`. `per_field` keeps each field alone as well, if there are several."""
+    digest `parameters`. `per_field` keeps each field alone as well, if there are several; `tokens`
+    are kept in place of all these."""
 
     cfg: TrainConfig
     store: RankedStore
@@ -61,6 +63,7 @@ class Task:
     step: int
     parameters: str
     per_field: bool = False
+    tokens: bool = False
 
     @property
     def records(self):
@@ -76,7 +79,11 @@ class Task:
 
     @property
     def bytes(self) -> int:
-        """About what the arrays take on disk."""
+        """About what the arrays take on disk, of tokens at most."""
+        if self.tokens:
+            most = most_tokens(self.cfg.model)
+            per_record = sum(most[self.records.fields[f]] for f, w in self.weights.items() if w > 0)
+            return 2 * per_record * len(self.rows) * self.dim
         return 4 * (1 + len(self.weights) * self.per_field) * len(self.rows) * self.dim
 
     def manifest(self) -> dict:
@@ -84,7 +91,7 @@ class Task:
         part, kinds = len(self.rows) != len(self.records), self.records.fields
         directory = self.store.directory
         selection = np.asarray(self.rows, "<i8").tobytes() if part else b""
-        return {
+        return ({"tokens": True} if self.tokens else {}) | {
             "format": FORMAT,
             "side": self.side,
             "records": len(self.rows),
@@ -131,9 +138,9 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
         done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
         if done < len(task.rows):
             name = "documents" if task.side == "document" else "queries"
-            batches = embedder.batches(
-                task.side, task.records, list(task.weights), task.rows, skip=done, description=name
-            )
+            options: dict[str, Any] = {"skip": done, "description": name, "tokens": task.tokens}
+            fields = list(task.weights)
+            batches = embedder.batches(task.side, task.records, fields, task.rows, **options)
             if first:
                 _write(building, task, manifest, batches, done)
             else:
@@ -175,10 +182,15 @@ def opened(folder: Path) -> Corpus:
     try:
         rows = pq.read_table(folder / IDS, columns=["row"])["row"].to_numpy()
         names = {"merged": EMBEDDINGS}
-        if manifest["per_field"]:
+        if manifest.get("tokens"):
+            names = {"tokens": TOKENS, "counts": COUNTS}
+        elif manifest["per_field"]:
             names |= {field: f"fields/{field}.npy" for field in manifest["fields"]}
         arrays = {name: np.load(folder / file, mmap_mode="r") for name, file in names.items()}
-        if any(x.shape != (len(rows), manifest["dim"]) for x in arrays.values()):
+        shapes: dict[str, tuple[int, ...]] = {name: (len(rows), manifest["dim"]) for name in names}
+        if manifest.get("tokens"):
+            shapes = {"tokens": (arrays["counts"].sum(), manifest["dim"]), "counts": (len(rows),)}
+        if any(x.shape != shapes[name] for name, x in arrays.items()):
             raise ValueError("the arrays do not fit the manifest")
         return Corpus(rows, arrays)
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
@@ -241,22 +253,60 @@ def _write(
     with contextlib.ExitStack() as stack:
         arrays: dict[str, BinaryIO] = {}
         for batch in batches:
-            parts = batch.searched(task.weights)
-            files = {EMBEDDINGS: parts.pop("merged")}
-            for field, x in parts.items() if per_field else ():
-                files |= {f"fields/{field}.npy": x, f"present/{field}.npy": batch.present[field]}
+            files = _files(batch, task, per_field)
             for name, x in files.items():
                 if name not in arrays:
-                    array = _array(building / "made" / name, (size, *x.shape[1:]), x.dtype, done)
+                    so_far = _tokens_so_far(building / "made", done) if name == TOKENS else done
+                    array = _array(building / "made" / name, (size, *x.shape[1:]), x.dtype, so_far)
                     arrays[name] = stack.enter_context(array)
                 arrays[name].write(np.ascontiguousarray(x).data)
-            done += len(files[EMBEDDINGS])
+                if name == TOKENS:
+                    _say_how_many(arrays[name])
+            done += len(files[COUNTS if task.tokens else EMBEDDINGS])
             if done == size or time.monotonic() - noted >= SECONDS_PER_NOTE:
                 for file in arrays.values():
                     file.flush()
                     os.fsync(file.fileno())
                 write_json(building / "done", done)
                 noted = time.monotonic()
+
+
+def _files(batch: FieldEmbeddings, task: Task, per_field: bool) -> dict[str, np.ndarray]:
+    """{file: its next rows}."""
+    if task.tokens:
+        found = batch.tokens_of(task.weights)
+        counts, tokens = found.counts.astype(np.int32), found.embeddings.astype(np.float16)
+        return {COUNTS: counts, TOKENS: tokens}
+    parts = batch.searched(task.weights)
+    files = {EMBEDDINGS: parts.pop("merged")}
+    for field, x in parts.items() if per_field else ():
+        files |= {f"fields/{field}.npy": x, f"present/{field}.npy": batch.present[field]}
+    return files
+
+
+def _tokens_so_far(made: Path, done: int) -> int:
+    """How many the first `done` records have."""
+    if not done:
+        return 0
+    with (made / COUNTS).open("rb") as file:
+        np.lib.format.read_magic(file)
+        np.lib.format.read_array_header_1_0(file)
+        return int(np.fromfile(file, np.int32, done).sum())
+
+
+def _say_how_many(file: BinaryIO) -> None:
+    """Writes the number of rows that an npy file has now into its header, which has room for it."""
+    end = file.tell()
+    file.seek(0)
+    np.lib.format.read_magic(file)
+    (_, dim), _, dtype = np.lib.format.read_array_header_1_0(file)
+    start = file.tell()
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
+    file.seek(0)
+    shape = (end - start) // (dim * dtype.itemsize), dim
+    np.lib.format.write_array_header_1_0(file, header | {"shape": shape})
+    assert file.tell() == start, "numpy leaves room for a first dimension that grows"
+    file.seek(end)
 
 
 def _array(path: Path, shape: tuple[int, ...], dtype: np.dtype, done: int) -> BinaryIO:
@@ -286,101 +336,3 @@ def _write_ids(task: Task, path: Path) -> None:
         for start in range(0, len(rows), IDS_AT_A_TIME):
             part = pa.array(rows[start : start + IDS_AT_A_TIME])
             writer.write_table(pa.table({"row": part, "id": ids.take(part)}, schema))
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EmbeddingCache:
-    """WORKDIR/embeddings, of the checkpoint at `step` of the run in `workdir`: a folder for each
-    `Task` that was asked for."""
-
-    workdir: Path
-    step: int
-
-    def documents(
-        self, cfg: TrainConfig, store: RankedStore, embedder: Embedder, rows: np.ndarray
-    ) -> Corpus:
-        """The documents `rows` (ascending), or more, embedded now unless they were before; in
-        memory, with a warning, where the run's directory cannot be written. All processes of a run
-        call it together."""
-        digest = parameters_digest(embedder.params)
-        task = Task(cfg, store, "document", rows, self.step, digest, per_field=True)
-        every = dataclasses.replace(task, rows=np.arange(len(store.documents)))
-        kept = [self.folder(task), self.folder(every)]
-        found, problem = -1, ""
-        if distributed.is_first():
-            for folder in kept:
-                paths.fetch(folder)
-            found = next((i for i, folder in enumerate(kept) if _is_usable(folder)), -1)
-            problem = "" if found >= 0 else _cannot_write(kept[0].parent, task.bytes)
-        found, failed = multihost_utils.broadcast_one_to_all(np.array([found, bool(problem)]))
-        if found >= 0:
-            if not distributed.is_first():
-                paths.fetch(kept[found])
-            return opened(kept[found])
-        if failed:
-            distributed.announce(f"warning: embeddings are not kept in {self.workdir}: {problem}")
-            return Corpus.embedded(cfg, store, embedder, rows)
-        corpus = make(kept[0], task, embedder)
-        if distributed.is_first():
-            self.remove_stale(task)
-        return corpus
-
-    def folder(self, task: Task) -> Path:
-        """Where the embeddings of `task` are, or will be."""
-        return self.workdir / "embeddings" / f"{task.side}-{task.step}-{key(task.manifest())}"
-
-    def remove_stale(self, task: Task) -> None:
-        """Removes what no call will ask for again: embeddings of checkpoints that are gone or were
-        trained anew, of records that the store of `task` no longer holds, and leftovers."""
-        steps = {path.name for path in remote(self.workdir / "checkpoints").iterdir()}
-        new = task.manifest()
-
-        def stale(folder: Path) -> bool:
-            old = read_manifest(folder)
-            if old is None:
-                return folder.name != "made"  # else another process may just begin
-            if str(old["checkpoint"]["step"]) not in steps:
-                return True
-            trained_anew = old["checkpoint"]["step"] == self.step
-            trained_anew &= old["checkpoint"] != new["checkpoint"]
-            same_place = (old["side"], old["store"]["path"]) == (task.side, new["store"]["path"])
-            return trained_anew or (same_place and old["store"] != new["store"])
-
-        for folder in (self.workdir / "embeddings").iterdir():
-            unfinished = folder.suffix == ".incomplete"
-            in_use = unfinished and is_locked(folder)
-            if not in_use and stale(folder / "made" if unfinished else folder):
-                _remove(folder)
-
-
-def _is_usable(folder: Path) -> bool:
-    """Whether it holds embeddings; damaged ones are removed, with a warning."""
-    if vacant(folder):
-        return False
-    try:
-        verify(folder)
-        return True
-    except DataError as error:
-        distributed.announce(f"warning: {error}: that is done now")
-        _remove(folder)
-        return False
-
-
-def _remove(folder: Path) -> None:
-    """Nobody finds half of it: what has no manifest is no embeddings."""
-    with contextlib.suppress(OSError):
-        (folder / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(folder)
-        if place := address(folder):
-            filesystem(place).rm(place, recursive=True)
-
-
-def _cannot_write(folder: Path, size: int) -> str:
-    """Why `size` bytes cannot be written to `folder`; empty if they can."""
-    try:
-        folder.mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            free = shutil.disk_usage(folder).free
-    except OSError as error:
-        return str(error)
-    return f"{size / 1e9:.1f} GB do not fit, {free / 1e9:.1f} are free" if size > free else ""

@@ -4,8 +4,9 @@ Writes WORKDIR/eval/SPLIT.json, means under the authors' metric names, and SPLIT
 query (with --embed_dim=DIM SPLIT@DIM.json and .parquet), and prints tables. With --write_runs also
 the judgements and what was found, for trec_eval and its like; with --groups also the means of
 groups of queries; with --hybrid also those of BM25, and of BM25 fused with the embeddings; with
---calibrate what a cosine means. --recall and --classify evaluate images and texts as is usual for
-CLIP, --compositional right against hard captions.
+--calibrate what a cosine means; with --maxsim those of late interaction, token by token. --recall
+and --classify evaluate images and texts as is usual for CLIP, --compositional right against hard
+captions.
 
 Results of any system are scored by `--qrels GT --run RUN` (JSON or TREC files), two evaluated runs
 are compared by `--compare RUN_A RUN_B`.
@@ -21,13 +22,14 @@ import argparse
 from gcl_jax import distributed, runs
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
 from gcl_jax.evaluate import results
+from gcl_jax.models.families import require_tokens
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.registry import load_extensions
 from gcl_jax.runs import load_config, one_store
 from gcl_jax.search import hybrid
 
 # What each way of calling the command has of its own.
-RANKED = ("max_queries", "write_runs", "groups", "group_by", "hybrid", "calibrate")
+RANKED = ("max_queries", "write_runs", "groups", "group_by", "hybrid", "calibrate", "maxsim")
 OPTIONS = {
     "workdir": (*RANKED, "embed_dim", "checkpoint", "recall", "classify", "compositional"),
     "classify": ("classnames", "templates", "probe"),
@@ -41,6 +43,8 @@ def of_workdir(args: argparse.Namespace) -> str:
     # What may be missing is told before jax and the model are loaded.
     if args.classify is None and args.compositional is None:
         store = one_store([args.workdir])
+        if args.maxsim:
+            require_tokens(load_config(args.workdir).model, "--maxsim")
         if args.hybrid:
             hybrid.check(store, store.resolve(load_config(args.workdir)).data.query_fields)
         if args.calibrate:
@@ -69,6 +73,7 @@ def of_workdir(args: argparse.Namespace) -> str:
         group_by=args.group_by if args.groups or args.group_by else None,
         by_words=args.hybrid,
         calibrate=args.calibrate,
+        by_tokens=args.maxsim,
         **model,
     )
 
@@ -111,6 +116,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="--groups, and by the values of this text field of the queries; may be given again",
     )
     add("--hybrid", action="store_true", help="BM25 over the texts, too, and both of them fused")
+    add("--maxsim", action="store_true", help="late interaction of tokens (MaxSim), too")
     add(
         "--calibrate",
         metavar="SPLIT",

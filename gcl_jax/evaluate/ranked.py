@@ -8,6 +8,7 @@ of its image, and an image may have several.
     image to text   the share of images of whose captions any is among the best k captions
 """
 
+import functools
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -19,8 +20,8 @@ from gcl_jax import distributed
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.sampling import records_without_fields
 from gcl_jax.data.store import RankedStore, Records
-from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
-from gcl_jax.embed.vectors import EmbeddingCache
+from gcl_jax.embed.cache import EmbeddingCache
+from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings, Tokens
 from gcl_jax.errors import DataError
 from gcl_jax.evaluate import metrics, results, trec
 from gcl_jax.evaluate.judgements import (
@@ -36,6 +37,7 @@ from gcl_jax.runs import NEWEST, load_run
 from gcl_jax.search import calibration
 from gcl_jax.search.hybrid import Words, text_of
 from gcl_jax.search.index import exact_top_k
+from gcl_jax.search.maxsim import maxsim_top_k
 
 RECALL_KS = (1, 5, 10)
 DOCUMENTS_AT_ONCE = 4096
@@ -51,12 +53,13 @@ def evaluate_splits(
     group_by: Sequence[str] | None = None,
     cache: EmbeddingCache | None = None,
     by_words: bool = False,
+    by_tokens: bool = False,
 ) -> dict[str, SplitResult]:
     """The results of every split of `cfg.eval.splits`, on at most `max_queries` queries each.
 
     With `rankings` they have what was found, with `group_by` the groups of the queries, these
     fields among them. The documents' embeddings are those of `cache`, if it is given. `by_words`
-    adds BM25, and BM25 with the embeddings.
+    adds BM25, and BM25 with the embeddings; `by_tokens` and `cache` add MaxSim.
     """
     corpora = {split: store.corpus(split) for split in cfg.eval.splits}
     for line in () if quiet else records_without_fields(cfg, store):
@@ -90,6 +93,9 @@ def evaluate_splits(
                 name: [labels[row] for row in kept]
                 for name, labels in groups.get(split, {}).items()
             }
+    tokens = cache.tokens(cfg, store, embedder, rows) if cache and by_tokens else None
+    weights = cfg.data.query_fields
+    of_queries = functools.partial(embedder.embed_tokens, "query", store.queries, weights)
     document_rank = id_ranks(store.documents)
     return {
         split: evaluate_split(
@@ -102,6 +108,9 @@ def evaluate_splits(
             ids_in(store.documents, corpus, split) if rankings else None,
             groups.get(split, {}),
             words_of(cfg, store, judged[split].queries, corpus) if by_words else None,
+            (of_queries(judged[split].queries), tokens.take(np.searchsorted(rows, corpus)))
+            if tokens
+            else None,
         )
         for split, corpus in corpora.items()
     }
@@ -117,6 +126,7 @@ def evaluate_split(
     document_ids: list[str] | None = None,
     groups: Mapping[str, Sequence[str]] | None = None,
     words: tuple[Words, Sequence[str]] | None = None,
+    tokens: tuple[Tokens, Tokens] | None = None,
 ) -> SplitResult:
     """The results of one split: merged queries and documents, every document field alone, and every
     query field of `cfg.eval.query_fields` alone, on the queries that have it.
@@ -128,6 +138,7 @@ def evaluate_split(
         document_ids: of the corpus, if the result is to have the ranking.
         groups: {grouping: the group of each query}.
         words: of the documents, and the texts of the queries, for results as "BM25" and "hybrid".
+        tokens: of the queries, and of the documents, for results as "MaxSim".
     """
     several = len({*cfg.data.query_fields, *cfg.eval.query_fields}) > 1
     having = {
@@ -157,6 +168,9 @@ def evaluate_split(
         }
         for name, hits in by_both.items():
             by_documents[name] = judged_metrics(judgements, *hits, document_rank)
+    if tokens is not None:
+        hits = maxsim_top_k(*tokens, cfg.eval.top_k)
+        by_documents["MaxSim"] = judged_metrics(judgements, *hits, document_rank)
     by_query_field = {}
     ranks = np.full((len(query_ids), len(having)), np.nan)
     of_documents = []
@@ -285,9 +299,11 @@ def evaluate_workdir(
     checkpoint: str = NEWEST,
     by_words: bool = False,
     calibrate: str | None = None,
+    by_tokens: bool = False,
 ) -> str:
-    """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by` and
-    `by_words` are those of `evaluate_splits`; the split `calibrate` says what cosines mean."""
+    """Evaluates a checkpoint of a run, writes the files and returns the tables. `group_by`,
+    `by_words` and `by_tokens` are those of `evaluate_splits`; the split `calibrate` says what
+    cosines mean."""
     cfg, store, params, mesh, step = load_run(workdir, embed_dim, checkpoint=checkpoint)
     found = evaluate_splits(
         cfg,
@@ -298,6 +314,7 @@ def evaluate_workdir(
         group_by=group_by,
         cache=EmbeddingCache(workdir, step),
         by_words=by_words,
+        by_tokens=by_tokens,
     )
     model = results.of_model(cfg, params, step)
     if not distributed.is_first():

@@ -33,7 +33,8 @@ from gcl_jax.config import LossConfig, TrainConfig
 from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.pairs import KnownWeights, PairRows
-from gcl_jax.registry import OBJECTIVES, TEXT_TOWERS, VISION_TOWERS
+from gcl_jax.models.families import require_tokens
+from gcl_jax.registry import OBJECTIVES
 
 F = TypeVar("F", bound=Callable)
 
@@ -187,14 +188,8 @@ def check_config(cfg: TrainConfig) -> None:
                 "scored documents of a query in the batch (data.pairs_per_query brings them "
                 "together)"
             )
-        towers = {"vision": VISION_TOWERS, "text": TEXT_TOWERS} if one.needs_tokens else {}
-        for kind, families in towers.items():
-            tower = getattr(cfg.model, kind)
-            if tower is not None and not families[tower.family].gives_tokens:
-                raise ConfigError(
-                    f"config.model.{kind}.family={tower.family} gives no embeddings of tokens, "
-                    f"from which loss.objectives.{name} learns: its class has no `gives_tokens`"
-                )
+        if one.needs_tokens:
+            require_tokens(cfg.model, f"loss.objectives.{name}")
 
 
 def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:

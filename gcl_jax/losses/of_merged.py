@@ -36,6 +36,7 @@ from gcl_jax.losses.logits import Term
 from gcl_jax.losses.objectives import Merged, Negatives, objective, several_each
 from gcl_jax.losses.pairs import MASKED, PairRows, Softmax, Tile, same_ids
 from gcl_jax.models.clip import normalize
+from gcl_jax.models.flops import most_tokens
 
 KINDS = 3
 
@@ -287,10 +288,9 @@ def mixed_loss(batch: Merged, loss: LossConfig) -> Float[Array, ""]:
 
 def _matrices_of_tokens(cfg: TrainConfig) -> float:
     """As many for each pair of tokens; of texts, at most. The field called "image" is one."""
-    vision, text = cfg.model.vision, cfg.model.text.context_length
-    image = (vision.image_size // vision.patch_size) ** 2 if vision else 0
+    most = most_tokens(cfg.model)
     counts = [
-        sum(image if field == "image" else text for field, weight in fields.items() if weight)
+        sum(most["image" if field == "image" else "text"] for field, w in fields.items() if w)
         for fields in cfg.data.weights.values()
     ]
     return float(counts[0] * counts[1])

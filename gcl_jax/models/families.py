@@ -22,7 +22,7 @@ Here are the families that come with gcl_jax; their modules lie in `gcl_jax.mode
 
 from typing import Any, ClassVar
 
-from gcl_jax.config import TextConfig, VisionConfig
+from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
 from gcl_jax.errors import require
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
@@ -57,6 +57,17 @@ class _BuiltIn(_Tower):
         from gcl_jax.models import towers
 
         return getattr(towers, cls.tower)(*args)
+
+
+def require_tokens(cfg: ModelConfig, what: str) -> None:
+    """Raises `ConfigError` if a tower gives no embeddings of tokens, which `what` needs."""
+    for kind, families in (("vision", VISION_TOWERS), ("text", TEXT_TOWERS)):
+        tower = getattr(cfg, kind)
+        require(
+            tower is None or families[tower.family].gives_tokens,
+            f"model.{kind}.family={tower and tower.family}: {what} needs embeddings of "
+            "tokens, which this tower does not give (its class has no gives_tokens = True)",
+        )
 
 
 class VisionTower(_Tower):

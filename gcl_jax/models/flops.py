@@ -37,6 +37,13 @@ def tower_flops(
     return TEXT_TOWERS[cfg.text.family].flops(cfg.text, cfg.embed_dim, tokens)
 
 
+def most_tokens(cfg: ModelConfig) -> dict[str, int]:
+    """How many an "image" has, and at most a "text"."""
+    vision = cfg.vision
+    image = (vision.image_size // vision.patch_size) ** 2 if vision else 0
+    return {"image": image, "text": cfg.text.context_length}
+
+
 def pair_flops(
     cfg: TrainConfig,
     kinds: Kinds | None = None,

@@ -15,6 +15,7 @@ import numpy as np
 
 from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
+from gcl_jax.models.families import require_tokens
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store, port
 from gcl_jax.search import calibration, hybrid
@@ -30,7 +31,7 @@ from gcl_jax.search.searcher import (
 # Arguments that only one of the two ways to search has; the page asks for its own.
 SERVED = {"port": "--port"}
 NOT_SERVED = {"texts": "QUERY", "query": "--query", "top_k": "--top_k", "json": "--json"}
-NOT_SERVED |= {"images": "--images", "hybrid": "--hybrid"}
+NOT_SERVED |= {"images": "--images", "hybrid": "--hybrid", "maxsim": "--maxsim"}
 
 
 def parse_queries(
@@ -89,13 +90,23 @@ def search_run(args: argparse.Namespace) -> None:
     queries = parse_queries(kinds, args.texts, args.query)
     if args.hybrid:
         hybrid.check(store, cfg.data.query_fields)
+    if args.maxsim:
+        require_tokens(cfg.model, "--maxsim")
+        if args.hybrid:
+            raise UserError("--maxsim does not go with --hybrid: give one of them")
     rows = store.corpus(args.split) if args.split else np.arange(len(store.documents))
 
     run = load_run(workdir, args.embed_dim, checkpoint=checkpoint)
-    index = SearchIndex(run, rows, workdir)
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-    meaning = None if args.hybrid else calibration.of_run(run, workdir, args.embed_dim)
-    hits = index.search(queries, max(args.top_k, hybrid.DEPTH if args.hybrid else 0))
+    cosines = not (args.hybrid or args.maxsim)
+    meaning = calibration.of_run(run, workdir, args.embed_dim) if cosines else None
+    if args.maxsim:
+        from gcl_jax.search import maxsim
+
+        hits = maxsim.search_run(run, workdir, rows, queries, args.top_k)
+    else:
+        index = SearchIndex(run, rows, workdir)
+        hits = index.search(queries, max(args.top_k, hybrid.DEPTH if args.hybrid else 0))
     if args.hybrid:
         texts = [hybrid.text_of(store.queries, query) for query in queries]
         words, near = hybrid.Words(store.documents, rows), np.searchsorted(rows, hits[1])
@@ -172,6 +183,12 @@ def main() -> None:
         "--hybrid",
         action="store_true",
         help="rank by words (BM25) and embeddings together: reciprocal rank fusion",
+    )
+    parser.add_argument(
+        "--maxsim",
+        action="store_true",
+        help="rank by late interaction of tokens: the mean over the query's of the best of each "
+        "document's (for a run that learned by loss.objectives.filip)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per query, one per line"

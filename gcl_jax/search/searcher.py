@@ -41,9 +41,9 @@ class SearchIndex:
         Raises:
             DataError: a document that cannot be read.
         """
+        from gcl_jax.embed.cache import EmbeddingCache
         from gcl_jax.embed.embedder import Corpus
         from gcl_jax.embed.model import Model
-        from gcl_jax.embed.vectors import EmbeddingCache
 
         cfg, store, params, mesh, step = run
         self.model, self._rows = Model(cfg, params, mesh, step, store.kinds), rows

@@ -104,6 +104,11 @@ def _cosines(folder: Path, store: RankedStore, pairs: Pairs) -> np.ndarray:
         except DataError as error:
             raise DataError(f"config.loss.distill_from: {error}, with --side=both") from None
         manifest = vectors.read_manifest(folder / name)
+        if "merged" not in corpus.arrays:
+            raise DataError(
+                f"config.loss.distill_from: {folder / name} holds embeddings of tokens; embed "
+                "without --tokens"
+            )
         if not manifest or manifest["store"]["fingerprint"] != records_fingerprint(store, side):
             raise DataError(
                 f"config.loss.distill_from: {folder / name} is of the {name} of another store; "
