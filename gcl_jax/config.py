@@ -279,11 +279,11 @@ class DataConfig:
     )
     refresh_start: int | None = option(
         None,
-        "steps before negatives='refresh' mines for the first time; None: half of all",
+        "steps before negatives='refresh' mines for the first time; None: three quarters of all",
         at_least=0,
     )
     refresh_every: int | None = option(
-        None, "steps until it mines again; None: a quarter of all", at_least=1
+        None, "steps until it mines again; None: an eighth of all", at_least=1
     )
     refresh_margin: float = option(
         0.05,

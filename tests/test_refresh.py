@@ -164,7 +164,7 @@ def test_the_schedule(cfg):
     data = cfg.data
     data.refresh_start = data.refresh_every = None
     schedule(data, 120)
-    assert (data.refresh_start, data.refresh_every) == (60, 30)
+    assert (data.refresh_start, data.refresh_every) == (90, 15)
     data.refresh_start = 120
     with pytest.raises(ConfigError, match="refresh_start=120 is not before the last of 120 steps"):
         schedule(data, 120)

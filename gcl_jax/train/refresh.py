@@ -41,8 +41,8 @@ def schedule(data: DataConfig, steps: int) -> None:
     if data.negatives != REFRESH:
         return
     if data.refresh_start is None:
-        data.refresh_start = steps // 2
-    data.refresh_every = data.refresh_every or max(1, steps // 4)
+        data.refresh_start = steps * 3 // 4
+    data.refresh_every = data.refresh_every or max(1, steps // 8)
     if data.refresh_start >= steps:
         raise ConfigError(
             f"config.data.refresh_start={data.refresh_start} is not before the last of {steps} "
