@@ -189,7 +189,7 @@ def test_turns_are_nearest_to_the_weights(cfg):
     assert turns_of(1, 1, 1, batch_of="all_stores") == [3, 3, 2]
     with pytest.raises(ConfigError, match=r"stores.b=0.01 is too small .* of 8 rows of a batch it"):
         turns_of(1, 0.01, batch_of="all_stores")
-    with pytest.raises(ConfigError, match=r"stores.b=0.0001 is too small .* batches it has none"):
+    with pytest.raises(ConfigError, match=r"stores.b=0.0001 is too small .* of 100 batches it"):
         turns_of(1, 0.0001)
 
 
@@ -202,7 +202,7 @@ def test_what_does_not_go_together_is_refused_in_a_line(cfg, tiny_store, notes, 
     refused("no store", DataError, stores={"emoji": 1.0, str(tmp_path / "none"): 1.0})
     shutil.copytree(notes.directory, tmp_path / "notes")
     both = {str(notes.directory): 1.0, str(tmp_path / "notes"): 1.0}
-    refused("folders of the same name", stores=both)
+    refused("or the same name, which tells their splits", stores=both)
     write_store(Notes("image"), tmp_path / "other")
     both = {str(tiny_store.directory): 1.0, str(tmp_path / "other"): 1.0}
     refused("field 'image' is an image in one of tiny, other and a text in", stores=both)

@@ -96,8 +96,8 @@ class Mixture(RankedStore):
         self.stores = {store.name: store for store in stores.values()}
         if len(self.stores) < len(stores):
             raise ConfigError(
-                f"config.data.stores: {', '.join(stores)}: folders of the same name, which tells "
-                "their splits apart; rename one"
+                f"config.data.stores: {', '.join(stores)}: the same folder twice, or the same "
+                "name, which tells their splits apart; leave one out, or rename it"
             )
         self.directory = Path(TOGETHER.join(str(x.directory) for x in self.stores.values()))
         records = {
@@ -314,14 +314,14 @@ def turns(cfg: TrainConfig) -> Int[np.ndarray, " stores"]:
     def error(total: int) -> float:
         return round(float(np.abs(counts(total) / total - share).max()), 9)
 
-    what = "rows of a batch"
+    what = f"{total} rows of a batch"
     if cfg.data.batch_of == "one_store":
-        total, what = min(range(len(share), CYCLE + 1), key=error), "batches"
+        total, what = min(range(len(share), CYCLE + 1), key=error), f"{CYCLE} batches"
     found = counts(total)
     if not found.all():
         least = list(cfg.data.stores)[int(np.argmin(found))]
         raise ConfigError(
-            f"config.data.stores.{least}={weights.min():g} is too small a share: of {total} {what} "
+            f"config.data.stores.{least}={weights.min():g} is too small a share: of {what} "
             "it has none; raise it"
         )
     return found
