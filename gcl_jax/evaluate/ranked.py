@@ -8,7 +8,6 @@ of its image, and an image may have several.
     image to text   the share of images of whose captions any is among the best k captions
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -95,7 +94,7 @@ def evaluate_splits(
             }
     tokens = cache.tokens(cfg, store, embedder, rows) if cache and by_tokens else None
     weights = cfg.data.query_fields
-    of_queries = functools.partial(embedder.embed_tokens, "query", store.queries, weights)
+    of_queries = lambda some: embedder.embed_tokens("query", store.queries, weights, some)
     document_rank = id_ranks(store.documents)
     return {
         split: evaluate_split(
