@@ -85,7 +85,6 @@ def test_only_the_best_documents_count():
 def test_what_is_written_is_read(tmp_path):
     fitted, told = calibration.fit({"val": count(*drawn(9.0, {1: 3.0, 50: 6.0}, 10_000))}, "val")
     path = calibration.path_in(tmp_path, None)
-    path.parent.mkdir()
     calibration.write(path, told | {"checkpoint": "abc"}, fitted)
     assert calibration.read(path)["calibration"] == fitted
     assert calibration.read(calibration.path_in(tmp_path, 64)) == {}

@@ -120,7 +120,7 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--calibrate",
         metavar="SPLIT",
-        help="write eval/calibration.json too: how likely a document of a cosine has a grade, "
+        help="write calibration.json too: how likely a document of a cosine has a grade, "
         "fitted to this split, and how reliable that is on each; search then shows it",
     )
     other = parser.add_mutually_exclusive_group()

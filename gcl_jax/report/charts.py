@@ -129,7 +129,7 @@ def compared_charts(
 
 
 def calibration_charts(workdir: Path, evaluations: Mapping[str, Mapping]) -> list[Chart]:
-    """Reliability of WORKDIR/eval/calibration.json, if it is of the checkpoint of `evaluations`: a
+    """Reliability of WORKDIR/calibration.json, if it is of the checkpoint of `evaluations`: a
     chart per grade, the share of documents that have it over the probability that was predicted,
     with a line per split.
 

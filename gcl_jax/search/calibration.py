@@ -145,7 +145,7 @@ def fit(
 
 
 def path_in(workdir: Path, embed_dim: int | None) -> Path:
-    return workdir / "eval" / ("calibration" + (f"@{embed_dim}" if embed_dim else "") + ".json")
+    return workdir / ("calibration" + (f"@{embed_dim}" if embed_dim else "") + ".json")
 
 
 def write(path: Path, report: Mapping[str, Any], calibration: Calibration) -> None:
