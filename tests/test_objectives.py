@@ -394,6 +394,12 @@ def test_terms_inside_a_side_need_two_fields_and_an_objective(gcl, fields):
     check_data(cfg, weights)
 
 
+def test_hardness_needs_no_negatives_but_those_of_the_batch():
+    cfg, weights = config_of("hard_negatives"), np.ones(3, np.float32)
+    cfg.loss.hard_negatives.hardness = 5.0
+    check_data(cfg, weights)
+
+
 def test_negatives_that_no_objective_looks_at_are_refused():
     cfg = config_of("gcl")
     cfg.data.text_negatives = "swap"

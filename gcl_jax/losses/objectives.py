@@ -207,7 +207,8 @@ def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:
                 "differ and a config.loss.score_to_weight other than 'constant', or use "
                 "objectives.gcl"
             )
-        if one.needs_negatives and not negatives:
+        # With a hardness, those of the batch are enough.
+        if one.needs_negatives and not negatives and not cfg.loss.hard_negatives.hardness:
             raise DataError(
                 f"config.loss.objectives.{name} needs negatives of the pairs: set "
                 "config.data.negatives to 'refresh', to 'store' or to a folder made by `python -m "
