@@ -34,6 +34,7 @@ from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.models.layers import Numerics
 from gcl_jax.prepare.stores import open_stores
+from gcl_jax.registry import OBJECTIVES
 from gcl_jax.runs import is_run, load_config, require_sealed
 from gcl_jax.sharding import Params
 from gcl_jax.train.flags import RESUMABLE
@@ -366,7 +367,7 @@ def check_same_run(
     resume_changes: Collection[str] = (),
 ) -> None:
     """Raises `ConfigError` when `cfg` would train something else than the run in `workdir`, whose
-    newest checkpoint is of `step`; keys that `resume_changes` names may differ."""
+    newest checkpoint is of `step`; what `resume_changes` names may differ, and what is unused."""
     digests = {started.data.digest, cfg.data.digest} - {""}
     if len(digests) > 1:
         raise ConfigError(
@@ -378,12 +379,11 @@ def check_same_run(
         {key: json.dumps(value) for key, value in _options(c).items()} for c in (cfg, started)
     )
     parts = ("model", "data", "loss", "optim", "seed")
-    differ = [
-        key.removeprefix("config.")
-        for key in ours
-        if ours[key] != theirs[key] and key.split(".")[1] in parts
-    ]
-    differ = [key for key in differ if key not in _FREE.union(resume_changes)]
+    unused = tuple(f"loss.{name}." for name in OBJECTIVES if not cfg.loss.objectives.get(name))
+    free = _FREE.union(resume_changes)
+    changed = (key.removeprefix("config.") for key in ours if ours[key] != theirs[key])
+    differ = [key for key in changed if key.partition(".")[0] in parts and key not in free]
+    differ = [key for key in differ if not key.startswith(unused)]
     if not differ:
         return
     shown = differ[:3]
