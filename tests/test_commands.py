@@ -99,6 +99,7 @@ PATHS = {
     "evaluate": [
         *["--workdir=", "--qrels=", "--compare x ", "--qrels=x --run=", "--qrels=x --out="],
         *["--workdir=x --classify=", "--workdir=x --classnames=", "--workdir=x --templates="],
+        *["--workdir=x --probe=", "--workdir=x --compositional=", "--workdir=x --image_root="],
     ],
     "mine": ["--workdir=x --out=", "--out=x --workdir="],
     "plan": ["--config=configs/emoji_tiny.py --topology=cpu:2 --json="],
@@ -112,8 +113,9 @@ PATHS = {
     + [
         f"--config=configs/emoji_tiny.py --workdir=x --config.{one.key}="
         for one in config.described()
-        if one.option.path
-    ],
+        if one.option.path and one.key != "data.stores"
+    ]
+    + [f"--config=configs/emoji_tiny.py --workdir=x --config.data.stores.{ADDRESS}=1"],
 }
 
 
@@ -124,7 +126,7 @@ def test_addresses_are_refused_by_every_argument_that_names_a_path(tmp_path):
     for command, ends in PATHS.items():
         for end in ends:
             module, *words = f"{command} {end}".split()
-            address = "" if end == ADDRESS else ADDRESS
+            address = "" if ADDRESS in end else ADDRESS
             words = [*words[:-1], words[-1] + address] if end[-1] != " " else [*words, address]
             lines.append([f"gcl_jax.{module}", *words])
     with pytest.raises(AssertionError) as refused:

@@ -257,7 +257,8 @@ def test_the_rate_logged_is_that_of_the_clock(cfg, tmp_path, monkeypatch, log_ev
     passes = lambda seconds, result=None: now.__setitem__(0, now[0] + seconds) or result
     monkeypatch.setattr(monitor.time, "perf_counter", lambda: now[0])
     cfg.log_every, cfg.optim.batch_size, cfg.nonfinite.spike = log_every, 8, 0
-    parts = {"cfg": cfg, "steps": 40, "flops": 3e12, "schedule": lambda step: passes(0.7, 1.0)}
+    parts = {"cfg": cfg, "steps": 40, "schedule": lambda step: passes(0.7, 1.0), "lengths": {}}
+    parts["refresh"] = SimpleNamespace(flops=lambda lengths: 3e12)
     writer = SimpleNamespace(restart=lambda step: None, write=lambda step, x: lines.append(x))
     bar = logs.progress(40, unit="step", description="train", quiet=True)
     watched = monitor.Monitor(
