@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -208,7 +209,12 @@ def test_the_probes_classes_are_those_of_the_images(folder, tmp_path):
         classify.read_training(table, data)
     rows += [f"flowers/ant_lion/{name},ant lion" for name in ("a.png", "b.PNG")]
     table.write_text("\n".join(["image,label", *rows]))
-    train = classify.read_training(table, data._replace(classnames=["cat", "bee", "ant lion"]))
+    data = data._replace(classnames=["cat", "bee", "ant lion"])
+    with pytest.raises(
+        DataError, match=r"--probe=.*ant_lion/a\.png is in --classify, too; test on ot"
+    ):
+        classify.read_training(table, data)
+    train = classify.read_training(table, data._replace(images=[]))
     assert train.labels.tolist() == [0, 0, 1, 1, 2, 2]
     with pytest.raises(DataError, match=r"--probe=.*nowhere: no such file or folder"):
         classify.read_training(tmp_path / "nowhere", data)
@@ -236,7 +242,8 @@ def test_the_command(folder, tmp_path, monkeypatch, capsys):
     (folder / "bee" / "5.png").unlink()
     (folder / "cat").rmdir()
     names.write_text("\n".join(CLASSES[:2]))
-    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--probe={folder}"])
+    shutil.copytree(folder, tmp_path / "others")
+    monkeypatch.setattr(sys, "argv", [*sys.argv, f"--probe={tmp_path / 'others'}"])
     evaluate.main()
     lines = capsys.readouterr().out.splitlines()
     report = json.loads((workdir / "eval/classify/flowers.json").read_text())

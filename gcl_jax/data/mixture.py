@@ -169,17 +169,17 @@ class Mixture(RankedStore):
             found.append(self._first[name][1] + self.stores[name].corpus(own))
         return np.unique(np.concatenate(found))
 
-    def _each(self, split: str) -> list[str]:
+    def _each(self, split: str, key: str = "") -> list[str]:
         found: list[str] = []
         for one in split.split(TOGETHER):
             own = self.stores[one].splits if one in self.stores else []
             found += [f"{one}/{name}" for name in own] or [one]
         for one in found:
-            super()._check_split(one)
+            super()._check_split(one, key)
         return found
 
-    def _check_split(self, split: str) -> None:
-        self._each(split)
+    def _check_split(self, split: str, key: str = "") -> None:
+        self._each(split, key)
 
     def _moved(self, name: str, pairs: Pairs) -> Pairs:
         """Those of a store by the row numbers of all."""

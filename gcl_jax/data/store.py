@@ -260,11 +260,10 @@ class RankedStore:
         with reading(path, self.directory):
             return np.load(path)
 
-    def _check_split(self, split: str) -> None:
+    def _check_split(self, split: str, key: str = "") -> None:
         if split not in self.info["splits"]:
-            raise DataError(
-                f"store {self.directory} has no split {split!r}; it has {', '.join(self.splits)}"
-            )
+            has = ", ".join(self.splits)
+            raise DataError(f"{key}store {self.directory} has no split {split!r}; it has {has}")
 
     def resolve(self, cfg: TrainConfig) -> TrainConfig:
         """A copy of `cfg` in which everything that depends on the data is spelled out: fields and
@@ -297,8 +296,9 @@ class RankedStore:
         usual = sorted(self.splits, key=lambda s: (bool(HELD_OUT.match(s)), s != "train"))
         cfg.data.train_split = cfg.data.train_split or usual[0]
         cfg.eval.splits = cfg.eval.splits or tuple(self.splits)
-        for split in (cfg.data.train_split, *cfg.eval.splits):
-            self._check_split(split)
+        self._check_split(cfg.data.train_split, "config.data.train_split: ")
+        for split in cfg.eval.splits:
+            self._check_split(split, "config.eval.splits: ")
         pairs = [f"{q}:{d}" for q in cfg.data.query_fields for d in cfg.data.document_fields]
         if unknown := [pair for pair in cfg.loss.pair_weights if pair not in pairs]:
             raise DataError(

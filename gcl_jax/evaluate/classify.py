@@ -74,7 +74,8 @@ def read_training(path: Path, data: Labelled, classnames: Sequence[str] | None =
     """The images to train a probe on, with the classes of `data` in their order.
 
     Raises:
-        DataError: as `read_images`; other classes, or one with fewer than two images.
+        DataError: as `read_images`; images of `data` itself, other classes, or a class with fewer
+            than two images.
     """
     train = read_images(path, classnames, "probe")
     if odd := sorted(set(train.classnames).symmetric_difference(data.classnames)):
@@ -90,6 +91,9 @@ def read_training(path: Path, data: Labelled, classnames: Sequence[str] | None =
         raise DataError(
             f"--probe={path}: class {name!r} has {count} images; a probe needs two or more of each"
         )
+    files = [{x.resolve() for x in of.images if isinstance(x, Path)} for of in (train, data)]
+    if shared := sorted(set.intersection(*files)):
+        raise DataError(f"--probe={path}: {shared[0]} is in --classify, too; test on other images")
     return train._replace(labels=labels, classnames=data.classnames)
 
 

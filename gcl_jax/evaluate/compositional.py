@@ -109,7 +109,8 @@ def _case(case: Any, place: str, root: Path, task: str) -> Case:
     def value(names: Sequence[str]) -> Any:
         found = [case[name] for name in names if case.get(name)]
         if not found:
-            raise DataError(f"{place}: no {' or '.join(names)}; it has {', '.join(case)}")
+            full = ", ".join(name for name, x in case.items() if x)
+            raise DataError(f"{place}: no {' or '.join(names)} that is not empty; it has {full}")
         return found[0]
 
     image, right, wrong = map(value, (IMAGE, RIGHT, WRONG))

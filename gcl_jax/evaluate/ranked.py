@@ -156,7 +156,7 @@ def evaluate_split(
     by_documents = {"merged": metrics.evaluate_rankings(grades, judgements.grades)}
     counts = calibration.count(scores, grades)
     for field, embeddings in searched.items():
-        if field != "merged":
+        if field != "merged" and np.any(embeddings):  # the documents of one store may lack a field
             hits = exact_top_k(merged, embeddings, cfg.eval.top_k)
             by_documents[field] = judged_metrics(judgements, *hits, document_rank)
     if words is not None:
