@@ -12,6 +12,7 @@ import hmac
 import json
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -366,5 +367,8 @@ def serve(
             pass
         api.closing = True
         server.drain(GRACE)
-        if searcher is not None:
-            searcher.batcher.close()
+        if searcher is None:
+            # It was still loading: the interpreter may crash on what XLA compiles in its threads.
+            sys.stdout.flush()
+            os._exit(0)
+        searcher.batcher.close()
