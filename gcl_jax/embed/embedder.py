@@ -41,9 +41,8 @@ class FieldEmbeddings:
         return {"merged": self.merged(weights), **alone}
 
     def take(self, rows: np.ndarray) -> "FieldEmbeddings":
-        return FieldEmbeddings(
-            *({name: x[rows] for name, x in y.items()} for y in (self.fields, self.present))
-        )
+        arrays = self.fields, self.present, self.tokens
+        return FieldEmbeddings(*({name: x[rows] for name, x in y.items()} for y in arrays))
 
     def tokens_of(self, weights: Mapping[str, float]) -> "Tokens":
         """Those of all fields of weight above 0 that a record has, field after field."""

@@ -42,10 +42,6 @@ def no_counts() -> Int[np.ndarray, "2001 101"]:
     return np.zeros((BINS, 101), np.int64)
 
 
-def _sigmoid(x: np.ndarray) -> np.ndarray:
-    return 0.5 * (1 + np.tanh(0.5 * x))
-
-
 @dataclasses.dataclass(frozen=True, slots=True)
 class Calibration:
     """P(grade >= g | cosine) = sigmoid(slope * cosine - offsets[g])."""
@@ -54,7 +50,9 @@ class Calibration:
     offsets: Mapping[int, float]
 
     def probability(self, cosines: np.ndarray, grade: int) -> np.ndarray:
-        return _sigmoid(self.slope * cosines - self.offsets[grade])
+        from scipy.special import expit
+
+        return expit(self.slope * cosines - self.offsets[grade])
 
     def thresholds(self) -> dict[int, float | None]:
         """The cosine at which half of the documents have at least a grade; none if no cosine is."""
@@ -70,6 +68,7 @@ class Calibration:
             DataError: no grade is left.
         """
         from scipy.optimize import minimize
+        from scipy.special import expit
 
         above = {g: int(counts[:, g:].sum()) for g in sorted(set(grades))}
         kept = {n: g for g, n in reversed(above.items()) if 0 < n < counts.sum()}
@@ -88,9 +87,8 @@ class Calibration:
             return np.cumsum([parameters[1], *np.exp(parameters[2:])])
 
         def loss(parameters: np.ndarray) -> float:
-            inside = _sigmoid(parameters[0] * x[:, None] - offsets_of(parameters))
-            ends = np.ones(len(x)), np.zeros(len(x))
-            between = -np.diff(np.column_stack([ends[0], inside, ends[1]]), axis=1)
+            inside = expit(parameters[0] * x[:, None] - offsets_of(parameters))
+            between = -np.diff(inside, axis=1, prepend=1.0, append=0.0)
             return float(-(groups * np.log(np.maximum(between, 1e-300))).sum())
 
         odds = [np.log((counts.sum() - above[g]) / above[g]) for g in lowest]
