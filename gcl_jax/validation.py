@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gcl_jax import registry
+from gcl_jax import config, registry
 from gcl_jax.config import (
+    DataConfig,
     Described,
     ObjectivesConfig,
     TrainConfig,
@@ -40,6 +41,8 @@ def validate(cfg: TrainConfig) -> None:
     _validate_loss(cfg)
     _validate_optim(cfg)
     _validate_checkpoint(cfg)
+    for key, owner, default in unused(cfg):
+        require(False, f"{key} is of {owner}; leave it at its default, {default!r}")
     require(cfg.mesh.data != 0, "mesh.data=0 must be -1 or 1 or more")
     require(
         cfg.eval.embed_dim <= cfg.model.embed_dim,
@@ -179,12 +182,11 @@ def _validate_data(cfg: TrainConfig) -> None:
     for side in ("query_fields", "document_fields"):
         weights = getattr(cfg.data, side)
         require(not weights or sum(weights.values()) > 0, f"data.{side}: all weights are 0")
-    for key in ("refresh_start", "refresh_every"):
-        value = getattr(cfg.data, key)
-        require(
-            value is None or cfg.data.negatives == "refresh",
-            f"data.{key}={value} is of data.negatives='refresh', which is {cfg.data.negatives!r}",
-        )
+    require(
+        not cfg.data.stores or cfg.data.store in ("", DataConfig().store),
+        f"data.store={cfg.data.store!r} and data.stores, which stand in its place: leave one out "
+        "(--config.data.store= or --config.data.stores={})",
+    )
     if cfg.data.pairs_per_query > 1:
         together = (
             f"data.pairs_per_query={cfg.data.pairs_per_query} brings a query's pairs together"
@@ -227,13 +229,30 @@ def _validate_objectives(cfg: TrainConfig) -> None:
         )
     require(any(weights.values()), "loss.objectives: all weights are 0")
     require(
-        not loss.distill_from or weights.get("distill", 0.0) > 0,
-        "loss.distill_from is of loss.objectives.distill, whose weight is 0",
-    )
-    require(
         loss.weight_norm == "none" or weights.get("gcl", 0.0) > 0,
         f"loss.weight_norm={loss.weight_norm!r} is of loss.objectives.gcl alone, whose weight is 0",
     )
+
+
+def unused(cfg: TrainConfig) -> Iterator[tuple[str, str, Any]]:
+    """(key, what it belongs to, its default) of options that are set and yet have no effect, since
+    `cfg` does not have what they belong to."""
+    data, weights = cfg.data, cfg.loss.objectives
+    idle = {} if data.stores else {"data.batch_of": "data.stores, which names none"}
+    if data.negatives != "refresh":
+        idle["data.refresh_"] = f"data.negatives='refresh', which is {data.negatives!r}"
+    if not data.negatives and data.text_negatives == "none":
+        idle["data.num_negatives"] = "data.negatives and data.text_negatives, and there are none"
+    zero = [name for name in registry.OBJECTIVES if not weights.get(name)]
+    idle |= {f"loss.{x}.": f"loss.objectives.{x}, whose weight is 0" for x in zero}
+    if "distill" in zero:
+        idle["loss.distill_from"] = "loss.objectives.distill, whose weight is 0"
+    if {"roar", "lambdaloss", "distill"}.issubset(zero):
+        idle["loss.list_size"] = "loss.objectives roar, lambdaloss and distill, whose weights are 0"
+    for one in described():
+        owner = next((owner for key, owner in idle.items() if one.key.startswith(key)), "")
+        if owner and config.value(cfg, one.key) != one.default:
+            yield one.key, owner, one.default
 
 
 def _validate_optim(cfg: TrainConfig) -> None:

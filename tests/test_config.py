@@ -125,6 +125,36 @@ def test_an_option_of_an_objective_without_weight_is_refused():
     validate(cfg)
 
 
+@pytest.mark.parametrize(
+    ("flag", "owner"),
+    [
+        ("data.batch_of=all_stores", "data.stores, which names none"),
+        ("data.num_negatives=2", "data.negatives and data.text_negatives"),
+        ("data.refresh_every=5", "data.negatives='refresh', which is ''"),
+        ("data.refresh_margin=0.1", "data.negatives='refresh', which is ''"),
+        ("loss.list_size=8", "loss.objectives roar, lambdaloss and distill"),
+        ("loss.distill_from=x", "loss.objectives.distill, whose weight is 0"),
+        ("loss.unimodal.fields=title", "loss.objectives.unimodal, whose weight is 0"),
+        ("loss.hard_negatives.hardness=5", "loss.objectives.hard_negatives, whose weight is 0"),
+    ],
+)
+def test_an_option_of_what_is_not_there_is_refused(flag, owner):
+    key = flag.partition("=")[0]
+    with pytest.raises(ConfigError, match=re.escape(f"config.{key} is of {owner}")) as error:
+        validate(cfg_with(f"--config.{flag}"))
+    assert "\n" not in str(error.value)
+    assert "leave it at its default" in str(error.value)
+
+
+def test_stores_stand_in_place_of_the_store_of_the_file():
+    stores = [("data.stores.a", "1"), ("data.stores.b", "2")]
+    cfg = read_config("configs/own_data.py", stores)
+    assert (cfg.data.store, cfg.data.stores) == ("", {"a": 1, "b": 2})
+    validate(cfg)
+    with pytest.raises(ConfigError, match=r"data\.store='x' and data\.stores.*leave one out"):
+        validate(read_config("configs/own_data.py", [*stores, ("data.store", "x")]))
+
+
 def test_presets_clean_texts_as_their_models_were_trained():
     """open_clip's cleaning for its own models, none for those of sentence-transformers."""
     kinds = ("ViT-B-32", "ViT-B-16-SigLIP", "xlm-roberta-base-ViT-B-32", "all-MiniLM-L6-v2")

@@ -16,7 +16,7 @@ import tqdm
 
 from gcl_jax import config, distributed
 from gcl_jax.compare.tables import SHOWN, as_markdown, extremes, per_query, summarise
-from gcl_jax.config import LossConfig, TrainConfig
+from gcl_jax.config import DataConfig, LossConfig, TrainConfig
 from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ConfigError, DataError, UserError, did_you_mean
 from gcl_jax.evaluate import results
@@ -50,6 +50,7 @@ KEPT = (
     *("merged", "field_pairs", "side_pairs", "pair_weights", "mask_duplicates", "matryoshka_dims"),
     *("form", "dtype", "kernel"),
 )
+NEGATIVES = [x.name for x in dataclasses.fields(DataConfig) if re.search("negat|refresh", x.name)]
 PARTS = re.compile(r"(model|data|loss|optim|eval)\.|init_from$")  # of a config: they make results
 FREE = {"data.store", "data.num_workers", "data.cached_records"}  # the digest tells the store
 
@@ -135,8 +136,8 @@ class Comparison:
         cfg.seed = seed
         if method in LOSSES:
             cfg.loss = contrastive(cfg.loss, method)
-            cfg.data.negatives, cfg.data.text_negatives = "", "none"  # which it has no use for
-            cfg.data.refresh_start = cfg.data.refresh_every = None
+            for name in NEGATIVES:  # which it has no use for
+                setattr(cfg.data, name, getattr(DataConfig(), name))
         return cfg
 
     def folder(self, method: str, seed: int | None) -> Path:

@@ -249,7 +249,10 @@ def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainCo
     if not isinstance(made, TrainConfig):
         raise ConfigError(f"--config={file}: get_config() must return a gcl_jax.TrainConfig")
     overrides = list(overrides)
-    whole = {key for key, _ in overrides if key in ("model", *_parts_of_model())}
+    keys = [key for key, _ in overrides]
+    if "data.store" not in keys and any(re.match(r"data\.stores\b", key) for key in keys):
+        made.data.store = ""  # they stand in place of the file's
+    whole = {key for key in keys if key in ("model", *_parts_of_model())}
     for key, text in sorted(overrides, key=lambda one: one[0] not in whole):
         override(made, key, text)
     return made
