@@ -313,6 +313,23 @@ def test_recall_of_fewer_than_k():
     assert ranked.recall_at(one, one, np.array([0, 1]))["image_to_text"]["R@10"] == 1.0
 
 
+@pytest.mark.parametrize("flag", ["classify", "compositional", "recall"])
+def test_an_image_tower_that_never_saw_an_image_answers_nothing(
+    folder, tmp_path, monkeypatch, capsys, flag
+):
+    workdir = untrained_run(HostileSource(), tmp_path)
+    (workdir / "config.json").write_text(
+        (workdir / "config.json").read_text().replace('"image": 0.5', '"title": 0.5')
+    )
+    given = f"--{flag}" if flag == "recall" else f"--{flag}={folder}"
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={workdir}", given])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert f"--{flag} compares texts with images, and in {workdir} the image tower" in line
+    assert "learns nothing from the fields query (text), title (text): train with" in line
+
+
 def test_the_recall_command(tmp_path, monkeypatch, capsys):
     class Captions(HostileSource):
         """Three captions for every image of the first corpus but one."""

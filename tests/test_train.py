@@ -433,6 +433,22 @@ def test_a_run_remembers_what_was_registered_from_outside(cfg, tmp_path, monkeyp
     assert gcl_jax.train(cfg, tmp_path / "run") == last
 
 
+def test_a_tower_that_no_field_goes_through_is_told(cfg, monkeypatch, capsys):
+    from gcl_jax.train import setup
+
+    told = "the image tower learns nothing from the fields query (text), title (text): train with"
+
+    def enough(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, "text_lengths", enough)
+    for fields, expected in (({"title": 1.0}, 1), ({"title": 0.5, "image": 0.5}, 0)):
+        cfg.data.document_fields = fields
+        with pytest.raises(KeyboardInterrupt):
+            setup.make_training(cfg)
+        assert capsys.readouterr().err.count(told) == expected
+
+
 @pytest.mark.usefixtures("texts")
 def test_finished_run_is_left_alone(cfg, tmp_path):
     train(cfg, tmp_path)

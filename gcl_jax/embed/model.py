@@ -20,6 +20,7 @@ from gcl_jax.data.transforms import read_file
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.models.clip import abstract_params
+from gcl_jax.models.families import untrained_towers
 from gcl_jax.models.flops import Kinds
 from gcl_jax.models.presets import PRESETS
 from gcl_jax.paths import local_path, path_of
@@ -58,6 +59,7 @@ class Model:
         self.cfg, self.step, self._kinds = cfg, step, kinds
         self.embed_dim = cfg.eval.embed_dim or cfg.model.embed_dim
         self.embedder = Embedder(cfg, params, mesh)
+        self._untrained = untrained_towers(cfg, kinds) if step and kinds else {}
 
     def __repr__(self) -> str:
         fields = ", ".join(f"{side} fields {self.fields(side)}" for side in get_args(Side))
@@ -162,6 +164,8 @@ class Model:
                     raise UserError(f"{name}[{i}], field {field!r}: {wrong}")
         if "image" in used.values() and self.cfg.model.vision is None:
             raise UserError("the model has no image tower: it embeds texts only")
+        for kind in self._untrained.keys() & set(used.values()):
+            raise UserError(f"{name}: {self._untrained[kind]}")
         if not rows:
             return np.zeros((0, self.embed_dim), np.float32)
         records = GivenRecords(name, used, rows)

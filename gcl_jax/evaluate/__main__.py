@@ -18,12 +18,21 @@ the whole corpus of its split exactly, top 1000.
 """
 
 import argparse
+import contextlib
+from pathlib import Path
 
 from gcl_jax import distributed, runs
-from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
+from gcl_jax.errors import (
+    ArgumentParser,
+    ConfigError,
+    DataError,
+    UserError,
+    reported_in_one_line,
+)
 from gcl_jax.evaluate import results
-from gcl_jax.models.families import require_tokens
+from gcl_jax.models.families import require_tokens, untrained_towers
 from gcl_jax.paths import local_path, output_path
+from gcl_jax.prepare.stores import open_stores
 from gcl_jax.registry import load_extensions
 from gcl_jax.runs import load_config, one_store
 from gcl_jax.search import hybrid
@@ -41,6 +50,9 @@ OPTIONS = {
 def of_workdir(args: argparse.Namespace) -> str:
     """What is asked of a run, as a table."""
     # What may be missing is told before jax and the model are loaded.
+    for flag in ("classify", "compositional", "recall"):
+        if getattr(args, flag):
+            require_both_towers(args.workdir, f"--{flag}")
     if args.classify is None and args.compositional is None:
         store = one_store([args.workdir])
         if args.maxsim:
@@ -52,8 +64,6 @@ def of_workdir(args: argparse.Namespace) -> str:
             if args.calibrate not in splits:
                 known = ", ".join(splits)
                 raise UserError(f"--calibrate={args.calibrate}: the splits evaluated are {known}")
-    else:
-        load_config(args.workdir)
 
     from gcl_jax.evaluate import classify, compositional, ranked
 
@@ -76,6 +86,18 @@ def of_workdir(args: argparse.Namespace) -> str:
         by_tokens=args.maxsim,
         **model,
     )
+
+
+def require_both_towers(workdir: Path, flag: str) -> None:
+    """Raises `ConfigError` unless the run in `workdir` has learned to compare texts with images, or
+    its store is gone: then nobody knows what its fields are."""
+    cfg = load_config(workdir)
+    if cfg.model.vision is None:
+        raise ConfigError(f"{flag} needs images, and the model in {workdir} has no image tower")
+    with contextlib.suppress(DataError):
+        store = open_stores(cfg.data)
+        for line in untrained_towers(store.resolve(cfg), store.kinds).values():
+            raise ConfigError(f"{flag} compares texts with images, and in {workdir} {line}")
 
 
 def make_parser() -> argparse.ArgumentParser:

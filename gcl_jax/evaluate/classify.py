@@ -28,7 +28,7 @@ from gcl_jax.data.store import is_hidden, visible_files
 from gcl_jax.data.transforms import IMAGE_ENDINGS, read_file
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import DataError
 from gcl_jax.evaluate.results import of_model, writing
 from gcl_jax.paths import write_json
 from gcl_jax.prepare.records import image_cell, text_cell
@@ -246,7 +246,6 @@ def classify_workdir(
     `probe`, writes WORKDIR/eval/classify/NAME.json and returns a table.
 
     Raises:
-        ConfigError: the model has no image tower.
         DataError: a file or image cannot be read, or does not fit.
     """
     names = read_lines(classnames) if classnames else None
@@ -254,8 +253,6 @@ def classify_workdir(
     train = read_training(probe, data, names) if probe else None
     prompts = read_templates(templates) if templates else list(TEMPLATES)
     cfg, params, mesh, step = load_model(workdir, checkpoint)
-    if cfg.model.vision is None:
-        raise ConfigError(f"--classify needs images, and the model in {workdir} has no image tower")
     if embed_dim is not None:
         set_embed_dim(cfg, embed_dim)
     result = classify(Embedder(cfg, params, mesh), data, prompts, train)

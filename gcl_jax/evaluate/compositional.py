@@ -28,7 +28,7 @@ from gcl_jax.data.store import visible_files
 from gcl_jax.data.transforms import decode_image, read_file
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import DataError
 from gcl_jax.evaluate.results import of_model, text_table, writing
 from gcl_jax.paths import write_json
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
@@ -209,15 +209,10 @@ def compositional_workdir(
     WORKDIR/eval/compositional/NAME.json and returns a table.
 
     Raises:
-        ConfigError: the model has no image tower.
         DataError: a file or image cannot be read, or a case lacks something.
     """
     tasks = read_tasks(path, image_root)
     cfg, params, mesh, step = load_model(workdir, checkpoint)
-    if cfg.model.vision is None:
-        raise ConfigError(
-            f"--compositional needs images, and the model in {workdir} has no image tower"
-        )
     if embed_dim is not None:
         set_embed_dim(cfg, embed_dim)
     embedder = Embedder(cfg, params, mesh)

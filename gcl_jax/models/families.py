@@ -20,9 +20,10 @@ scanned (`layers.Transformer`) are called "blocks": they are layers to `optim.la
 Here are the families that come with gcl_jax; their modules lie in `gcl_jax.models.towers`.
 """
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from gcl_jax.config import ModelConfig, TextConfig, VisionConfig
+from gcl_jax.config import ModelConfig, TextConfig, TrainConfig, VisionConfig
 from gcl_jax.errors import require
 from gcl_jax.registry import TEXT_TOWERS, VISION_TOWERS
 
@@ -68,6 +69,20 @@ def require_tokens(cfg: ModelConfig, what: str) -> None:
             f"model.{kind}.family={tower and tower.family}: {what} needs embeddings of "
             "tokens, which this tower does not give (its class has no gives_tokens = True)",
         )
+
+
+def untrained_towers(cfg: TrainConfig, kinds: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
+    """{"image" or "text": a line} for a tower of `cfg` that stays as random as it began: it embeds
+    none of the fields, whose `kinds` are by side, and has no weights to start from."""
+    fields = {(x, kinds[side][x]) for side, named in cfg.data.weights.items() for x in named}
+    towers = {"text"} if cfg.model.vision is None else {"text", "image"}
+    shown = ", ".join(f"{name} ({kind})" for name, kind in sorted(fields))
+    return {
+        tower: f"the {tower} tower learns nothing from the fields {shown}: train with a field of "
+        "its kind (config.data.document_fields), or from pretrained weights (config.init_from)"
+        for tower in towers - {kind for _, kind in fields}
+        if fields and not cfg.init_from
+    }
 
 
 class VisionTower(_Tower):

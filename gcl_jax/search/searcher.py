@@ -17,6 +17,7 @@ from PIL import Image
 from gcl_jax.data.store import Records
 from gcl_jax.data.transforms import ImageError, ImageTransform, decode_image, open_image
 from gcl_jax.errors import DataError
+from gcl_jax.models.families import untrained_towers
 from gcl_jax.paths import replacing
 from gcl_jax.runs import NEWEST, Run, load_run
 from gcl_jax.search import hybrid
@@ -203,7 +204,8 @@ class Searcher:
         run = load_run(workdir, embed_dim, checkpoint=checkpoint)
         self._model, self._sizes = run.cfg.model, batch_sizes
         self.name, self.store, self.step = str(workdir), run.store, run.step
-        self.takes_images = run.cfg.model.vision is not None
+        idle = untrained_towers(run.cfg, self.store.kinds)
+        self.takes_images = run.cfg.model.vision is not None and "image" not in idle
         rows = self.store.corpus(split) if split else np.arange(len(self.store.documents))
         self._index, self._rows = SearchIndex(run, rows, workdir), rows
         self.words = hybrid.Words(self.store.documents, rows) if by_words else None

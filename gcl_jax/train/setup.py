@@ -32,6 +32,7 @@ from gcl_jax.evaluate import metrics
 from gcl_jax.losses.objectives import check_data
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
+from gcl_jax.models.families import untrained_towers
 from gcl_jax.models.layers import Numerics
 from gcl_jax.prepare.stores import open_stores
 from gcl_jax.registry import OBJECTIVES
@@ -99,7 +100,7 @@ def make_training(cfg: TrainConfig) -> Training:
     require_metric(cfg)
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     require_memory(cfg, tx, mesh)
-    for line in records_without_fields(cfg, store):
+    for line in (*records_without_fields(cfg, store), *untrained_towers(cfg, store.kinds).values()):
         distributed.announce(line)
     lengths = text_lengths(cfg, store)
     place, refresh = (jax.process_index(), jax.process_count()), Refresh(cfg, store, mesh)
