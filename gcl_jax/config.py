@@ -111,9 +111,16 @@ class VisionConfig:
     norm_eps: float = option(1e-5, "added to the variance in layer norms", above=0)
     pool: str = option(
         "tok",
-        "what becomes the embedding: the projected class token (tok: CLIP's tower), or attention "
-        "over the patches from a learned query (map: SigLIP's, its width is the embedding's)",
-        ("tok", "map"),
+        "what becomes the embedding: the projected class token (tok: CLIP's tower), the projected "
+        "mean of the patches (avg), or attention over the patches from a learned query (map: "
+        "SigLIP's, its width is the embedding's)",
+        ("tok", "avg", "map"),
+    )
+    pos_embed_type: str = option(
+        "learnable",
+        "where positions start: drawn by chance, or sines and cosines of row and column "
+        "(sin_cos_2d), which optim.freeze=visual.positional_embedding keeps",
+        ("learnable", "sin_cos_2d"),
     )
     patch_dropout: float = option(
         0.0, "share of the patches that a training step leaves out", at_least=0, below=1

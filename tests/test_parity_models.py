@@ -14,10 +14,19 @@ import pytest
 from gcl_jax.config import ModelConfig, TextConfig
 from gcl_jax.losses.contrastive import gcl_loss_reference
 from gcl_jax.losses.pairs import PairRows
-from gcl_jax.models.clip import abstract_model, merge
-from gcl_jax.models.presets import BERT, LARGE, OPEN_CLIP, PRESETS, XLM_ROBERTA, preset
+from gcl_jax.models.clip import abstract_model, init_params, merge
+from gcl_jax.models.presets import (
+    BERT,
+    LARGE,
+    OPEN_CLIP,
+    PRESETS,
+    XLM_ROBERTA,
+    from_open_clip,
+    preset,
+)
 from gcl_jax.port import hugging_face, sentence_transformers
 from gcl_jax.port.convert import expected_shapes, from_state_dict, to_state_dict
+from gcl_jax.port.open_clip import to_open_clip_config
 
 
 def relative_error(actual, expected) -> float:
@@ -123,7 +132,11 @@ def open_clip_model(open_clip, cfg: ModelConfig, custom: bool = False):
     text_keys = ("context_length", "vocab_size", "width", "heads", "layers")
     return made(
         cfg.embed_dim,
-        open_clip.CLIPVisionCfg(**{key: getattr(vision, key) for key in vision_keys}),
+        open_clip.CLIPVisionCfg(
+            **{key: getattr(vision, key) for key in vision_keys},
+            pool_type=vision.pool,
+            pos_embed_type=vision.pos_embed_type,
+        ),
         open_clip.CLIPTextCfg(**{key: getattr(text, key) for key in text_keys}),
         quick_gelu=vision.act == "quick_gelu",
     )
@@ -175,6 +188,32 @@ def test_clip_equals_open_clip(open_clip, name, pairs):
         theirs.encode_text(torch.tensor(tokens)),
     )
     assert_equal_models(theirs, embed, cfg, "open_clip", (pixels, tokens))
+
+
+def test_mean_of_patches_equals_open_clips(open_clip):
+    import torch
+
+    cfg = reduced("ViT-B-32-quickgelu")
+    cfg = dataclasses.replace(cfg, vision=dataclasses.replace(cfg.vision, pool="avg"))
+    assert from_open_clip(to_open_clip_config(cfg)) == cfg
+    rng = np.random.default_rng(2)
+    pixels, tokens = random_images(rng, cfg, 5), random_tokens(rng, cfg.text, 5)
+    theirs = seeded(open_clip_model(open_clip, cfg))
+    embed = lambda: (
+        theirs.encode_image(normalised_images(cfg, pixels)),
+        theirs.encode_text(torch.tensor(tokens)),
+    )
+    assert_equal_models(theirs, embed, cfg, "open_clip", (pixels, tokens))
+
+
+def test_positions_that_start_as_sines_equal_open_clips(open_clip):
+    cfg = reduced("ViT-B-32-quickgelu")
+    vision = dataclasses.replace(cfg.vision, image_size=96, pos_embed_type="sin_cos_2d")
+    cfg = dataclasses.replace(cfg, vision=vision)
+    assert from_open_clip(to_open_clip_config(cfg)) == cfg
+    theirs = open_clip_model(open_clip, cfg).visual.positional_embedding.detach().numpy()
+    ours = init_params(cfg, jax.random.key(0))["visual"]["positional_embedding"]
+    np.testing.assert_allclose(ours[1:], theirs[1:], atol=1e-6)  # theirs has 0 for the class
 
 
 def siglip_in_open_clip(open_clip, cfg: ModelConfig):

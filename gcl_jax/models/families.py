@@ -153,9 +153,14 @@ class Vit(_BuiltIn, VisionTower):
             f"model.vision.width={cfg.width} is no multiple of head_width={cfg.head_width}",
         )
         require(
-            cfg.pool == "tok" or cfg.width == embed_dim,
+            cfg.pool != "map" or cfg.width == embed_dim,
             f"model.vision.width={cfg.width} must be embed_dim={embed_dim}: with pool='map' there "
             "is no projection",
+        )
+        require(
+            cfg.pos_embed_type == "learnable" or cfg.width % 4 == 0,
+            f"model.vision.width={cfg.width} must be a multiple of 4 for pos_embed_type="
+            "'sin_cos_2d'",
         )
 
     @staticmethod
@@ -163,9 +168,10 @@ class Vit(_BuiltIn, VisionTower):
         width, patches = cfg.width, (cfg.image_size // cfg.patch_size) ** 2
         embedding = 2 * patches * 3 * cfg.patch_size**2 * width
         kept = max(1, int(patches * (1 - cfg.patch_dropout))) if training else patches
-        tokens = kept + (cfg.pool == "tok")
-        if cfg.pool == "tok":
-            return embedding + _blocks_flops(cfg, tokens, reads_one=True) + 2 * width * embed_dim
+        tokens = kept + (cfg.pool != "map")
+        if cfg.pool != "map":
+            blocks = _blocks_flops(cfg, tokens, reads_one=cfg.pool == "tok")
+            return embedding + blocks + 2 * width * embed_dim
         pooling = _block_flops(cfg, tokens, queries=1)
         return embedding + _blocks_flops(cfg, tokens, reads_one=False) + pooling
 

@@ -65,6 +65,15 @@ def tokens_at(x: Float[Array, "b t d"], position: Position | None) -> Float[Arra
     return jnp.take_along_axis(x, position[:, None, None], axis=1)
 
 
+def grid_sines(side: int, width: int) -> Float[np.ndarray, "n d"]:
+    """Positions of a square of patches, row by row, as in MAE (arXiv 2111.06377) and open_clip: a
+    quarter of the channels each are sines and cosines of the column, then of the row."""
+    angles = np.arange(side)[:, None] / 10000 ** (np.arange(width // 4) / (width / 4))
+    waves = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    columns, rows = np.tile(waves, (side, 1)), np.repeat(waves, side, axis=0)
+    return np.concatenate([columns, rows], axis=1).astype(np.float32)
+
+
 def normal(std: float) -> nnx.initializers.Initializer:
     return nnx.initializers.normal(std)
 

@@ -111,17 +111,18 @@ def _norm_eps(config: dict) -> float:
 
 def _vision(vision: dict, act: str) -> VisionConfig:
     made = VisionConfig(patch_size=16, act=_activation(vision, act), norm_eps=_norm_eps(vision))
-    if vision.pop("pool_type", "tok") != "tok":
-        raise ConfigError("open_clip's vision_cfg.pool_type must be 'tok'")
+    made.pool = vision.pop("pool_type", "tok")
+    if made.pool not in ("tok", "avg"):
+        raise ConfigError("open_clip's vision_cfg.pool_type must be 'tok' or 'avg'")
     keys = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
-    for key in (*keys, "patch_dropout"):
+    for key in (*keys, "patch_dropout", "pos_embed_type"):
         value = vision.pop(key, getattr(made, key))
         if isinstance(value, list | tuple):
             raise ConfigError(f"open_clip's vision_cfg.{key}={value} is not supported")
         setattr(made, key, value)
     unused = {"attn_pooler_queries", "attn_pooler_heads", "output_tokens"}
     left = {key: value for key, value in vision.items() if key not in unused}
-    _reject("vision_cfg.", left, pos_embed_type="learnable", block_type="default")
+    _reject("vision_cfg.", left, block_type="default")
     return made
 
 

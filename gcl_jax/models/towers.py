@@ -20,28 +20,33 @@ from gcl_jax.models.layers import (
     Numerics,
     Position,
     Transformer,
+    grid_sines,
     tokens_at,
 )
 from gcl_jax.sharding import looked_up
 
 
 class VisionTransformer(nnx.Module):
-    """Patches, learned positions, transformer, ln_post, pooling.
+    """Patches, positions, transformer, ln_post, pooling.
 
-    CLIP adds a class token, `ln_pre` and a projection of the class token; SigLIP a bias to the
-    patches and a pooling by attention over them.
+    CLIP adds a class token, `ln_pre` and a projection of the class token, or of the mean of the
+    patches; SigLIP a bias to the patches and a pooling by attention over them.
     """
 
     def __init__(self, cfg: VisionConfig, embed_dim: int, numerics: Numerics, rngs: nnx.Rngs):
         width, heads = cfg.width, cfg.width // cfg.head_width
         self.patch_size, self.patch_dropout = cfg.patch_size, cfg.patch_dropout
-        self.dtype, self.has_class_token = numerics.dtype, cfg.pool == "tok"
-        patches, pixels = (cfg.image_size // cfg.patch_size) ** 2, 3 * cfg.patch_size**2
+        self.dtype, self.has_class_token = numerics.dtype, cfg.pool != "map"
+        self.averages = cfg.pool == "avg"
+        side, pixels = cfg.image_size // cfg.patch_size, 3 * cfg.patch_size**2
         std = width**-0.5
         self.patch_embedding = numerics.param(pixels**-0.5, (pixels, width), rngs)
         self.positional_embedding = numerics.param(
-            std, (patches + self.has_class_token, width), rngs
+            std, (side**2 + self.has_class_token, width), rngs
         )
+        if cfg.pos_embed_type == "sin_cos_2d":
+            table = self.positional_embedding[...]
+            self.positional_embedding[...] = table.at[-(side**2) :].set(grid_sines(side, width))
         if self.has_class_token:
             self.class_embedding = numerics.param(std, (width,), rngs)
             self.ln_pre = numerics.layer_norm(width, cfg.norm_eps, rngs)
@@ -58,7 +63,10 @@ class VisionTransformer(nnx.Module):
         """Normalised images to unnormalised embeddings; with `key`, patches are dropped."""
         if not self.has_class_token:
             return self.pool(self.ln_post(self._states(images, key, None)))
-        x = self.ln_post(self._states(images, key, 0)[:, 0])
+        if self.averages:
+            x = self.ln_post(self._states(images, key, None))[:, 1:].mean(axis=1)
+        else:
+            x = self.ln_post(self._states(images, key, 0)[:, 0])
         return x @ self.proj[...].astype(self.dtype)
 
     def with_tokens(
@@ -71,7 +79,7 @@ class VisionTransformer(nnx.Module):
             alone = self.pool(x.reshape(-1, 1, x.shape[-1]))
             return self.pool(x), alone.reshape(x.shape)
         x = x @ self.proj[...].astype(self.dtype)
-        return x[:, 0], x[:, 1:]
+        return x[:, 1:].mean(axis=1) if self.averages else x[:, 0], x[:, 1:]
 
     def _states(
         self, images: Float[Array, "b h w 3"], key: PRNGKeyArray | None, read: int | None

@@ -267,7 +267,7 @@ def _from_state_dict(
             f"no family of checkpoints that gcl_jax knows has such keys: {some or 'none'}"
         )
     optional = set(NAMINGS[naming].never)
-    if naming != "gcl_jax" and cfg.vision is not None and cfg.vision.pool == "tok":
+    if naming != "gcl_jax" and cfg.vision is not None and cfg.vision.pool != "map":
         optional.add("logit_bias")
     lacking = whole.keys() - state_dict.keys()
     flat: dict[str, Any] = {
@@ -388,7 +388,7 @@ def _fit_positions(path: str, table: np.ndarray, rows: int, cfg: ModelConfig) ->
     if have == rows:
         return table
     if path == "visual.positional_embedding":
-        class_tokens = int(cfg.vision is not None and cfg.vision.pool == "tok")
+        class_tokens = int(cfg.vision is not None and cfg.vision.pool != "map")
         return resize_positions(table, rows, class_tokens)
     if have < rows or cfg.text.pool != "argmax":
         key = "max_positions" if cfg.text.family == "bert" else "context_length"

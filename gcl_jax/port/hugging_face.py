@@ -205,6 +205,8 @@ def to_files(cfg: ModelConfig) -> dict[str, Any]:
     siglip = vision.pool == "map"
     kind = _SIGLIP_TEXT if siglip else _CLIP_TEXT
     odd = [key for key, value in kind.items() if getattr(text, key) != value]
+    if vision.pool == "avg":
+        odd.append("vision.pool")
     if siglip != (cfg.init_logit_bias is not None):
         odd.append("logit_bias")
     if odd:

@@ -111,7 +111,7 @@ def _custom_text_clip(cfg: ModelConfig, ours: Sequence[str]) -> Table:
 
 def naming_of(cfg: ModelConfig) -> str:
     """How open_clip names the weights of `cfg`: it has a class for CLIP's own towers alone."""
-    is_clip = cfg.vision is not None and cfg.vision.pool == "tok" and cfg.text.family == "clip"
+    is_clip = cfg.vision is not None and cfg.vision.pool != "map" and cfg.text.family == "clip"
     return "open_clip" if is_clip else "open_clip_custom"
 
 
@@ -158,8 +158,10 @@ def _norm_kwargs(eps: float) -> dict[str, Any]:
 
 def _vision(vision: VisionConfig, quick: bool) -> dict[str, Any]:
     keys = ("image_size", "patch_size", "width", "layers", "head_width", "mlp_ratio")
+    unusual = {"pool_type": vision.pool, "pos_embed_type": vision.pos_embed_type}
     return (
         {key: getattr(vision, key) for key in keys}
+        | {key: value for key, value in unusual.items() if value not in ("tok", "learnable")}
         | _act_kwargs(vision.act, quick, "vision")
         | _norm_kwargs(vision.norm_eps)
     )
