@@ -41,8 +41,6 @@ def validate(cfg: TrainConfig) -> None:
     _validate_loss(cfg)
     _validate_optim(cfg)
     _validate_checkpoint(cfg)
-    for key, owner, default in unused(cfg):
-        require(False, f"{key} is of {owner}; leave it at its default, {default!r}")
     require(cfg.mesh.data != 0, "mesh.data=0 must be -1 or 1 or more")
     require(
         cfg.eval.embed_dim <= cfg.model.embed_dim,
@@ -234,9 +232,10 @@ def _validate_objectives(cfg: TrainConfig) -> None:
     )
 
 
-def unused(cfg: TrainConfig) -> Iterator[tuple[str, str, Any]]:
-    """(key, what it belongs to, its default) of options that are set and yet have no effect, since
-    `cfg` does not have what they belong to."""
+def unused(cfg: TrainConfig) -> dict[str, str]:
+    """{key: a line that says so} of options that are set and yet have no effect, since `cfg` does
+    not have what they belong to. As a flag such a one is a mistake; in a file, of which a flag may
+    have switched that off, it is not."""
     data, weights = cfg.data, cfg.loss.objectives
     idle = {} if data.stores else {"data.batch_of": "data.stores, which names none"}
     if data.negatives != "refresh":
@@ -249,10 +248,12 @@ def unused(cfg: TrainConfig) -> Iterator[tuple[str, str, Any]]:
         idle["loss.distill_from"] = "loss.objectives.distill, whose weight is 0"
     if {"roar", "lambdaloss", "distill"}.issubset(zero):
         idle["loss.list_size"] = "loss.objectives roar, lambdaloss and distill, whose weights are 0"
-    for one in described():
-        owner = next((owner for key, owner in idle.items() if one.key.startswith(key)), "")
-        if owner and config.value(cfg, one.key) != one.default:
-            yield one.key, owner, one.default
+    return {
+        one.key: f"config.{one.key} is of {owner}: it has no effect"
+        for key, owner in idle.items()
+        for one in described()
+        if one.key.startswith(key) and config.value(cfg, one.key) != one.default
+    }
 
 
 def _validate_optim(cfg: TrainConfig) -> None:

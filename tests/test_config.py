@@ -1,5 +1,6 @@
 """Configuration: presets, round trip through JSON, clear refusals."""
 
+import argparse
 import dataclasses
 import functools
 import json
@@ -16,8 +17,8 @@ from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.losses.objectives import check_config
 from gcl_jax.models import presets
 from gcl_jax.prepare.stores import directory_of
-from gcl_jax.train.flags import override, read_config, take_overrides
-from gcl_jax.validation import validate
+from gcl_jax.train.flags import override, parse, read_config, take_overrides
+from gcl_jax.validation import unused, validate
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -138,12 +139,19 @@ def test_an_option_of_an_objective_without_weight_is_refused():
         ("loss.hard_negatives.hardness=5", "loss.objectives.hard_negatives, whose weight is 0"),
     ],
 )
-def test_an_option_of_what_is_not_there_is_refused(flag, owner):
+def test_a_flag_of_what_is_not_there_is_refused(flag, owner):
     key = flag.partition("=")[0]
+    given = ["--config=configs/own_data.py", f"--config.{flag}"]
     with pytest.raises(ConfigError, match=re.escape(f"config.{key} is of {owner}")) as error:
-        validate(cfg_with(f"--config.{flag}"))
+        parse(argparse.ArgumentParser(), given)
     assert "\n" not in str(error.value)
-    assert "leave it at its default" in str(error.value)
+
+
+def test_an_option_of_a_file_may_have_no_effect():
+    """A flag takes away what it belongs to; a run's file may be of other defaults."""
+    flags = [f"--config.loss.objectives.{name}" for name in ("one_to_k=0", "gcl=1")]
+    _, cfg = parse(argparse.ArgumentParser(), ["--config=configs/emoji_languages.py", *flags])
+    assert list(unused(cfg)) == ["loss.one_to_k.text_to_text"]
 
 
 def test_stores_stand_in_place_of_the_store_of_the_file():

@@ -28,7 +28,7 @@ from gcl_jax.config import (
 from gcl_jax.errors import ConfigError, UserError
 from gcl_jax.models.presets import preset
 from gcl_jax.paths import local_path
-from gcl_jax.validation import example, in_words, is_of, validate
+from gcl_jax.validation import example, in_words, is_of, unused, validate
 
 # How a model computes is not a matter of which model it is: a preset leaves these alone.
 NUMERICS = ("dtype", "param_dtype", "attention", "remat", "lora_rank", "lora_alpha")
@@ -56,7 +56,14 @@ def parse(
     args = parser.parse_args(rest)
     cfg = read_config(args.config, overrides)
     validate(cfg)
+    _refuse_unused(cfg, [key for key, _ in overrides])
     return args, cfg
+
+
+def _refuse_unused(cfg: TrainConfig, given: Sequence[str]) -> None:
+    for key, line in unused(cfg).items():
+        if any(one == key or one.startswith(f"{key}.") for one in given):
+            raise ConfigError(line)
 
 
 def resume_changes(text: str) -> tuple[str, ...]:

@@ -41,7 +41,7 @@ from gcl_jax.sharding import Params
 from gcl_jax.train.flags import RESUMABLE
 from gcl_jax.train.refresh import Refresh, schedule
 from gcl_jax.train.step import MAX_LOGIT_SCALE, Metrics, known_weights, make_train_step
-from gcl_jax.validation import CHECKPOINT_EVERY, checkpoint_every, validate
+from gcl_jax.validation import CHECKPOINT_EVERY, checkpoint_every, unused, validate
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def make_training(cfg: TrainConfig) -> Training:
     steps = optim.total_steps(cfg.optim, epoch)
     for line in (in_words(cfg, steps, epoch), *mixture.in_words(cfg, pairs, steps)):
         distributed.announce(line)
-    for line in advice(cfg, pairs, steps, not asked.optim.batch_size):
+    for line in (*unused(cfg).values(), *advice(cfg, pairs, steps, not asked.optim.batch_size)):
         distributed.announce(f"warning: {line}")
     tx = optim.make_optimizer(cfg.optim, steps, parameters)
     train_step = make_train_step(cfg, tx, mesh)
