@@ -286,11 +286,14 @@ class DataConfig:
     )
     refresh_start: int | None = option(
         None,
-        "steps before negatives='refresh' mines for the first time; None: three quarters of all",
+        "steps before negatives='refresh' mines for the first time; None: half of all",
         at_least=0,
     )
     refresh_every: int | None = option(
-        None, "steps until it mines again; None: an eighth of all", at_least=1
+        None, "steps until it mines again; None: half of all", at_least=1
+    )
+    refresh_batches: int = option(
+        3, "of so many batches one has what negatives='refresh' mined", at_least=1
     )
     refresh_margin: float = option(
         0.05,

@@ -1,6 +1,8 @@
 """Hard negatives that a run mines itself: when, what, into which batches, and exactly once more
 after an interruption."""
 
+import dataclasses
+import functools
 import json
 import types
 
@@ -22,6 +24,7 @@ from gcl_jax.models.clip import with_shardings
 from gcl_jax.runs import load_run
 from gcl_jax.train import refresh as refresh_module
 from gcl_jax.train.loop import Interrupted, train
+from gcl_jax.train.monitor import Compilations
 from gcl_jax.train.refresh import Refresh, schedule
 from gcl_jax.train.setup import make_training
 
@@ -35,6 +38,7 @@ def cfg(tiny_config, tiny_store):
     cfg.model.vision, cfg.data.document_fields = None, {"title": 1.0}
     cfg.data.store, cfg.data.negatives = str(tiny_store.directory), "refresh"
     cfg.data.refresh_start, cfg.data.refresh_every, cfg.data.refresh_margin = 2, 3, 1e-4
+    cfg.data.refresh_batches = 2
     cfg.loss.objectives.gcl, cfg.loss.objectives.hard_negatives = 0.0, 1.0
     cfg.optim.steps, cfg.log_every, cfg.checkpoint.every = 6, 1, 5
     return cfg
@@ -160,11 +164,42 @@ def test_batches_go_on_with_what_is_mined(cfg, tiny_store):
         assert_equal(batch, {name: own[name] for name in batch})
 
 
+def test_the_step_with_negatives_is_compiled_ahead(cfg, tiny_store):
+    """By the time that it is asked for it is there, and is not even traced again."""
+    cfg = tiny_store.resolve(cfg)
+    mesh = sharding.make_mesh(cfg.mesh, 8)
+    refresh, traced, whole = Refresh(cfg, tiny_store, mesh), [], sharding.replicated(mesh)
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(whole, whole))
+    def train_step(state, batch):
+        traced.append(sorted(batch))
+        return dataclasses.replace(state, step=state.step + 1), batch["weight"].sum()
+
+    batches = train_batches(cfg, tiny_store, mined=refresh.mined)
+    state = jax.device_put(TrainState(jnp.int32(0), {"x": jnp.ones(8)}, ()), whole)
+    for _ in range(2):
+        batch = sharding.to_global(next(batches), mesh)
+        state, _ = train_step(state, batch)
+        refresh.compile_ahead(train_step, state, batch)
+    refresh._ahead.join()
+    assert len(traced) == 2
+    pairs = len(tiny_store.pairs(SPLIT))
+    refresh.mined["document"] = np.tile(np.int32([12, -1]), (pairs, 1))
+    batches.set_state(batches.get_state())
+    batch = sharding.to_global(next(batches), mesh)
+    batches.close()
+    with Compilations() as compiled:
+        state, _ = train_step(state, batch)
+    assert int(state.step) == 3
+    assert traced[1:] == [sorted(batch)]
+    assert compiled.programs == 0
+
+
 def test_the_schedule(cfg):
     data = cfg.data
     data.refresh_start = data.refresh_every = None
     schedule(data, 120)
-    assert (data.refresh_start, data.refresh_every) == (90, 15)
+    assert (data.refresh_start, data.refresh_every) == (60, 60)
     data.refresh_start = 120
     with pytest.raises(ConfigError, match="refresh_start=120 is not before the last of 120 steps"):
         schedule(data, 120)
@@ -173,12 +208,27 @@ def test_the_schedule(cfg):
     schedule(data, 120)
 
 
+def test_of_so_many_batches_one_has_negatives(cfg, tiny_store):
+    """The first one after the mining, whatever the step that a run is continued from."""
+    cfg = tiny_store.resolve(cfg)
+    refresh = Refresh(cfg, tiny_store, sharding.make_mesh(cfg.mesh, 8))
+    cfg.data.refresh_start, cfg.data.refresh_batches = 2, 3
+    rows = {"weight": 1, "negative_query": 2, "negative_document": 3, "negative_document_id": 4}
+    assert refresh.in_turn(0, rows) == rows
+    refresh.mined["document"] = np.zeros((24, 8), np.int32)
+    full = [step for step in range(2, 12) if refresh.in_turn(step, rows) == rows]
+    assert full == [2, 5, 8, 11]
+    assert refresh.in_turn(3, rows) == {"weight": 1, "negative_query": 2}
+
+
 def test_when_it_is_due_and_what_a_step_costs(cfg, tiny_store):
     cfg = tiny_store.resolve(cfg)
     refresh = Refresh(cfg, tiny_store, sharding.make_mesh(cfg.mesh, 8))
     assert [step for step in range(12) if refresh.due(step)] == [2, 5, 8, 11]
     before = refresh.flops({"query": {}, "document": {}})
     refresh.mined["document"] = np.zeros((24, 8), np.int32)
+    assert refresh.flops({"query": {}, "document": {}}) == 1.25 * before
+    cfg.data.refresh_batches = 1
     assert refresh.flops({"query": {}, "document": {}}) == 1.5 * before
     cfg.data.negatives = ""
     assert not any(map(Refresh(cfg, tiny_store, refresh._mesh).due, range(12)))

@@ -135,10 +135,11 @@ def _train(
                     writer.write(step, found)
                 # The step before is still running: meanwhile the next batch is fetched and sent.
                 with monitor.waiting():
-                    rows = next(batches)
+                    rows = training.refresh.in_turn(step, next(batches))
                 batch = training.to_devices(rows)
                 with trace.of(step + 1), jax.transfer_guard("disallow"):
                     state, metrics = training.train_step(state, batch)
+                training.refresh.compile_ahead(training.train_step, state, batch)
                 step += 1
                 monitor.dispatched(step, metrics, rows)
 
@@ -180,8 +181,8 @@ def _train(
                     raise Interrupted(signum, step)
         if not finished:
             distributed.announce(f"in all: {compiled}")
-    rows = logs.read_metrics(logs.growing(workdir) / logs.METRICS)
-    return next((row for row in reversed(rows) if "loss" in row), {})
+    logged = logs.read_metrics(logs.growing(workdir) / logs.METRICS)
+    return next((row for row in reversed(logged) if "loss" in row), {})
 
 
 def as_begun(cfg: TrainConfig, workdir: Path) -> TrainConfig:

@@ -1,12 +1,15 @@
 """Hard negatives that a run mines with its own model, between steps: data.negatives="refresh".
 
 Before the first time batches have no hard negatives, so that an objective that contrasts with them
-is plain contrast until then, and such a step costs as much. What was mined last is in every
-checkpoint, so that a run that is continued goes on with it.
+is plain contrast until then, and such a step costs as much; afterwards one of so many batches has
+them. What was mined last is in every checkpoint, so that a run that is continued goes on with it.
 """
 
+import contextlib
 import dataclasses
+import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -20,14 +23,14 @@ from gcl_jax.checkpoints.checkpointer import Checkpointer, Restored
 from gcl_jax.checkpoints.state import TrainState, abstract_state, averaged_params
 from gcl_jax.config import DataConfig, TrainConfig
 from gcl_jax.data.negatives import REFRESH
-from gcl_jax.data.pipeline import Side
+from gcl_jax.data.pipeline import Batch, Side
 from gcl_jax.data.store import RankedStore
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.errors import ConfigError
 from gcl_jax.mine.mining import Mining, embedded, mine_split
 from gcl_jax.models import flops
 from gcl_jax.models.flops import TextLengths
-from gcl_jax.sharding import replicated
+from gcl_jax.sharding import batch_sharding, replicated
 
 SIDE: Side = "document"
 
@@ -41,8 +44,8 @@ def schedule(data: DataConfig, steps: int) -> None:
     if data.negatives != REFRESH:
         return
     if data.refresh_start is None:
-        data.refresh_start = steps * 3 // 4
-    data.refresh_every = data.refresh_every or max(1, steps // 8)
+        data.refresh_start = steps // 2
+    data.refresh_every = data.refresh_every or steps - steps // 2
     if data.refresh_start >= steps:
         raise ConfigError(
             f"config.data.refresh_start={data.refresh_start} is not before the last of {steps} "
@@ -64,16 +67,50 @@ class Refresh:
         count = max(Mining().num_negatives, cfg.data.num_negatives)
         self._mining = Mining(num_negatives=count, relative_margin=cfg.data.refresh_margin)
         self._shape = len(store.pairs(cfg.data.train_split)), count
+        self._ahead: threading.Thread | None = None
         self.mined: dict[str, np.ndarray] = {}
+
+    def compile_ahead(self, train_step: Any, state: TrainState, batch: Mapping) -> None:
+        """Begins to compile `train_step` for batches with negatives, in a thread beside the steps
+        without, of which `batch` is one; once. A GPU compiles by trying out kernels, for which it
+        needs memory and quiet: not there."""
+        if self._ahead or not self._asked or self.mined or jax.default_backend() == "gpu":
+            return
+        split, count = batch_sharding(self._mesh), self._cfg.data.num_negatives
+
+        def several(x: jax.Array) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((len(x), count, *x.shape[1:]), x.dtype, sharding=split)
+
+        own = {name: batch[name] for name in (SIDE, f"{SIDE}_present", f"{SIDE}_id")}
+        wider = dict(batch) | {f"negative_{name}": jax.tree.map(several, own[name]) for name in own}
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), (state, wider)
+        )
+
+        def compile_it() -> None:
+            with contextlib.suppress(Exception):  # the step itself will meet and tell it
+                train_step.lower(*abstract).compile()
+
+        self._ahead = threading.Thread(target=compile_it)
+        self._ahead.start()
 
     def due(self, step: int) -> bool:
         """Whether it is time to mine when `step` steps are done."""
         start, every = self._cfg.data.refresh_start, self._cfg.data.refresh_every
         return self._asked and step >= (start or 0) and (step - (start or 0)) % (every or 1) == 0
 
+    def in_turn(self, step: int, rows: Batch) -> Batch:
+        """`rows` for the step after `step`: without what was mined if it is not their turn."""
+        since = step - (self._cfg.data.refresh_start or 0)
+        if not self.mined or since % self._cfg.data.refresh_batches == 0:
+            return rows
+        return {name: x for name, x in rows.items() if not name.startswith(f"negative_{SIDE}")}
+
     def mine(self, step: int, state: TrainState, embedder: Embedder, batches: Any) -> dict:
         """Searches the training corpus with the model of `state`; `batches` go on with what is
         found. On all processes alike. Returns what to log."""
+        if self._ahead:
+            self._ahead.join()
         began, quiet = time.perf_counter(), not distributed.is_first()
         found = embedded(
             self._cfg, self._store, embedder.with_params(averaged_params(state)), quiet=True
@@ -121,8 +158,11 @@ class Refresh:
             self.mined[SIDE] = rows
 
     def flops(self, text_lengths: TextLengths) -> float:
-        """Of the towers in a step, as batches are now."""
-        cfg = self._cfg
-        if self._asked and not self.mined:
-            cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, negatives=""))
-        return flops.train_flops(cfg, self._store.kinds, text_lengths)
+        """Of the towers in a step, on average, as batches are now."""
+        cfg, kinds = self._cfg, self._store.kinds
+        found = flops.train_flops(cfg, kinds, text_lengths)
+        if not self._asked:
+            return found
+        cfg = dataclasses.replace(cfg, data=dataclasses.replace(cfg.data, negatives=""))
+        plain = flops.train_flops(cfg, kinds, text_lengths)
+        return plain + bool(self.mined) * (found - plain) / cfg.data.refresh_batches
