@@ -13,7 +13,7 @@ from test_results import random_result
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import UserError
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.evaluate import judgements, metrics, results
+from gcl_jax.evaluate import judgements, metrics, results, tables
 from gcl_jax.evaluate.ranked import evaluate_splits
 from gcl_jax.prepare.source import Split
 from gcl_jax.prepare.stores import write_store
@@ -133,7 +133,7 @@ def test_the_report_has_every_group_and_its_interval(cfg, store, tmp_path):
     )
     assert lengths["q3"] == "4+"
     assert results.compare(tmp_path, tmp_path)["test"]["NDCG@10"].difference == 0
-    lines = results.format_groups({"test": report}).splitlines()
+    lines = tables.format_groups({"test": report}).splitlines()
     (row,) = [line for line in lines if line.startswith("test") and "length" in line]
     assert "no text" in row
     assert "1*" in row, "one query is few"
@@ -143,7 +143,7 @@ def test_the_report_has_every_group_and_its_interval(cfg, store, tmp_path):
 def test_without_groups_nothing_is_told_of_them():
     result = random_result(languages=False)
     assert "groups" not in results.as_report("zero_shot", 7, result)
-    lines = results.format_tables({"zero_shot": result}).splitlines()
+    lines = tables.format_tables({"zero_shot": result}).splitlines()
     values = result.merged["NDCG@10"]
     low, high = (float(line.split()[2]) for line in lines if "95%" in line)
     assert values.min() <= low < values.mean() < high <= values.max()

@@ -14,7 +14,7 @@ from test_search import untrained_run
 
 from gcl_jax.errors import ConfigError
 from gcl_jax.evaluate import __main__ as evaluate
-from gcl_jax.evaluate import metrics, results, trec
+from gcl_jax.evaluate import metrics, results, tables, trec
 from gcl_jax.logs import MetricWriter
 from gcl_jax.registry import METRICS, extensions
 from gcl_jax.report.pages import write_report
@@ -100,8 +100,8 @@ def test_nothing_in_the_table_is_dropped(tmp_path):
     table = pq.read_table(tmp_path / "test.parquet")
     assert table.column_names == ["query_id", *columns, "group:length"]
     assert results.compare(tmp_path, tmp_path)["test"].keys() == columns.keys()
-    assert results.format_tables({"test": result}).splitlines()[0].split()[2:] == list(shown)
-    assert results.format_groups({"test": found}).splitlines()[0].split()[3:] == list(brief)
+    assert tables.format_tables({"test": result}).splitlines()[0].split()[2:] == list(shown)
+    assert tables.format_groups({"test": found}).splitlines()[0].split()[3:] == list(brief)
 
 
 def test_a_metric_from_outside_is_where_the_others_are(added, tmp_path, command):

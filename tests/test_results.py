@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from gcl_jax.evaluate import metrics, results
+from gcl_jax.evaluate import metrics, results, tables
 from gcl_jax.evaluate.metrics import KS
 
 
@@ -44,6 +44,18 @@ def test_report_has_the_authors_keys():
     assert report["query_fields"] == report["rank_variance"] == {}
 
 
+def test_report_tells_how_far_merged_is_above_a_field():
+    """As `--compare` finds it between two evaluations."""
+    result = random_result(languages=False)
+    merged, title = (result.documents[name]["NDCG@10"] for name in ("merged", "title"))
+    expected = results.difference(title, merged)
+    found = results.as_report("zero_shot", 7, result)["merged_above"]["title"]["NDCG@10"]
+    assert found == pytest.approx([expected.difference, expected.low, expected.high])
+    told = tables.format_tables({"zero_shot": result}).splitlines()[-1]
+    ends = f"[{expected.low:+.4f}, {expected.high:+.4f}] in NDCG@10"
+    assert told == f"zero_shot: merged is above title alone by {expected.difference:+.4f} {ends}"
+
+
 def test_report_and_table_of_several_languages():
     result = random_result(languages=True)
     report = results.as_report("zero_shot", 7, result)
@@ -52,7 +64,7 @@ def test_report_and_table_of_several_languages():
     for k in (1, 5, 10):
         mean = result.query_fields["de"][f"Recall@{k}"].mean()
         assert report["query_fields"]["de"][f"Recall@{k}"] == mean
-    lines = results.format_tables({"zero_shot": result}).splitlines()
+    lines = tables.format_tables({"zero_shot": result}).splitlines()
     (row,) = (line.split() for line in lines if line.split()[:1] == ["de"])
     assert row[1] == "3"
     (header,) = (line.split()[2:] for line in lines if "query" in line.split())
@@ -60,7 +72,7 @@ def test_report_and_table_of_several_languages():
     for k in (1, 5, 10):
         assert cells[f"Recall@{k}"] == f"{result.query_fields['de'][f'Recall@{k}'].mean():.4f}"
     assert any("MRV" in line and "2.50" in line and "3 queries" in line for line in lines)
-    assert "MRV" not in results.format_tables({"zero_shot": random_result(languages=False)})
+    assert "MRV" not in tables.format_tables({"zero_shot": random_result(languages=False)})
 
 
 def test_files_agree_query_by_query(tmp_path):

@@ -29,7 +29,7 @@ from gcl_jax.errors import (
     UserError,
     reported_in_one_line,
 )
-from gcl_jax.evaluate import results
+from gcl_jax.evaluate import results, tables
 from gcl_jax.models.families import require_tokens, untrained_towers
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.prepare.stores import open_stores
@@ -195,7 +195,7 @@ def main() -> None:
             print(results.score_files(args.qrels, args.run, args.out))
         else:
             a, b = args.compare
-            print(results.format_comparison(a, b, results.compare(a, b)))
+            print(tables.format_comparison(a, b, results.compare(a, b)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,8 @@ from gcl_jax.data.transforms import decode_image, read_file
 from gcl_jax.embed.embedder import Embedder
 from gcl_jax.embed.model import GivenRecords
 from gcl_jax.errors import DataError
-from gcl_jax.evaluate.results import of_model, text_table, writing
+from gcl_jax.evaluate.results import of_model, writing
+from gcl_jax.evaluate.tables import text_table
 from gcl_jax.paths import write_json
 from gcl_jax.runs import NEWEST, load_model, set_embed_dim
 

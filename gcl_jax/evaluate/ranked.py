@@ -22,7 +22,7 @@ from gcl_jax.data.store import RankedStore, Records
 from gcl_jax.embed.cache import EmbeddingCache
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings, Tokens
 from gcl_jax.errors import DataError
-from gcl_jax.evaluate import metrics, results, trec
+from gcl_jax.evaluate import metrics, results, tables, trec
 from gcl_jax.evaluate.judgements import (
     Judgements,
     ground_truth_of,
@@ -322,13 +322,13 @@ def evaluate_workdir(
     for split, result in found.items():
         reports[split] = results.as_report(split, step, result) | model
         reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
-    text = results.format_tables(found)
+    text = tables.format_tables(found)
     if group_by is not None:
-        text += f"\n\n{results.format_groups(reports)}"
+        text += f"\n\n{tables.format_groups(reports)}"
     if calibrate:
         counts = {split: result.counts for split, result in found.items()}
         fitted, told = calibration.fit(counts, calibrate)
-        text += f"\n\n{results.format_calibration(fitted, told)}"
+        text += f"\n\n{tables.format_calibration(fitted, told)}"
     with results.writing(text):
         for split, result in found.items():
             path = workdir / "eval" / (split if embed_dim is None else f"{split}@{embed_dim}")
@@ -384,7 +384,7 @@ def recall_workdir(workdir: Path, embed_dim: int | None = None, checkpoint: str 
         return ""
     first, *others = (f"R@{k}" for k in RECALL_KS)
     columns = [f"text to image {first}", *others, f"image to text {first}", *others]
-    text = results.text_table(["split", "captions", "images", *columns], table)
+    text = tables.text_table(["split", "captions", "images", *columns], table)
     with results.writing(text):
         for split, report in reports.items():
             name = split if embed_dim is None else f"{split}@{embed_dim}"

@@ -1,4 +1,4 @@
-"""Results of evaluations: written, printed, and compared with those of another system.
+"""Results of evaluations: written, and compared with those of another system.
 
 `score` and `score_files` make the results of any system from its files (`--qrels GT --run RUN`),
 `compare` reads two evaluations again (`--compare RUN_A RUN_B`).
@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Int
 
 from gcl_jax.config import TrainConfig
-from gcl_jax.errors import ConfigError, DataError, spelled
+from gcl_jax.errors import ConfigError, DataError
 from gcl_jax.evaluate import metrics, trec
 from gcl_jax.evaluate.judgements import group_members
 from gcl_jax.paths import replacing, write_json
@@ -68,10 +68,23 @@ def intervals(values: MetricValues) -> dict[str, list[float]]:
     return dict(zip(named, np.stack(ends, axis=1).tolist(), strict=True))
 
 
+def merged_above(result: SplitResult) -> dict[str, dict[str, list[float]]]:
+    """{document field: {metric of `summary`: [how far merged is above that field alone, and the 95%
+    interval of it]}}, by the bootstrap of the queries, paired."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, values in result.documents.items():
+        if name != "merged":
+            gains = {key: x - values[key] for key, x in result.merged.items()}
+            means, ends = summary(gains), intervals(gains)
+            found[name] = {metric: [mean, *ends[metric]] for metric, mean in means.items()}
+    return found
+
+
 def as_report(split: str, step: int, result: SplitResult) -> dict:
     """What eval/SPLIT.json holds of the model at training step `step`: the means of merged, all of
     them and the summary with intervals; the summary of each document field, each query field and
-    each group alone. A group is "small" if its intervals mean little.
+    each group alone, and how far merged is above each document field. A group is "small" if its
+    intervals mean little.
 
     Raises:
         ConfigError, DataError: as `with_sections`.
@@ -81,8 +94,9 @@ def as_report(split: str, step: int, result: SplitResult) -> dict:
     report["fields"] = {
         name: summary(values) for name, values in result.documents.items() if name != "merged"
     }
+    report["merged_above"] = merged_above(result)
     report["query_fields"] = {
-        field: summary(values, "columns") | {"queries": _count(values)}
+        field: summary(values, "columns") | {"queries": count_of(values)}
         for field, values in result.query_fields.items()
     }
     report["rank_variance"] = dict(result.rank_variance)
@@ -155,83 +169,7 @@ def writing(text: str) -> Iterator[None]:
         raise DataError(f"these results were not written: {error}") from None
 
 
-def format_tables(results: Mapping[str, SplitResult]) -> str:
-    """One row per split and kind of document; then, where there are several, one per query field
-    and the rank variance over them."""
-    rows: list[list] = []
-    for split, result in results.items():
-        for name, values in result.documents.items():
-            rows.append([split, name, *summary(values).values()])
-            split = ""
-            if name == "merged":
-                low, high = zip(*intervals(values).values(), strict=True)
-                rows += [["", "95% from", *low], ["", "95% to", *high]]
-    text = text_table(["split", "documents", *metrics.names()], rows)
-    if not any(result.query_fields for result in results.values()):
-        return text
-    hidden = metrics.names().keys() - metrics.names("brief")
-    shown = [name for name in metrics.names("columns") if name not in hidden]
-    rows, notes = [], []
-    for split, result in results.items():
-        of_documents = result.rank_variance.get("documents", {})
-        for kind, one in ("queries", result.rank_variance), ("documents", of_documents):
-            if one:
-                spread = f"(MRV) {one['MRV']:.2f}, MRV_std {one['MRV_std']:.2f}"
-                count = f"{one['instances']} {kind}"
-                notes.append(f"{split}: mean rank variance {spread}, over {count}")
-        for field, values in ({"merged": result.merged} | dict(result.query_fields)).items():
-            means = summary(values, "columns")
-            rows.append([split, field, _count(values), *(means[name] for name in shown)])
-            split = ""
-    return "\n".join([text, "", text_table(["split", "query", "queries", *shown], rows), *notes])
-
-
-def format_calibration(fitted: calibration.Calibration, report: Mapping[str, Any]) -> str:
-    """One row per split and grade."""
-    rows: list[list] = []
-    for split, of_grades in report["reliability"].items():
-        for grade, found in of_grades.items():
-            limit = fitted.thresholds()[grade]
-            shown = "none" if limit is None else f"{limit:.3f}"
-            observed = np.dot(found["observed"], found["documents"]) / sum(found["documents"])
-            rows.append([split, f"{grade}+", shown, observed, found["brier"], found["ece"]])
-            split = ""
-    header = ["split", "grade", "half from cosine", "share observed", "Brier", "ECE"]
-    note = f"calibrated by the {report['depth']} best documents of each query of {report['split']}"
-    return f"{text_table(header, rows)}\n{note}"
-
-
-def format_groups(reports: Mapping[str, dict]) -> str:
-    """One row per split and group of {split: `as_report`}: queries, means, 95% intervals."""
-    shown, rows = metrics.names("brief"), []
-    for split, report in reports.items():
-        for grouping, found in report["groups"].items():
-            for group, values in found.items():
-                name = f"{grouping} {group}"
-                name = name if len(name) <= 27 else f"{name[:26]}…"
-                count = f"{values['queries']}{'*' if values['small'] else ''}"
-                means, ends = values["summary"], values["intervals"]
-                cells = (f"{means[x]:.4f} [{ends[x][0]:.4f}, {ends[x][1]:.4f}]" for x in shown)
-                rows.append([split, name, count, *cells])
-                split = ""
-    text = text_table(["split", "group", "queries", *shown], rows)
-    return f"{text}\n* fewer than {SMALL_GROUP} queries. The intervals: 10,000 bootstrap samples."
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str | float]]) -> str:
-    """Rows below a header, numbers aligned to the right, fractions with four places."""
-    texts = [[f"{x:.4f}" if isinstance(x, float) else str(x) for x in row] for row in rows]
-    columns = list(zip(header, *texts, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    aligned = [
-        [text.ljust(width) if isinstance(first, str) else text.rjust(width) for text in column]
-        for column, width, first in zip(columns, widths, rows[0], strict=True)
-    ]
-    lines = ["  ".join(cells).rstrip() for cells in zip(*aligned, strict=True)]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
-
-def _count(values: MetricValues) -> int:
+def count_of(values: MetricValues) -> int:
     return len(next(iter(values.values())))
 
 
@@ -339,23 +277,6 @@ def compare(a: Path, b: Path) -> dict[str, dict[str, Difference]]:
     if not both:
         raise DataError(f"{a} and {b} have no evaluation in common")
     return {split: _compare_tables(split, ours[split], theirs[split]) for split in both}
-
-
-def format_comparison(a: Path, b: Path, comparison: Mapping[str, Mapping[str, Difference]]) -> str:
-    """One row per split and metric."""
-    rows: list[list] = []
-    for split, found in comparison.items():
-        for name, d in found.items():
-            change, interval = f"{d.difference:+.4f}", f"[{d.low:+.4f}, {d.high:+.4f}]"
-            mark = "*" if d.excludes_zero else ""
-            rows.append([split, name, d.a, d.b, change, interval, f"{d.p:.2g}", mark])
-            split = ""
-    text = text_table(["split", "metric", "A", "B", "B - A", "95% interval", "p", ""], rows)
-    return (
-        f"A: {spelled(a)}\nB: {spelled(b)}\n\n{text}\n\n"
-        "* the interval excludes 0. p: two-sided paired t-test, not corrected for their\n"
-        "  number. The interval: 10,000 paired bootstrap samples of the queries."
-    )
 
 
 def _evaluations(directory: Path) -> dict[str, Path]:
