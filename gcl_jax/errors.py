@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 # {what messages would say: what they say instead}; `paths` knows of copies of what is in buckets.
 SPELLED: dict[str, str] = {}
@@ -47,9 +47,15 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(**{"allow_abbrev": False} | options)
 
+    def error(self, message: str) -> NoReturn:
+        """One line, as of any other mistake; the usage of a command with many flags hides it."""
+        self.exit(UserError.exit_code, f"error: {in_one_line(message)} ({self.prog} --help)\n")
+
 
 def first_line(error: BaseException) -> str:
     """What another library says, in one line."""
+    if isinstance(error, KeyError):
+        return f"it has no {error}"
     return (str(error) or type(error).__name__).strip().partition("\n")[0]
 
 

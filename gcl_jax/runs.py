@@ -109,13 +109,14 @@ def require_sealed(cfg: TrainConfig, workdir: Path) -> None:
             )
 
 
-def load_model(workdir: Path, checkpoint: str = NEWEST) -> Checkpoint:
+def load_model(workdir: Path, checkpoint: str = NEWEST, embed_dim: int | None = None) -> Checkpoint:
     """The model of the training run in `workdir`, its parameters as their moving averages, if there
-    are any. `checkpoint`: "newest", "best" by the run's `config.checkpoint.best`, or a step.
+    are any. `checkpoint`: "newest", "best" by the run's `config.checkpoint.best`, or a step;
+    `embed_dim` replaces that of its `config.eval`.
 
     Raises:
         ConfigError, DataError: `workdir` is no run, or has no such checkpoint.
-        UserError: `checkpoint` is none of these.
+        UserError: `checkpoint` is none of these; embeddings are shorter than `embed_dim`.
     """
     import jax
 
@@ -125,6 +126,7 @@ def load_model(workdir: Path, checkpoint: str = NEWEST) -> Checkpoint:
 
     logs.quiet_libraries()
     cfg = load_config(workdir)
+    set_embed_dim(cfg, embed_dim)
     require_sealed(cfg, workdir)
     # All devices of this machine, whatever the run was trained on.
     mesh = sharding.make_mesh(MeshConfig(), jax.device_count())
@@ -146,22 +148,23 @@ def load_run(
     data: DataConfig | None = None,
     checkpoint: str = NEWEST,
 ) -> Run:
-    """The model in `workdir` and its store, or that of `data`; `embed_dim` replaces that of its
-    `config.eval`; `checkpoint` as in `load_model`.
+    """The model in `workdir` and its store, or that of `data`; the others as in `load_model`.
 
     Raises:
-        ConfigError, DataError: `workdir` is no run, or the store is gone or has other fields.
-        UserError: its embeddings are shorter than `embed_dim`.
+        ConfigError, DataError, UserError: as there; the store is gone or has other fields.
     """
-    cfg, params, mesh, step = load_model(workdir, checkpoint)
-    if embed_dim is not None:
-        set_embed_dim(cfg, embed_dim)
+    cfg, params, mesh, step = load_model(workdir, checkpoint, embed_dim)
+    return Run(*resolved(cfg, data), params, mesh, step)
+
+
+def resolved(cfg: TrainConfig, data: DataConfig | None = None) -> tuple[TrainConfig, RankedStore]:
+    """That of a run, resolved for its store or that of `data`, and the store."""
     if data is not None:
         # What is said of the run's own store need not fit another.
         cfg.data, cfg.eval.splits, cfg.eval.query_fields = data, (), ()
         cfg.loss.pair_weights = {}
     store = open_stores(cfg.data)
-    return Run(store.resolve(cfg), store, params, mesh, step)
+    return store.resolve(cfg), store
 
 
 def one_store(workdirs: Sequence[Path]) -> RankedStore:
@@ -181,8 +184,10 @@ def one_store(workdirs: Sequence[Path]) -> RankedStore:
     return stores[0]
 
 
-def set_embed_dim(cfg: TrainConfig, embed_dim: int) -> None:
-    """Raises `UserError` if the embeddings are shorter than `embed_dim`."""
+def set_embed_dim(cfg: TrainConfig, embed_dim: int | None) -> None:
+    """Raises `UserError` if the embeddings are shorter than `embed_dim`; None changes nothing."""
+    if embed_dim is None:
+        return
     if not isinstance(embed_dim, int) or not 1 <= embed_dim <= cfg.model.embed_dim:
         raise UserError(f"--embed_dim={embed_dim} is not from 1 to {cfg.model.embed_dim}")
     cfg.eval.embed_dim = embed_dim

@@ -88,9 +88,19 @@ def test_what_is_written_is_read(tmp_path):
     calibration.write(path, told | {"checkpoint": "abc"}, fitted)
     assert calibration.read(path)["calibration"] == fitted
     assert calibration.read(calibration.path_in(tmp_path, 64)) == {}
-    for damage in ("", "[]", json.dumps({"checkpoint": "abc"})):
+    whole = json.loads(path.read_text())
+    for damage in (
+        "",
+        "[]",
+        "{}",
+        *(json.dumps(whole | {key: None}) for key in ("slope", "offsets")),
+    ):
         path.write_text(damage)
         with pytest.raises(DataError, match=r"calibration\.json is damaged .*--calibrate again"):
+            calibration.read(path)
+    for key in ("checkpoint", "slope", "offsets", "thresholds", "reliability"):
+        path.write_text(json.dumps({name: x for name, x in whole.items() if name != key}))
+        with pytest.raises(DataError, match=f"is damaged \\(it has no '{key}'\\); evaluate"):
             calibration.read(path)
 
 

@@ -67,6 +67,7 @@ def test_the_three_forms_are_read(folder):
     ("text", "message"),
     [
         ("[", "cannot be read as JSON"),
+        ("", "odd.json cannot be read as JSON: it is empty"),
         ("3", "holds no list of cases"),
         ("[]", "has no case"),
         ("[3]", "case 0: no object, but 3"),

@@ -107,7 +107,7 @@ def test_a_split_other_fields_and_fewer_dimensions(workdir, monkeypatch, tmp_pat
     np.testing.assert_allclose(np.load(out / "embeddings.npy"), title.fields["title"], atol=1e-6)
 
 
-def test_another_store(workdir, monkeypatch, tmp_path):
+def test_another_store(workdir, monkeypatch, tmp_path, capsys):
     class Other(TinySource):
         """Its fields have other names, its splits too."""
 
@@ -124,6 +124,7 @@ def test_another_store(workdir, monkeypatch, tmp_path):
     store = write_store(Other(), tmp_path / "other").directory
     with pytest.raises(SystemExit):
         call(monkeypatch, embed, workdir, f"--store={store}", f"--out={tmp_path / 'v'}")
+    assert "no document field 'image' (--document_fields); it has name" in capsys.readouterr().err
     call(
         monkeypatch,
         embed,

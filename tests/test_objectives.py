@@ -25,7 +25,7 @@ from gcl_jax.losses.listwise import (
 )
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.multi_field import loss_flops, multi_field_loss
-from gcl_jax.losses.objectives import check_config, check_data, objective
+from gcl_jax.losses.objectives import check_config, check_data, check_inputs, objective
 from gcl_jax.losses.pairs import KnownWeights, Softmax
 from gcl_jax.losses.pairwise import distill_losses, lambdaloss_losses, roar_losses
 from gcl_jax.registry import OBJECTIVES
@@ -388,8 +388,10 @@ def test_terms_inside_a_side_need_two_fields_and_an_objective(gcl, fields):
     cfg, weights = config_of("fused"), np.ones(3, np.float32)
     cfg.data.query_fields, cfg.data.document_fields = {"query": 1.0}, fields
     cfg.loss.objectives.gcl, cfg.loss.side_pairs = gcl, 0.5
-    with pytest.raises(DataError, match=r"config.loss.side_pairs=0.5 is of .*; leave it at 0"):
+    lacking = "pair single fields, .* not of fused" if len(fields) > 1 else "none .*: title.; "
+    with pytest.raises(DataError, match=rf"config.loss.side_pairs=0.5 is of .*{lacking}") as error:
         check_data(cfg, weights)
+    assert str(error.value).endswith("; leave it at 0")
     cfg.loss.objectives.gcl, cfg.data.document_fields = 1.0, {"image": 0.5, "title": 0.5}
     check_data(cfg, weights)
 
@@ -403,8 +405,18 @@ def test_hardness_needs_no_negatives_but_those_of_the_batch():
 def test_negatives_that_no_objective_looks_at_are_refused():
     cfg = config_of("gcl")
     cfg.data.text_negatives = "swap"
-    with pytest.raises(DataError, match=r"embedded for nothing .*objectives\.hard_negatives=1"):
-        check_data(cfg, np.ones(3, np.float32))
+    for check in (check_inputs, lambda cfg: check_data(cfg, np.ones(3, np.float32))):
+        with pytest.raises(DataError, match=r"embedded for nothing .*objectives\.hard_negatives=1"):
+            check(cfg)
+
+
+def test_folders_that_are_not_there_are_told_before_data_are_opened(tmp_path):
+    cfg = config_of("hard_negatives", "distill")
+    for negatives, hint in (("refreshed", "; did you mean 'refresh'\\?"), (str(tmp_path), "")):
+        cfg.data.negatives, cfg.loss.distill_from = negatives, "taught"
+        key = "data.negatives='refreshed'" if hint else "loss.distill_from='taught'"
+        with pytest.raises(DataError, match=rf"^config\.{key}: no such folder{hint}$"):
+            check_inputs(cfg)
 
 
 # An objective of one's own: margins between the pairs and what competes with them.

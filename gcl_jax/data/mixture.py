@@ -143,8 +143,8 @@ class Mixture(RankedStore):
         return hashlib.sha256("\n".join(digests).encode()).hexdigest() if all(digests) else ""
 
     def pairs(self, split: str) -> Pairs:
-        """The pairs of one split, of several together, or of all that a store has: in memory, those
-        of a store after those of another."""
+        """The pairs of one split, of several together, of all that a store has, or of the splits of
+        one name: in memory, those of a store after those of another."""
         if split not in self._pairs:
             found = []
             for one in self._each(split):
@@ -172,8 +172,9 @@ class Mixture(RankedStore):
     def _each(self, split: str, key: str = "") -> list[str]:
         found: list[str] = []
         for one in split.split(TOGETHER):
-            own = self.stores[one].splits if one in self.stores else []
-            found += [f"{one}/{name}" for name in own] or [one]
+            has = {name: store.splits for name, store in self.stores.items()}
+            own = [f"{one}/{name}" for name in has.get(one, ())]
+            found += own or [f"{name}/{one}" for name in has if one in has[name]] or [one]
         for one in found:
             super()._check_split(one, key)
         return found
@@ -220,11 +221,7 @@ class Mixture(RankedStore):
         return cfg
 
     def _spelled(self, splits: Iterable[str]) -> list[str]:
-        found: list[str] = []
-        for split in splits:
-            own = [f"{n}/{split}" for n, store in self.stores.items() if split in store.splits]
-            found += own or self._each(split)
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(one for split in splits for one in self._each(split)))
 
 
 def _concatenated(pairs: Sequence[Pairs]) -> Pairs:

@@ -27,7 +27,7 @@ from jaxtyping import Int
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.mixture import Mixture
 from gcl_jax.data.store import RankedStore, read_checksums
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import ConfigError, DataError, first_line
 from gcl_jax.paths import local_path
 
 SIDES = ("query", "document")
@@ -178,7 +178,9 @@ def _check_origin(note: Path, store: RankedStore, split: str) -> None:
     try:
         origin = json.loads(note.read_text("utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{note} cannot be read ({error!r}); mine the negatives again") from None
+        raise DataError(
+            f"{note} cannot be read ({first_line(error)}); mine the negatives again"
+        ) from None
     if origin != pairs_fingerprint(store, split):
         raise DataError(
             f"config.data.negatives: {note.parent} was mined for the pairs of another store than "

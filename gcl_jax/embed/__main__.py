@@ -10,6 +10,7 @@ Exports that round, int8 and binary, are searched for queries of the store, to t
 
 import argparse
 import importlib.util
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,6 @@ from gcl_jax.data.store import RankedStore
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line, spelled, to_install
 from gcl_jax.models.families import require_tokens
 from gcl_jax.paths import local_path, output_path, replacing
-from gcl_jax.prepare.stores import open_stores
 
 if TYPE_CHECKING:
     from gcl_jax.data.pipeline import Side
@@ -62,7 +62,15 @@ def embed_run(args: argparse.Namespace) -> None:
             query_fields=args.query_fields or trained.query_fields,
             document_fields=args.document_fields or trained.document_fields,
         )
-    store = open_stores(data or trained)
+    try:
+        cfg, store = runs.resolved(run, data)
+    except UserError as error:
+        flag = re.sub(r"config\.data\.(\w+_fields)", r"--\1", str(error)) if data else str(error)
+        raise UserError(flag) from None
+    runs.set_embed_dim(cfg, args.embed_dim)
+    dim = cfg.eval.embed_dim or cfg.model.embed_dim
+    if "faiss_binary" in args.export and dim % 8:
+        raise UserError(f"--export=faiss_binary: {dim} dimensions are no multiple of 8, of a byte")
     if args.split is not None:
         store.pairs(args.split)
 
@@ -75,9 +83,6 @@ def embed_run(args: argparse.Namespace) -> None:
     )
     if args.batch_size is not None:
         cfg.eval.batch_size = args.batch_size
-    dim = cfg.eval.embed_dim or cfg.model.embed_dim
-    if "faiss_binary" in args.export and dim % 8:
-        raise UserError(f"--export=faiss_binary: {dim} dimensions are no multiple of 8, of a byte")
     embedder, digest = Embedder(cfg, params, mesh), runs.parameters_digest(params)
     cache = EmbeddingCache(args.workdir, step)
     asked = None

@@ -281,14 +281,12 @@ def load(
     if not folder.is_dir():
         raise UserError(f"{folder} is no directory of a training run")
     kinds = None if image_fields is None else _texts_but(image_fields)
-    cfg, params, mesh, step = load_model(folder, str(checkpoint))
+    cfg, params, mesh, step = load_model(folder, str(checkpoint), embed_dim)
     try:
         store = open_stores(cfg.data)
         cfg, kinds = store.resolve(cfg), kinds or store.kinds
     except DataError:  # gone, or another: texts and images can be embedded all the same
         pass
-    if embed_dim is not None:
-        set_embed_dim(cfg, embed_dim)
     return Model(cfg, params, mesh, step, kinds)
 
 
@@ -338,8 +336,7 @@ def from_pretrained(
         ),
     )
     validate(cfg)
-    if embed_dim is not None:
-        set_embed_dim(cfg, embed_dim)
+    set_embed_dim(cfg, embed_dim)
     mesh = sharding.make_mesh(MeshConfig(), jax.device_count())
     placed = jax.tree.map(
         lambda x, at: jax.device_put(x, at.sharding),

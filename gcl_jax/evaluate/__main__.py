@@ -30,11 +30,12 @@ from gcl_jax.errors import (
     reported_in_one_line,
 )
 from gcl_jax.evaluate import results, tables
+from gcl_jax.evaluate.judgements import text_fields
 from gcl_jax.models.families import require_tokens, untrained_towers
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.prepare.stores import open_stores
 from gcl_jax.registry import load_extensions
-from gcl_jax.runs import load_config, one_store
+from gcl_jax.runs import load_config, one_store, set_embed_dim
 from gcl_jax.search import hybrid
 
 # What each way of calling the command has of its own.
@@ -50,20 +51,24 @@ OPTIONS = {
 def of_workdir(args: argparse.Namespace) -> str:
     """What is asked of a run, as a table."""
     # What may be missing is told before jax and the model are loaded.
+    cfg = load_config(args.workdir)
+    set_embed_dim(cfg, args.embed_dim)
     for flag in ("classify", "compositional", "recall"):
         if getattr(args, flag):
             require_both_towers(args.workdir, f"--{flag}")
     if args.classify is None and args.compositional is None:
         store = one_store([args.workdir])
+        cfg = store.resolve(cfg)
+        text_fields(store, args.group_by)
         if args.maxsim:
-            require_tokens(load_config(args.workdir).model, "--maxsim")
+            require_tokens(cfg.model, "--maxsim")
         if args.hybrid:
-            hybrid.check(store, store.resolve(load_config(args.workdir)).data.query_fields)
-        if args.calibrate:
-            splits = store.resolve(load_config(args.workdir)).eval.splits
-            if args.calibrate not in splits:
-                known = ", ".join(splits)
-                raise UserError(f"--calibrate={args.calibrate}: the splits evaluated are {known}")
+            hybrid.check(store, cfg.data.query_fields)
+        if args.calibrate not in (None, *cfg.eval.splits):
+            known = ", ".join(cfg.eval.splits)
+            raise UserError(
+                f"--calibrate={args.calibrate}: name a split that is evaluated: {known}"
+            )
 
     from gcl_jax.evaluate import classify, compositional, ranked
 
@@ -141,6 +146,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--maxsim", action="store_true", help="late interaction of tokens (MaxSim), too")
     add(
         "--calibrate",
+        nargs="?",
+        const="",
         metavar="SPLIT",
         help="write calibration.json too: how likely a document of a cosine has a grade, "
         "fitted to this split, and how reliable that is on each; search then shows it",

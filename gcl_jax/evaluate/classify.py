@@ -34,7 +34,7 @@ from gcl_jax.paths import write_json
 from gcl_jax.prepare.records import image_cell, text_cell
 from gcl_jax.prepare.rows import read_rows
 from gcl_jax.prepare.source import Place, RowError
-from gcl_jax.runs import NEWEST, load_model, set_embed_dim
+from gcl_jax.runs import NEWEST, load_model
 from gcl_jax.search.index import exact_top_k
 
 TEMPLATES = ("a photo of a {}.", "a photo of the {}.", "a picture of a {}.", "an image of a {}.")
@@ -252,9 +252,7 @@ def classify_workdir(
     data = read_images(path, names)
     train = read_training(probe, data, names) if probe else None
     prompts = read_templates(templates) if templates else list(TEMPLATES)
-    cfg, params, mesh, step = load_model(workdir, checkpoint)
-    if embed_dim is not None:
-        set_embed_dim(cfg, embed_dim)
+    cfg, params, mesh, step = load_model(workdir, checkpoint, embed_dim)
     result = classify(Embedder(cfg, params, mesh), data, prompts, train)
     model = of_model(cfg, params, step)
     if not distributed.is_first():

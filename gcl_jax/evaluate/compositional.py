@@ -32,7 +32,7 @@ from gcl_jax.errors import DataError
 from gcl_jax.evaluate.results import of_model, writing
 from gcl_jax.evaluate.tables import text_table
 from gcl_jax.paths import write_json
-from gcl_jax.runs import NEWEST, load_model, set_embed_dim
+from gcl_jax.runs import NEWEST, load_model
 
 IMAGE = ("image", "filename", "image_path", "image_file")
 RIGHT = ("caption", "true_caption")
@@ -84,6 +84,8 @@ def _entries(file: Path) -> Iterator[tuple[str, Any]]:
     """(its number or name, the case) one after the other."""
     try:
         text = read_file(file).decode("utf-8-sig")
+        if not text.strip():
+            raise ValueError("it is empty")
         if file.suffix == ".jsonl":
             found = [json.loads(line) for line in text.split("\n") if line.strip()]
         else:
@@ -213,9 +215,7 @@ def compositional_workdir(
         DataError: a file or image cannot be read, or a case lacks something.
     """
     tasks = read_tasks(path, image_root)
-    cfg, params, mesh, step = load_model(workdir, checkpoint)
-    if embed_dim is not None:
-        set_embed_dim(cfg, embed_dim)
+    cfg, params, mesh, step = load_model(workdir, checkpoint, embed_dim)
     embedder = Embedder(cfg, params, mesh)
     found = {name: accuracies(cases, solved(embedder, cases)) for name, cases in tasks.items()}
     model = of_model(cfg, params, step)

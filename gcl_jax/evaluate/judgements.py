@@ -157,6 +157,18 @@ def _judgements(
     return Judgements(rows[chosen], documents, grades)
 
 
+def text_fields(store: RankedStore, asked: Iterable[str] = ()) -> list[str]:
+    """Those of the queries; `UserError` if one that is `asked` for is none of them."""
+    texts = [name for name, kind in store.queries.fields.items() if kind == "text"]
+    for field in asked:
+        if field not in texts:
+            raise UserError(
+                f"--group_by={field}: the queries have no such text field; they have "
+                f"{', '.join(texts) or 'none'}"
+            )
+    return texts
+
+
 def query_groups(
     cfg: TrainConfig, store: RankedStore, rows: np.ndarray, fields: Sequence[str] = ()
 ) -> dict[str, list[str]]:
@@ -166,13 +178,7 @@ def query_groups(
     Raises:
         UserError: a field is no text field of the queries, or has too many values to group by.
     """
-    texts = [name for name, kind in store.queries.fields.items() if kind == "text"]
-    for field in fields:
-        if field not in texts:
-            raise UserError(
-                f"--group_by={field}: the queries have no such text field; they have "
-                f"{', '.join(texts) or 'none'}"
-            )
+    texts = text_fields(store, fields)
     records = [store.queries[row] for row in rows]
     searched = [name for name in cfg.data.query_fields if name in texts]
     words = [next((len(r[name].split()) for name in searched if r[name]), 0) for r in records]

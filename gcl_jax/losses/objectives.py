@@ -30,10 +30,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from gcl_jax.config import LossConfig, TrainConfig
-from gcl_jax.errors import ConfigError, DataError
+from gcl_jax.errors import ConfigError, DataError, did_you_mean
 from gcl_jax.losses.logits import Logits, Term
 from gcl_jax.losses.pairs import KnownWeights, PairRows
 from gcl_jax.models.families import require_tokens
+from gcl_jax.paths import local_path
 from gcl_jax.registry import OBJECTIVES
 
 F = TypeVar("F", bound=Callable)
@@ -192,11 +193,42 @@ def check_config(cfg: TrainConfig) -> None:
             require_tokens(cfg.model, f"loss.objectives.{name}")
 
 
+def check_inputs(cfg: TrainConfig) -> None:
+    """What `check_config` and `check_data` find without the data, which take a while to be opened;
+    raises as they do, and for folders that are not there."""
+    check_config(cfg)
+    _check_negatives(cfg)
+    given = "" if cfg.data.negatives in ("store", "refresh") else cfg.data.negatives
+    for key, folder in (("data.negatives", given), ("loss.distill_from", cfg.loss.distill_from)):
+        if folder and not local_path(folder).is_dir():
+            near = did_you_mean(folder, ("store", "refresh")) if folder == given else ""
+            raise DataError(f"config.{key}={folder!r}: no such folder{near}")
+
+
+def _check_negatives(cfg: TrainConfig) -> None:
+    objectives = asked(cfg.loss)
+    negatives = bool(cfg.data.negatives) or cfg.data.text_negatives != "none"
+    for name, one in objectives.items():
+        # With a hardness, those of the batch are enough.
+        if one.needs_negatives and not negatives and not cfg.loss.hard_negatives.hardness:
+            raise DataError(
+                f"config.loss.objectives.{name} needs negatives of the pairs: set "
+                "config.data.negatives to 'refresh', to 'store' or to a folder made by `python -m "
+                "gcl_jax.mine`, or config.data.text_negatives to 'swap', 'replace' or 'by_kind'"
+            )
+    if negatives and not any(one.needs_negatives for one in objectives.values()):
+        raise DataError(
+            "config.data.negatives and text_negatives are embedded for nothing without an "
+            "objective that learns from them: set config.loss.objectives.hard_negatives=1, and "
+            "gcl=0, which it contains"
+        )
+
+
 def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:
     """Raises `DataError` if the data, whose `loss_weights` (pairs,) are given, lack what one of the
     objectives learns from."""
+    _check_negatives(cfg)
     objectives = asked(cfg.loss)
-    negatives = bool(cfg.data.negatives) or cfg.data.text_negatives != "none"
     for name, one in objectives.items():
         same = len(loss_weights) and loss_weights.min() == loss_weights.max()
         if one.needs_grades and same:
@@ -207,24 +239,14 @@ def check_data(cfg: TrainConfig, loss_weights: np.ndarray) -> None:
                 "differ and a config.loss.score_to_weight other than 'constant', or use "
                 "objectives.gcl"
             )
-        # With a hardness, those of the batch are enough.
-        if one.needs_negatives and not negatives and not cfg.loss.hard_negatives.hardness:
-            raise DataError(
-                f"config.loss.objectives.{name} needs negatives of the pairs: set "
-                "config.data.negatives to 'refresh', to 'store' or to a folder made by `python -m "
-                "gcl_jax.mine`, or config.data.text_negatives to 'swap', 'replace' or 'by_kind'"
-            )
         one.check(cfg)
     sides = [fields for fields in cfg.data.weights.values() if len(fields) > 1]
     takes = [name for name, one in objectives.items() if not (one.of_merged or one.needs_known)]
     if cfg.loss.side_pairs and not (sides and takes):
+        owner = f"objectives that pair single fields, as gcl does, not of {', '.join(objectives)}"
+        if not sides:
+            fields = "; ".join(f"{x}: {', '.join(has)}" for x, has in cfg.data.weights.items())
+            owner = f"sides with two fields or more, and there is none ({fields})"
         raise DataError(
-            f"config.loss.side_pairs={cfg.loss.side_pairs} is of objectives such as gcl, and of "
-            "sides with two fields or more; leave it at 0"
-        )
-    if negatives and not any(one.needs_negatives for one in objectives.values()):
-        raise DataError(
-            "config.data.negatives and text_negatives are embedded for nothing without an "
-            "objective that learns from them: set config.loss.objectives.hard_negatives=1, and "
-            "gcl=0, which it contains"
+            f"config.loss.side_pairs={cfg.loss.side_pairs} is of {owner}; leave it at 0"
         )

@@ -17,7 +17,16 @@ from gcl_jax.data.transforms import read_file
 from gcl_jax.errors import ArgumentParser, UserError, reported_in_one_line
 from gcl_jax.models.families import require_tokens
 from gcl_jax.paths import local_path, output_path
-from gcl_jax.runs import CHECKPOINT, NEWEST, count, load_config, load_run, one_store, port
+from gcl_jax.runs import (
+    CHECKPOINT,
+    NEWEST,
+    count,
+    load_config,
+    load_run,
+    one_store,
+    port,
+    set_embed_dim,
+)
 from gcl_jax.search import calibration, hybrid
 from gcl_jax.search.searcher import (
     SearchIndex,
@@ -84,6 +93,7 @@ def search_run(args: argparse.Namespace) -> None:
     (workdir,), (checkpoint,) = args.workdir, args.checkpoint or [NEWEST]
     store = one_store([workdir])
     cfg = store.resolve(load_config(workdir))
+    set_embed_dim(cfg, args.embed_dim)
     kinds = {
         field: store.queries.fields[field] for field, w in cfg.data.query_fields.items() if w > 0
     }
@@ -135,7 +145,11 @@ def serve_runs(args: argparse.Namespace) -> None:
         raise UserError(
             f"{len(checkpoints)} --checkpoint for {runs} --workdir: give one for all, or one each"
         )
-    one_store(args.workdir)  # told before jax is loaded and anything is embedded
+    store = one_store(args.workdir)  # told before jax is loaded and anything is embedded
+    if args.split:
+        store.corpus(args.split)
+    for workdir in args.workdir:
+        set_embed_dim(load_config(workdir), args.embed_dim)
 
     from gcl_jax.search.serve import serve
 

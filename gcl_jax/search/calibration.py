@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int, Real
 
-from gcl_jax.errors import DataError
+from gcl_jax.errors import DataError, first_line
 from gcl_jax.paths import write_json
 from gcl_jax.runs import Run, parameters_digest
 
@@ -162,10 +162,14 @@ def read(path: Path) -> dict[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text("utf-8"))
+        for key in ("checkpoint", "reliability", "thresholds"):
+            found[key]
         offsets = {int(grade): float(x) for grade, x in found["offsets"].items()}
         return found | {"calibration": Calibration(float(found["slope"]), offsets)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path} is damaged ({error}); evaluate with --calibrate again") from None
+        raise DataError(
+            f"{path} is damaged ({first_line(error)}); evaluate with --calibrate again"
+        ) from None
 
 
 def of_run(run: Run, workdir: Path, embed_dim: int | None) -> Calibration | None:

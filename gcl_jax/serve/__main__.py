@@ -79,10 +79,11 @@ def main() -> None:
                 f"--host={args.host} lets others in: give --token_file=FILE, or set {VARIABLE}"
             )
         store = one_store([args.workdir])
+        cfg = store.resolve(runs.load_config(args.workdir))
+        runs.set_embed_dim(cfg, args.embed_dim)
         if args.split is not None:
             store.pairs(args.split)
         if args.hybrid:
-            cfg = store.resolve(runs.load_config(args.workdir))
             hybrid.check(store, cfg.data.query_fields)
 
         from gcl_jax.serve.api import serve

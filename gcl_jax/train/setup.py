@@ -29,7 +29,7 @@ from gcl_jax.data.store import Pairs, RankedStore
 from gcl_jax.data.tokenizer import load_tokenizer
 from gcl_jax.errors import ConfigError, did_you_mean
 from gcl_jax.evaluate import metrics
-from gcl_jax.losses.objectives import check_data
+from gcl_jax.losses.objectives import check_data, check_inputs
 from gcl_jax.losses.pairs import KnownWeights
 from gcl_jax.models.clip import LORA, abstract_model, abstract_params
 from gcl_jax.models.families import untrained_towers
@@ -75,12 +75,12 @@ def make_training(cfg: TrainConfig) -> Training:
     """
     if cfg.model.attention == "cudnn" and jax.default_backend() != "gpu":
         raise ConfigError(
-            "config.model.attention='cudnn' needs an NVIDIA GPU, and jax finds none here; use "
-            "'auto'"
+            "config.model.attention='cudnn' needs an NVIDIA GPU, and jax finds none; use 'auto'"
         )
     parameters = abstract_model(cfg.model)[1]
-    # An unknown name or pattern, and what is not installed, are told before data are opened, which
-    # may take minutes.
+    # An unknown name or pattern, what objectives lack, and what is not installed, are told before
+    # data are opened, which may take minutes.
+    check_inputs(cfg)
     tx, text = optim.make_optimizer(cfg.optim, 1, parameters), cfg.model.text
     load_tokenizer(text.tokenizer, text.context_length, text.clean)
     store, asked = open_stores(cfg.data), cfg
@@ -97,6 +97,7 @@ def make_training(cfg: TrainConfig) -> Training:
         )
     pairs = sampled_pairs(cfg, store)
     cfg = spelled_out(cfg, pairs)
+    check_data(cfg, pair_weights(cfg, pairs))
     require_metric(cfg)
     mesh = sharding.make_mesh(cfg.mesh, cfg.optim.batch_size)
     require_memory(cfg, tx, mesh)
@@ -124,7 +125,6 @@ def make_training(cfg: TrainConfig) -> Training:
         distributed.announce(f"warning: {line}")
     tx = optim.make_optimizer(cfg.optim, steps, parameters)
     train_step = make_train_step(cfg, tx, mesh)
-    check_data(cfg, pair_weights(cfg, pairs))
     constants = {}
     if cfg.loss.targets == "known":
         weights = known_weights(cfg, store)
