@@ -49,6 +49,24 @@ def folder(tmp_path):
     return root
 
 
+def test_order_tasks_are_read_without_what_shuffling_left_as_it_was(folder, capsys):
+    right, wrong = "a red dog", ["dog red a", "a  red dog", "red a dog", "a dog red"]
+    cases = [[right, *wrong], [right, right], [right, "dog a red"]]
+    (file := folder / "coco_order.json").write_text(
+        json.dumps([{"image": "a.png", "caption_options": options} for options in cases])
+    )
+    (found,) = read_tasks(file).values()
+    assert [(case.right, case.wrong) for case in found] == [
+        (right, ("dog red a", "red a dog", "a dog red")),
+        (right, ("dog a red",)),
+    ]
+    told = "2 wrong captions are the right one word for word: left out, and with them 1 of 3 cases"
+    assert told in capsys.readouterr().err
+    file.write_text(json.dumps([{"image": "a.png", "caption": "a b", "foil": "a b "}]))
+    with pytest.raises(DataError, match="has no case that can be solved"):
+        read_tasks(file)
+
+
 def test_the_three_forms_are_read(folder):
     tasks = read_tasks(folder)
     assert list(tasks) == ["existence", "own", "relation", "replace_obj"]

@@ -3,16 +3,20 @@
 PATH is a JSON file (a list of cases, or an object whose values they are), a JSONL file, or a folder
 of such files, each with the cases of one task. A case is an image, a caption that is right, and one
 or several that are wrong by a detail. The names of SugarCrepe (arXiv 2306.14610), of ARO's relation
-and attribution (arXiv 2210.01936) and of VALSE (ACL 2022) are understood:
+and attribution (arXiv 2210.01936) and of VALSE (ACL 2022) are understood, and what ARO's order
+tasks, which shuffle captions as they load them, keep in memory (`json.dump(dataset.test_cases)`):
 
     image      image, filename, image_path or image_file; bbox_x, bbox_y, bbox_w and bbox_h, if they
                are there, are the part of it that is seen (ARO)
     right      caption or true_caption
     wrong      negative_caption, false_caption or foil: a text, or a list of texts
+    both       caption_options: a list, the right one first (ARO's order tasks)
     kind       kind, relation_name or attributes (ARO); by default there is but one
 
 Of VALSE, cases that fewer than two annotators found valid (`mturk`) are left out, as its authors
-do. A case is solved if the image is nearer to the right caption than to every wrong one.
+do. So are wrong captions that are the right one word for word, as a shuffled one may be, and cases
+without another; how many is told. A case is solved if the image is nearer to the right caption than
+to every wrong one.
 """
 
 import json
@@ -37,6 +41,7 @@ from gcl_jax.runs import NEWEST, load_model
 IMAGE = ("image", "filename", "image_path", "image_file")
 RIGHT = ("caption", "true_caption")
 WRONG = ("negative_caption", "false_caption", "foil")
+BOTH = "caption_options"
 KIND = ("kind", "relation_name", "attributes")
 BOX = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 VALID_VOTES = 2  # of VALSE's three
@@ -69,13 +74,20 @@ def read_tasks(path: Path, image_root: Path | None = None) -> dict[str, list[Cas
     tasks = {}
     for file in files:
         root = image_root or file.parent
-        cases = [
+        found = [
             _case(case, f"{file}, case {name}", root, file.stem)
             for name, case in _entries(file)
             if not isinstance(case, dict) or _is_valid(case)
         ]
+        cases = [kept for case in found if (kept := _without_equals(case)).wrong]
+        same = sum(len(case.wrong) for case in found) - sum(len(case.wrong) for case in cases)
+        if same:
+            distributed.announce(
+                f"{file}: {same} wrong captions are the right one word for word: left out, and "
+                f"with them {len(found) - len(cases)} of {len(found)} cases that have no other"
+            )
         if not cases:
-            raise DataError(f"{file} has no case")
+            raise DataError(f"{file} has no case" + " that can be solved" * bool(found))
         tasks[str(file.relative_to(path).with_suffix("")) if path.is_dir() else file.stem] = cases
     return tasks
 
@@ -116,7 +128,11 @@ def _case(case: Any, place: str, root: Path, task: str) -> Case:
             raise DataError(f"{place}: no {' or '.join(names)} that is not empty; it has {full}")
         return found[0]
 
-    image, right, wrong = map(value, (IMAGE, RIGHT, WRONG))
+    image = value(IMAGE)
+    if isinstance(both := case.get(BOTH), list) and len(both) > 1:
+        right, *wrong = both
+    else:
+        right, wrong = value(RIGHT), value(WRONG)
     wrong = [wrong] if isinstance(wrong, str) else wrong
     texts = [image, right, *wrong] if isinstance(wrong, list) else [wrong]
     if not all(isinstance(text, str) and text.strip() for text in texts):
@@ -128,6 +144,12 @@ def _case(case: Any, place: str, root: Path, task: str) -> Case:
     kind = next((case[name] for name in KIND if case.get(name)), task)
     kind = "_".join(map(str, kind)) if isinstance(kind, list) else str(kind)
     return Case(there[0], _box(case, place), right, tuple(wrong), kind)
+
+
+def _without_equals(case: Case) -> Case:
+    """Without wrong captions that are the right one."""
+    wrong = [text for text in case.wrong if text.split() != case.right.split()]
+    return case._replace(wrong=tuple(wrong))
 
 
 def _box(case: Mapping, place: str) -> tuple[int, int, int, int] | None:
