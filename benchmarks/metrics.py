@@ -24,8 +24,8 @@ from gcl_jax.evaluate.metrics import (
     evaluate_rankings,
     evaluate_run,
     lookup_grades,
-    trec_order,
 )
+from gcl_jax.evaluate.trec import trec_order
 
 OUTPUT = Path(__file__).with_suffix(".json")
 CORPUS, JUDGED = 100_000, 100

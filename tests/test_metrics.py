@@ -18,8 +18,8 @@ from gcl_jax.evaluate.metrics import (
     mean_rank_variance,
     paired_bootstrap,
     summarize,
-    trec_order,
 )
+from gcl_jax.evaluate.trec import trec_order
 
 KS = (1, 2, 3, 5, 10, 100)
 TREC_NAMES = {"NDCG": "ndcg_cut", "MAP": "map_cut", "Recall": "recall", "P": "P"}
@@ -152,6 +152,24 @@ def test_worked_out_by_hand():
         np.testing.assert_allclose(metrics[key], [value], rtol=1e-14, err_msg=key)
 
 
+def test_hole_is_beirs():
+    """The share of the first k that no query has a judgement of, not even a query without a run;
+    of a list that ends before, what is missing is none."""
+    rng = np.random.default_rng(0)
+    docs = [f"d{i}" for i in range(30)]
+    qrels = {f"q{q}": dict.fromkeys(rng.choice(docs[:15], 4), 1) for q in range(6)}
+    found = [rng.permutation(docs)[: 3 + 5 * q].tolist() for q in range(5)]
+    run = {f"q{q}": {doc: rng.random() for doc in found[q]} for q in range(5)}
+    run["q0"] |= dict.fromkeys(qrels["q0"], 0.5)
+    judged = {doc for grades in qrels.values() for doc in grades}
+    values = evaluate_run(qrels, run, ks=(1, 10))
+    for k in (1, 10):
+        tops = [sorted(scores, key=scores.get, reverse=True)[:k] for scores in run.values()]
+        expected = [sum(doc not in judged for doc in top) / k for top in tops]
+        np.testing.assert_allclose(values[f"Hole@{k}"], expected)
+        assert 0 < np.mean(expected) < 1
+
+
 def exact_err(grades, best):
     err, reach = Fraction(0), Fraction(1)
     for rank, rel in enumerate(grades, start=1):
@@ -212,7 +230,8 @@ def test_arrays_and_dictionaries_agree():
     ranked[5, 7:], scores[5, 7:] = -1, -np.inf
 
     in_order = np.take_along_axis(ranked, trec_order(scores, ranked), axis=1)
-    arrays = evaluate_rankings(lookup_grades(in_order, judged_docs, judged), judged)
+    holes = (in_order >= 0) & ~np.isin(in_order, judged_docs)
+    arrays = evaluate_rankings(lookup_grades(in_order, judged_docs, judged), judged, holes=holes)
 
     def table(ids, values):
         return {

@@ -19,7 +19,7 @@ import numpy as np
 from gcl_jax.config import TrainConfig
 from gcl_jax.data.store import Pairs, RankedStore, Records
 from gcl_jax.errors import DataError, UserError
-from gcl_jax.evaluate.metrics import lookup_grades
+from gcl_jax.evaluate.metrics import evaluate_rankings, lookup_grades
 from gcl_jax.evaluate.trec import SEPARATOR
 
 MOST_GROUPS = 50
@@ -46,6 +46,11 @@ class Judgements:
     def of(self, ranked: np.ndarray) -> np.ndarray:
         """Grades (q, k), 0 where unjudged, of ranked documents, by positions in the corpus."""
         return lookup_grades(ranked, self.documents, self.grades)
+
+    def metrics(self, ranked: np.ndarray) -> dict[str, np.ndarray]:
+        """`evaluate_rankings` of ranked documents, by positions in the corpus, -1 for padding."""
+        holes = (ranked >= 0) & ~np.isin(ranked, self.documents)
+        return evaluate_rankings(self.of(ranked), self.grades, holes=holes)
 
 
 def ids_in(records: Records, rows: Iterable[int], split: str) -> list[str]:

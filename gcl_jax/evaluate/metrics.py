@@ -31,7 +31,6 @@ PERSISTENCE = (0.7, 0.8, 0.9)  # of RBP
 BOOTSTRAP_BLOCK = 1 << 21  # random numbers at a time
 RUN_BLOCK = 1 << 22  # ranked documents at a time
 
-
 Place = Literal["summary", "brief", "columns"]
 
 
@@ -46,6 +45,7 @@ class Metric:
         judged: float64 (Q, J), relevance of all judged documents, highest first. Both are >= 0 and
         padded with 0; an unjudged document counts 0.
       cutoffs: ranks k, if the metric is one of the first k documents.
+      of_holes: whether the function takes bool (Q, K), what nobody has judged, in place of grades.
       shown: name of its mean in the summary, with "@k" (default: `name`).
       section: of `eval/*.json`, where all its means stand under `name` (default: `name`).
       summary: whether it stands in the summary, or with which cut-offs.
@@ -56,6 +56,7 @@ class Metric:
     name: str
     function: Callable[..., np.ndarray]
     cutoffs: Sequence[int] = ()
+    of_holes: bool = False
     shown: str = ""
     section: str = ""
     summary: bool | Sequence[int] = True
@@ -109,7 +110,10 @@ def names(place: Place = "summary") -> dict[str, str]:
 
 
 def evaluate_rankings(
-    grades: np.ndarray, judged: np.ndarray, ks: Sequence[int] = ()
+    grades: np.ndarray,
+    judged: np.ndarray,
+    ks: Sequence[int] = (),
+    holes: np.ndarray | None = None,
 ) -> dict[str, np.ndarray]:
     """Returns the values of every metric, float64 (Q,), by key.
 
@@ -122,15 +126,17 @@ def evaluate_rankings(
       judged: (Q, J) relevance of all judged documents in any order; 0 for padding.
       ks: cut-offs >= 1 in place of each metric's own; above K they see the whole list, though P@k
         still divides by k.
+      holes: bool (Q, K), which ranked documents no query has a judgement of; default none.
 
     Raises:
       ConfigError: a metric that was added does not return one finite number per query.
     """
     grades, judged = _gains(grades), -np.sort(-_gains(judged), axis=1)
-    found = {}
+    found, none = {}, np.zeros(grades.shape, bool)
     for metric in table():
+        ranked = grades if not metric.of_holes else none if holes is None else holes
         for k in (ks or metric.cutoffs) if metric.cutoffs else [None]:
-            inputs = (grades, judged) if k is None else (grades[:, :k], judged, k)
+            inputs = (ranked, judged) if k is None else (ranked[:, :k], judged, k)
             values = np.asarray(metric.function(*inputs), np.float64)
             if values.shape != (len(grades),) or not np.isfinite(values).all():
                 raise ConfigError(
@@ -199,6 +205,12 @@ def accuracy(grades: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
     return (grades > 0).max(axis=1)
 
 
+@metric("Hole", cutoffs=KS, of_holes=True, section="hole", summary=())
+def hole(holes: np.ndarray, judged: np.ndarray, k: int) -> np.ndarray:
+    """BEIR's, which the authors' evaluation takes."""
+    return holes.sum(1) / k
+
+
 def first_relevant_rank(grades: np.ndarray) -> np.ndarray:
     """Returns the rank (Q,), from 1, of each query's first document with a grade above 0; where no
     ranked one has, K + 1, the best that it can be.
@@ -243,7 +255,7 @@ def evaluate_run(
     """Returns `evaluate_rankings` of {query: {document: grade}} and {query: {document: score}}:
     the values of every metric, float64 (Q,), by key, such as "NDCG@10", "MAP@100", "ERR" or "RBP9".
 
-    As in trec_eval, scores are compared in float32, ties go by `trec_order`, and the queries are
+    As in trec_eval, scores are compared in float32, ties go by `trec.trec_order`, and queries are
     those with judgements and a run, even an empty one: (Q,) is in the order of qrels.
 
     Raises:
@@ -260,19 +272,21 @@ def evaluate_run(
     queries = [query for query in qrels if qrels[query] and query in run]
     if not queries:
         raise DataError("there is no query with both judgements in qrels and a ranking in run")
-    judged_ids, found_ids = (set(chain(*(t[q] for q in queries))) for t in (qrels, run))
+    judged_ids, found_ids = set(chain(*qrels.values())), set(chain(*(run[q] for q in queries)))
     if found_ids and judged_ids.isdisjoint(found_ids):
         raise DataError(
             f"no document is both in qrels, such as {min(judged_ids)!r}, and in run, such as "
             f"{min(found_ids)!r}: every metric would be 0; write the ids alike"
         )
     step = max(1, RUN_BLOCK // max(max(len(qrels[q]), len(run[q])) for q in queries))
-    parts = []
+    parts, annotated = [], pa.array(judged_ids, pa.large_string())
     for start in range(0, len(queries), step):
         tables = [[table[q] for q in queries[start : start + step]] for table in (qrels, run)]
         docs = pa.array([*chain(*chain(*tables))], pa.large_string()).dictionary_encode()
         place = np.empty(len(docs.dictionary), np.int64)  # among the ids sorted as UTF-8 bytes
         place[pc.sort_indices(docs.dictionary)] = np.arange(len(place))
+        hole = np.empty(len(place), bool)  # by that place
+        hole[place] = pc.invert(pc.is_in(docs.dictionary, annotated))
         ids = np.split(place[docs.indices], [sum(map(len, tables[0]))])
         padded = []
         for rows, places, fill in zip(tables, ids, (0.0, -np.inf), strict=True):
@@ -283,9 +297,9 @@ def evaluate_run(
             values[filled] = np.fromiter(chain(*(row.values() for row in rows)), np.float64)
             padded += [documents, values]
         judged_docs, judged, ranked, scores = padded
-        ranked = np.take_along_axis(ranked, trec_order(scores, ranked), axis=1)
+        ranked = np.take_along_axis(ranked, trec.trec_order(scores, ranked), axis=1)
         grades = lookup_grades(ranked, judged_docs, judged)
-        parts.append(evaluate_rankings(grades, judged, ks))
+        parts.append(evaluate_rankings(grades, judged, ks, (ranked >= 0) & hole[ranked]))
     return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
 
@@ -294,25 +308,6 @@ def summarize(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
     if any(values.size == 0 for values in metrics.values()):
         raise DataError("no query to average over: none has both judgements and a ranking")
     return {key: float(values.mean()) for key, values in metrics.items()}
-
-
-def trec_order(scores: np.ndarray, doc_rank: np.ndarray) -> np.ndarray:
-    """Returns indices (Q, K) that sort each row as trec_eval does.
-
-    Best score first, in float32; ties by document id descending, so by `doc_rank`, each
-    document's place among the ids sorted as UTF-8 bytes. Apply with `np.take_along_axis`.
-
-    Args:
-      scores: (Q, K), -inf for padding.
-      doc_rank: (Q, K) integers, -1 for padding.
-    """
-    with np.errstate(over="ignore"):
-        scores = np.fmax(np.asarray(scores).astype(np.float32), -np.inf)  # a NaN comes last
-    # One integer per document sorts faster than two keys: above, the bits of the float, which
-    # order as integers once those of negative numbers are turned round; below, the id's place.
-    bits = (scores + 0.0).view(np.int32).astype(np.int64)  # + 0: -0 ties with 0
-    descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    return np.argsort((descending << 32) - doc_rank, axis=1)
 
 
 def lookup_grades(

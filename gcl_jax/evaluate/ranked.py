@@ -153,7 +153,7 @@ def evaluate_split(
     ends = np.cumsum([len(merged), *map(len, alone)])[:-1]
     (scores, *_), (found, *found_alone) = (np.split(x, ends) for x in every)
     grades = judgements.of(found)
-    by_documents = {"merged": metrics.evaluate_rankings(grades, judgements.grades)}
+    by_documents = {"merged": judgements.metrics(found)}
     counts = calibration.count(scores, grades)
     for field, embeddings in searched.items():
         if field != "merged" and np.any(embeddings):  # the documents of one store may lack a field
@@ -175,9 +175,8 @@ def evaluate_split(
     of_documents = []
     for column, (field, rows) in enumerate(having.items()):
         judged = judgements.take(rows)
-        grades = judged.of(found_alone[column])
-        by_query_field[field] = metrics.evaluate_rankings(grades, judged.grades)
-        ranks[rows, column] = metrics.first_relevant_rank(grades)
+        by_query_field[field] = judged.metrics(found_alone[column])
+        ranks[rows, column] = metrics.first_relevant_rank(judged.of(found_alone[column]))
         asked = judgements, rows, alone[column], searched["merged"]
         of_documents.append(ranks_of_documents(*asked))
     variance: dict = metrics.mean_rank_variance(ranks)
@@ -245,7 +244,7 @@ def in_trec_order(
         scores, found: (q, k) scores and positions within the corpus of the retrieved documents.
         document_rank: (n,) `id_ranks` of the corpus.
     """
-    order = metrics.trec_order(scores, document_rank[found])
+    order = trec.trec_order(scores, document_rank[found])
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(found, order, axis=1)
 
 
@@ -255,7 +254,7 @@ def judged_metrics(
     """Protocol steps 4 and 5: `metrics.evaluate_rankings` of retrieved documents, which are those
     of `in_trec_order`."""
     _, found = in_trec_order(scores, found, document_rank)
-    return metrics.evaluate_rankings(judgements.of(found), judgements.grades)
+    return judgements.metrics(found)
 
 
 def as_ranking(

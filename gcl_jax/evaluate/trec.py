@@ -24,6 +24,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
+
 from gcl_jax.data import transforms
 from gcl_jax.data.store import SEPARATOR
 from gcl_jax.errors import DataError
@@ -173,6 +175,25 @@ def _is_finite(x: object) -> bool:
         return _is_number(type(x)) and math.isfinite(x)  # type: ignore[arg-type]
     except OverflowError:
         return False
+
+
+def trec_order(scores: np.ndarray, doc_rank: np.ndarray) -> np.ndarray:
+    """Returns indices (Q, K) that sort each row as trec_eval does.
+
+    Best score first, in float32; ties by document id descending, so by `doc_rank`, each
+    document's place among the ids sorted as UTF-8 bytes. Apply with `np.take_along_axis`.
+
+    Args:
+      scores: (Q, K), -inf for padding.
+      doc_rank: (Q, K) integers, -1 for padding.
+    """
+    with np.errstate(over="ignore"):
+        scores = np.fmax(np.asarray(scores).astype(np.float32), -np.inf)  # a NaN comes last
+    # One integer per document sorts faster than two keys: above, the bits of the float, which
+    # order as integers once those of negative numbers are turned round; below, the id's place.
+    bits = (scores + 0.0).view(np.int32).astype(np.int64)  # + 0: -0 ties with 0
+    descending = ~(bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return np.argsort((descending << 32) - doc_rank, axis=1)
 
 
 def write_qrels(path: Path, qrels: Table) -> None:
