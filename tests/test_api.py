@@ -321,3 +321,37 @@ def test_command_with_64_clients_and_sigterm(workdir, tmp_path):
             server.kill()
     assert (server.returncode, out) == (0, "")
     assert "Traceback" not in errors
+
+
+LOADING = """
+import concurrent.futures, time
+from gcl_jax.serve import api
+
+def load(*_):
+    concurrent.futures.ThreadPoolExecutor().submit(time.sleep, 600)  # as XLA's that compile
+    print("loading", flush=True)
+    time.sleep(600)
+
+api.Searcher = load
+api.serve(None, "newest", None, None, "127.0.0.1", 0, None)
+"""
+
+
+def test_sigterm_while_it_loads_ends_it_at_once():
+    """Without a wait for the threads that compile, and with 0."""
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADING],
+        env=processes.ENVIRONMENT,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as server:
+        try:
+            assert server.stdout.readline().startswith("listening on http://127.0.0.1:")
+            assert server.stdout.readline() == "loading\n"
+            server.send_signal(signal.SIGTERM)
+            out, errors = server.communicate(timeout=60)
+        finally:
+            server.kill()
+    assert (server.returncode, out) == (0, "")
+    assert "Traceback" not in errors
