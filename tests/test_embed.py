@@ -1,5 +1,6 @@
 """Embeddings on disk: the command, what a kill leaves, the run's cache, exports."""
 
+import io
 import json
 import os
 import shutil
@@ -400,6 +401,14 @@ def test_damaged_embeddings_are_made_again(workdir, monkeypatch, capsys, damage,
     assert printed.out == expected
     assert f"warning: {folder} is damaged" in printed.err
     vectors.verify(folder)
+
+
+@pytest.mark.usefixtures("no_towers")
+def test_a_full_disk_names_what_was_to_be_made(workdir, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(vectors, "_array", lambda *_: io.FileIO("/dev/full", "w"))
+    with pytest.raises(SystemExit):
+        call(monkeypatch, embed, workdir, f"--out={tmp_path / 'v'}")
+    assert f"{tmp_path / 'v'} cannot be written: [Errno 28]" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("no_towers")

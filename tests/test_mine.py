@@ -255,3 +255,9 @@ def test_errors_are_one_line(tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_full_disk_names_what_was_to_be_made(tmp_path, full_disk):
+    rows = {"document": np.zeros((3000, 1), np.int32)}
+    with full_disk(), pytest.raises(OSError, match=r"/mined cannot be written: "):
+        mine.write_mined(tmp_path / "mined", rows, {"split": "train"})

@@ -35,7 +35,7 @@ from gcl_jax.data.negatives import records_fingerprint
 from gcl_jax.data.pipeline import Side
 from gcl_jax.data.store import RankedStore, locked
 from gcl_jax.embed.embedder import Corpus, Embedder, FieldEmbeddings
-from gcl_jax.errors import DataError
+from gcl_jax.errors import DataError, naming
 from gcl_jax.models.flops import most_tokens
 from gcl_jax.paths import digest_of, write_json
 from gcl_jax.prepare.stores import publish, vacant
@@ -142,7 +142,8 @@ def make(folder: Path, task: Task, embedder: Embedder) -> Corpus:
             fields = list(task.weights)
             batches = embedder.batches(task.side, task.records, fields, task.rows, **options)
             if first:
-                _write(building, task, manifest, batches, done)
+                with naming(folder):
+                    _write(building, task, manifest, batches, done)
             else:
                 collections.deque(batches, maxlen=0)
         if first:

@@ -27,7 +27,14 @@ from jaxtyping import Int
 from gcl_jax import distributed, paths, runs
 from gcl_jax.data.mixture import Mixture
 from gcl_jax.data.negatives import NOTE, compacted, pairs_fingerprint, save_negatives
-from gcl_jax.errors import ArgumentParser, DataError, UserError, reported_in_one_line, spelled
+from gcl_jax.errors import (
+    ArgumentParser,
+    DataError,
+    UserError,
+    naming,
+    reported_in_one_line,
+    spelled,
+)
 from gcl_jax.mine.mining import Mining, embedded, mine_split
 from gcl_jax.paths import local_path, output_path, write_json
 from gcl_jax.prepare.stores import publish, vacant
@@ -93,7 +100,8 @@ def write_mined(out: Path, negatives: dict[str, np.ndarray], note: dict) -> None
     shutil.rmtree(building, ignore_errors=True)
     folder = building / note["split"]
     folder.mkdir(parents=True)
-    save_negatives(folder, negatives)
+    with naming(out):
+        save_negatives(folder, negatives)
     write_json(folder / NOTE, note)
     check_absent(out)
     publish(building, out, last=f"{note['split']}/{NOTE}")

@@ -55,7 +55,7 @@ from gcl_jax.errors import ArgumentParser, ConfigError, reported_in_one_line, sp
 from gcl_jax.paths import local_path, output_path
 from gcl_jax.prepare.clicks import FLAGS
 from gcl_jax.prepare.records import scores_recipe
-from gcl_jax.prepare.source import BadRows, arguments_of, code_checksum, make_source
+from gcl_jax.prepare.source import BadRows, arguments_of, code_checksum, make_source, naming_flags
 from gcl_jax.prepare.stores import finished_store, trained_on, write_store
 from gcl_jax.registry import SOURCES, load_extensions
 
@@ -246,18 +246,17 @@ def prepare(args: argparse.Namespace):
     if existing := finished_store(args.out, fingerprint):
         return existing
     bad_rows = BadRows(args.on_error)
-    source = make_source(make, given, bad_rows)
     beam = None if args.beam is None else shlex.split(args.beam)
-    workers = max(1, args.workers)
-    return write_store(
-        source,
-        args.out,
-        bad_rows,
-        fingerprint=fingerprint,
-        workers=workers,
-        beam=beam,
-        image_size=args.image_size or 0,
-    )
+    with naming_flags(make, given):
+        return write_store(
+            make_source(make, given, bad_rows),
+            args.out,
+            bad_rows,
+            fingerprint=fingerprint,
+            workers=max(1, args.workers),
+            beam=beam,
+            image_size=args.image_size or 0,
+        )
 
 
 def find_source(name: str) -> Callable[..., Any]:

@@ -284,6 +284,22 @@ def arguments_of(make: Callable[..., Source]) -> dict[str, inspect.Parameter]:
     return parameters
 
 
+@contextlib.contextmanager
+def naming_flags(make: Callable[..., Any], given: Mapping[str, Any]) -> Iterator[None]:
+    """Says of a column that a file lacks which argument of `make` names it; `given` are those that
+    the user set."""
+    try:
+        yield
+    except DataError as error:
+        found = {
+            given.get(k, p.default): k for k, p in arguments_of(make).items() if "_column" in k
+        }
+        lacking = re.search(r": no column '(.*?)';", str(error))
+        if not lacking or lacking[1] not in found:
+            raise
+        raise DataError(f"{error}; --{found[lacking[1]]} names it") from None
+
+
 def make_source(make: Callable[..., Source], given: Mapping[str, Any], bad_rows: BadRows) -> Source:
     """That of a registered class or function, with the arguments `given`.
 
