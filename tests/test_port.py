@@ -623,6 +623,18 @@ def test_prefixes_and_pooling_travel(tmp_path):
     assert back.text == dataclasses.replace(text, tokenizer=str(tmp_path / "out"))
 
 
+@pytest.mark.parametrize("format", ["hugging_face", "open_clip", "safetensors"])
+def test_prefixes_of_a_model_of_two_towers_travel(tmp_path, clip_params, format):
+    for number, prefixes in enumerate(({}, {"query_prefix": "query: "})):
+        cfg = dataclasses.replace(CLIP, text=dataclasses.replace(CLIP.text, **prefixes))
+        export_pretrained(clip_params, cfg, out := tmp_path / f"out{number}", format)
+        text = model_config(str(out)).text
+        assert (text.query_prefix, text.document_prefix) == (prefixes.get("query_prefix", ""), "")
+        assert ("`query: ` before queries" in (out / "README.md").read_text()) == bool(prefixes)
+        written = (out / "config_sentence_transformers.json").exists()
+        assert written == (bool(prefixes) and format != "safetensors")
+
+
 def test_bfloat16_parameters_are_written_as_they_are(tmp_path):
     cfg = dataclasses.replace(CLIP, param_dtype="bfloat16")
     params = random_params(cfg)

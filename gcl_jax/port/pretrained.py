@@ -94,19 +94,23 @@ def _own_config(source: str) -> ModelConfig:
     folder = locate(source)
     if not folder.is_dir():
         raise DataError(f"{source} is a file: name its model (--model)")
-    own = functools.partial(from_dict, ModelConfig)
-    for name, translate in ((OWN_CONFIG, own), ("open_clip_config.json", from_open_clip)):
-        if (folder / name).is_file():
-            return with_tokenizer_of(source, _read_json(folder / name, translate))
-    if not (folder / "config.json").is_file():
+    if (folder / OWN_CONFIG).is_file():
+        own = functools.partial(from_dict, ModelConfig)
+        return with_tokenizer_of(source, _read_json(folder / OWN_CONFIG, own))
+    beside = sentence_transformers.PROMPTS
+    if (folder / "open_clip_config.json").is_file():
+        read = _read_json(folder / "open_clip_config.json", from_open_clip)
+        made = with_tokenizer_of(source, read)
+    elif (folder / "config.json").is_file():
+        made = _read_json(folder / "config.json", from_hugging_face)
+        beside = hugging_face.FILES | beside if made.vision else sentence_transformers.FILES
+        if made.text.tokenizer != "clip":
+            made.text.tokenizer = source if is_hub_id(source) else str(folder.absolute())
+    else:
         raise DataError(f"folder {folder} holds no config.json and no open_clip_config.json")
-    made = _read_json(folder / "config.json", from_hugging_face)
-    beside = hugging_face.FILES if made.vision else sentence_transformers.FILES
     for name, change in beside.items():
         if (folder / name).is_file():
             _read_json(folder / name, functools.partial(change, made))
-    if made.text.tokenizer != "clip":
-        made.text.tokenizer = source if is_hub_id(source) else str(folder.absolute())
     return made
 
 
@@ -321,13 +325,16 @@ def _contents(
             f"{format} has no tower of family {' or '.join(sorted(own))}; export with "
             "--format=safetensors"
         )
+    # Where no program of theirs puts them before texts, ours does; the model card names them.
+    has_prefix = bool(cfg.text.query_prefix or cfg.text.document_prefix)
+    prompts = sentence_transformers.to_prompts(cfg.text) if has_prefix else {}
     if format == "open_clip":
-        files = {"open_clip_config.json": open_clip.to_open_clip_config(cfg)}
+        files = {"open_clip_config.json": open_clip.to_open_clip_config(cfg)} | prompts
         return "open_clip", open_clip.naming_of(cfg), files
     if format == "safetensors":
         return "gcl_jax", "gcl_jax", {OWN_CONFIG: dataclasses.asdict(cfg)}
     if cfg.vision is not None:
-        return "transformers", "hugging_face", hugging_face.to_files(cfg)
+        return "transformers", "hugging_face", hugging_face.to_files(cfg) | prompts
     learned = {key: float(x) for key, x in params.items() if key.startswith("logit_")}
     return "sentence-transformers", "bert", sentence_transformers.to_files(cfg, **learned)
 

@@ -141,13 +141,20 @@ def _refuse_dense(cfg: ModelConfig, values: Values) -> None:
     raise ConfigError("a dense layer behind the pooling is not supported")
 
 
-# What lies beside a config.json.
+# What lies beside a config.json; prefixes beside that of a model with an image tower, too.
+PROMPTS: dict[str, Reader] = {"config_sentence_transformers.json": _read_prompts}
 FILES: dict[str, Reader] = {
     "1_Pooling/config.json": _read_pooling,
     "sentence_bert_config.json": _read_lengths,
     "2_Dense/config.json": _refuse_dense,
-    "config_sentence_transformers.json": _read_prompts,
+    **PROMPTS,
 }
+
+
+def to_prompts(text: TextConfig) -> dict[str, Any]:
+    """{file: its JSON} with the prefixes of `text`."""
+    prompts = {"query": text.query_prefix, "document": text.document_prefix}
+    return {file: {"prompts": prompts} for file in PROMPTS}
 
 
 def to_files(
@@ -169,12 +176,11 @@ def to_files(
     ]
     pooling = {key: pool == text.pool for pool, key in _POOLING.items()}
     lengths = {"max_seq_length": text.context_length, "do_lower_case": False}
-    prompts = {"query": text.query_prefix, "document": text.document_prefix}
     return {
         "config.json": config,
         "modules.json": modules,
         "1_Pooling/config.json": {"word_embedding_dimension": text.width} | pooling,
         "2_Normalize/config.json": {},
         "sentence_bert_config.json": lengths,
-        "config_sentence_transformers.json": {"prompts": prompts},
+        **to_prompts(text),
     }
