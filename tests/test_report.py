@@ -15,7 +15,7 @@ from conftest import TinySource
 from test_evaluate import LanguagesSource
 from test_search import HostileSource, untrained_run
 
-from gcl_jax import config, logs
+from gcl_jax import config, logs, runs
 from gcl_jax.errors import DataError, UserError
 from gcl_jax.evaluate import __main__ as evaluate
 from gcl_jax.evaluate.judgements import sample_judgements
@@ -61,6 +61,23 @@ def workdir(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(workdir) -> str:
     return pages.write_report([workdir]).read_text()
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--calibrate", "--calibrate=: name a split that is evaluated: in_domain, novel_query, "),
+        ("--calibrate=val", "--calibrate=val: name a split that is evaluated: in_domain, "),
+        ("--group_by=brand", "--group_by=brand: the queries have no such text field; they have "),
+        ("--embed_dim=99", "--embed_dim=99 is not from 1 to 16"),
+    ],
+)
+def test_evaluation_is_refused_before_the_model_is_loaded(workdir, monkeypatch, capsys, flag, said):
+    monkeypatch.setattr(runs, "load_model", None)
+    monkeypatch.setattr(sys, "argv", ["evaluate", f"--workdir={workdir}", flag])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert capsys.readouterr().err.startswith(f"error: {said}")
 
 
 class Tags(HTMLParser):
