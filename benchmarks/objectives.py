@@ -49,7 +49,8 @@ BIAS = f"model.init_logit_bias={-np.log(BATCH):.2f}"
 # A transformer, AdamW and the paper's sum over pairs, in place of what the configs have.
 VIT = ("model.vision.family=vit", "model.vision.layers=3", "model.vision.act=quick_gelu")
 ADAMW = ("optim.optimizer=adamw", "optim.lr=1e-3")
-GCL = ("loss.objectives.listnet=0", "loss.objectives.gcl=1")
+ALIKE = ("loss.objectives.hard_negatives=0", "loss.pair_weights={}")  # on both data sets
+GCL = ("loss.objectives.listnet=0", "loss.objectives.gcl=1", *ALIKE)
 
 
 def objective(name: str, *more: str) -> tuple[str, ...]:
@@ -57,6 +58,7 @@ def objective(name: str, *more: str) -> tuple[str, ...]:
     return (f"loss.objectives.{name}=1", "loss.objectives.gcl=0", *more)
 
 
+EVEN = "loss.hard_negatives.hardness=0"
 LINEAR = "loss.score_to_weight=linear"
 DIAGONAL = "loss.targets=diagonal"
 FOUR = "data.pairs_per_query=4"
@@ -75,13 +77,13 @@ METHODS: dict[str, tuple[str, ...]] = {
     "circle": objective("circle", LINEAR),
     "fused": objective("fused"),
     "MixSGCL": objective("mixed"),
-    "hard, swapped": objective("hard_negatives", "data.text_negatives=swap"),
-    "hard, mined": objective("hard_negatives"),
-    "hard, refreshed": objective("hard_negatives", "data.negatives=refresh"),
+    "hard, swapped": objective("hard_negatives", EVEN, "data.text_negatives=swap"),
+    "hard, mined": objective("hard_negatives", EVEN),
+    "hard, refreshed": objective("hard_negatives", EVEN, "data.negatives=refresh"),
     "hard, refreshed, weighed": objective(
         "hard_negatives",
         "data.negatives=refresh",
-        "loss.hard_negatives.hardness=5",
+        "loss.hard_negatives.hardness=4",
     ),
     "GCL + views of images": (
         "loss.objectives.unimodal=0.3",

@@ -4,6 +4,7 @@ from gcl_jax.config import (
     CheckpointConfig,
     DataConfig,
     EvalConfig,
+    HardNegativesConfig,
     LossConfig,
     ModelConfig,
     ObjectivesConfig,
@@ -32,7 +33,11 @@ def get_config() -> TrainConfig:
         loss=LossConfig(
             score_to_weight="inverse",
             targets="known",
-            objectives=ObjectivesConfig(gcl=1.0, listnet=1.0),
+            objectives=ObjectivesConfig(gcl=1.0, listnet=1.0, hard_negatives=4.0),
+            # Of merged embeddings alone, and the terms of single fields small: the image has to say
+            # what the title does not, so that merged is above either.
+            hard_negatives=HardNegativesConfig(hardness=5.0),
+            pair_weights={"query:image": 0.2, "query:title": 0.02},
         ),
         optim=OptimConfig(
             optimizer="muon",
