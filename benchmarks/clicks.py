@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from objectives import ALIKE
 
 import gcl_jax
 from gcl_jax.evaluate.judgements import sample_judgements
@@ -43,7 +44,7 @@ LOG = "corrected clicks, log"
 RAW = {"raw clicks": False, "raw clicks, rank": True, "clicks per impression, rank": True}
 METHODS = (TRUE, CORRECTED, LOG, *RAW)
 RELEVANCE, CHANCE, IMPRESSIONS = 0.3, 0.7, 60  # of a ranking
-TEXT = ("data.document_fields={'title': 1.0}", "data.query_fields={'query': 1.0}")
+TEXT = ("data.document_fields={'title': 1.0}", "data.query_fields={'query': 1.0}", *ALIKE)
 SPLITS = ("asked", "new")
 MAX_QUERIES = 2000
 

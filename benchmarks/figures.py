@@ -363,14 +363,14 @@ def gcl_vs_clip_short() -> str:
         [name, *(cell(method, split, metric) for metric, split in columns)]
         for method, name in CLIP_OR_GCL.items()
     ]
-    recipe = load("photos")["emoji, 245 steps"]["methods"]["the recipe"]
+    recipe = load("photos")["emoji, 245 steps"]["methods"]["the config as it is"]
 
     def beside_clip(metric: str, split: str) -> str:
         mean = recipe[metric][split]["mean"]
         clip = statistics.mean(over_seeds("CLIP", split, metric))
         return f"{mean:.3f} ({mean / clip - 1:+.0%})"
 
-    rows.append(["**the demo's recipe**", *(beside_clip(*column) for column in columns)])
+    rows.append(["**the demo**", *(beside_clip(*column) for column in columns)])
     header = [f"{METRICS[metric]}, {SPLITS[split]}" for metric, split in columns]
     return markdown(["", *header], rows)
 
@@ -418,6 +418,7 @@ WHOLE = (
     "GCL, diagonal",
     "GCL, known",
     "the recipe",
+    "the config as it is",
 )
 
 
@@ -439,6 +440,19 @@ def changes(metric: str, name: str = "photos, one change") -> str:
     rest = dict(load("photos")[name]["beside"]["the recipe"])
     rows = beside("the recipe", {"the recipe": rest.pop("the recipe"), **rest}, metric)
     return markdown([METRICS[metric], *SPLITS.values()], rows)
+
+
+def fields(name: str) -> str:
+    """What each field is worth alone, and how far merged is above it."""
+    rows = []
+    for method in ("the recipe", "the config as it is"):
+        for field, found in load("photos")[name]["fields"][method].items():
+            cells = [f"{found[split]['alone']:.3f}" for split in SPLITS]
+            rows.append([f"{method}: {field} alone", *cells])
+            above = [found[split] for split in SPLITS]
+            cells = [f"{x['merged_above']:+.4f} [{x['low']:+.4f}, {x['high']:+.4f}]" for x in above]
+            rows.append([f"merged above {field}", *cells])
+    return markdown([METRICS["NDCG@10"], *SPLITS.values()], rows)
 
 
 def dependence(metric: str) -> str:
@@ -641,6 +655,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "photos_emoji_changes": lambda: changes("NDCG@10", "emoji, one change"),
     "photos_emoji_ndcg": lambda: photos("NDCG@10", "emoji, 245 steps"),
     "photos_emoji_err": lambda: photos("mERR", "emoji, 245 steps"),
+    "photos_emoji_fields": lambda: fields("emoji, 245 steps"),
     "chips": chips,
     "pods": pods,
     "meshes": meshes,

@@ -30,15 +30,19 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 from gcl_vs_clip import BASELINES
 from objectives import ADAMW, ALIKE, GCL, SPLITS, VIT, table
 
 from gcl_jax.compare.comparison import without_model
 from gcl_jax.compare.tables import per_query, summarise
-from gcl_jax.evaluate.results import summary
+from gcl_jax.evaluate.metrics import bootstrap_interval
+from gcl_jax.evaluate.results import FIELD_COLUMN, summary
 from gcl_jax.prepare.stores import open_store
 from gcl_jax.train.flags import read_config
 
@@ -126,6 +130,31 @@ def trained(method: str, seed: int, args: argparse.Namespace, overrides: list[st
     return workdir
 
 
+def of_fields(folders: Mapping[Hashable, Path]) -> dict[str, Any]:
+    """{field: {split: {"alone", "merged_above", "low", "high", "seeds"}}}: nDCG@10 of a document
+    field alone, how far merged is above it, each query's mean over the seeds being one number, with
+    the paired interval; and how far in each seed."""
+    found: dict[str, Any] = {}
+    for split in SPLITS:
+        tables = [pq.read_table(x / "eval" / f"{split}.parquet") for x in folders.values()]
+        tables = [table.sort_by("query_id") for table in tables]
+        for column in tables[0].column_names:
+            _, _, field = column.removesuffix(":NDCG@10").rpartition(FIELD_COLUMN)
+            if column != f"{FIELD_COLUMN}{field}:NDCG@10":
+                continue
+            alone = np.stack([table[column].to_numpy() for table in tables])
+            above = np.stack([table["NDCG@10"].to_numpy() for table in tables]) - alone
+            low, high = bootstrap_interval(above.mean(axis=0)[:, None])
+            found.setdefault(field, {})[split] = {
+                "alone": float(alone.mean()),
+                "merged_above": float(above.mean()),
+                "low": float(low[0]),
+                "high": float(high[0]),
+                "seeds": above.mean(axis=1).tolist(),
+            }
+    return found
+
+
 def run(command: str, *flags: str) -> None:
     subprocess.run([sys.executable, "-m", f"gcl_jax.{command}", *flags], check=True)
 
@@ -176,6 +205,7 @@ def main() -> None:
                 "baselines": baselines,
                 "baseline": baseline,
                 "methods": summarise(found, baseline, SHOWN),
+                "fields": {method: of_fields(folders) for method, folders in done.items()},
                 "beside": {
                     other: summarise(found, other, SHOWN) for other in BESIDE if other in done
                 },

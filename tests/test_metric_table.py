@@ -98,7 +98,8 @@ def test_nothing_in_the_table_is_dropped(tmp_path):
         assert group["summary"].keys() == group["intervals"].keys() == shown.keys()
     results.write(tmp_path / "test", found, result)
     table = pq.read_table(tmp_path / "test.parquet")
-    assert table.column_names == ["query_id", *columns, "group:length"]
+    of_title = [f"field:title:{name}" for name in shown]
+    assert table.column_names == ["query_id", *columns, *of_title, "group:length"]
     assert results.compare(tmp_path, tmp_path)["test"].keys() == columns.keys()
     assert tables.format_tables({"test": result}).splitlines()[0].split()[2:] == list(shown)
     assert tables.format_groups({"test": found}).splitlines()[0].split()[3:] == list(brief)

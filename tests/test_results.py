@@ -89,9 +89,11 @@ def test_files_agree_query_by_query(tmp_path):
     table = pq.read_table(path.parent / "zero_shot@4.5.parquet")
     assert table["query_id"].to_pylist() == result.query_ids
     recall = [f"Recall@{k}" for k in (1, 5, 10, 100)]
-    assert table.column_names == ["query_id", *report["summary"], *recall]
+    of_title = [f"field:title:{name}" for name in report["summary"]]
+    assert table.column_names == ["query_id", *report["summary"], *recall, *of_title]
     assert set(map(str, table.schema.types[1:])) == {"double"}
     means = {name: table[name].to_numpy().mean() for name in table.column_names[1:]}
-    for name, value in (report["summary"] | report["recall"]).items():
+    titles = {f"field:title:{name}": value for name, value in report["fields"]["title"].items()}
+    for name, value in (report["summary"] | report["recall"] | titles).items():
         if name in means:
             assert means[name] == pytest.approx(value)

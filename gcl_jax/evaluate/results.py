@@ -27,7 +27,9 @@ MetricValues = Mapping[str, np.ndarray]
 
 # Beyond so few queries an interval means little.
 SMALL_GROUP = 30
-GROUP_COLUMN = "group:"  # before a grouping's name, in the tables query by query
+# Before the name of a grouping, or of a document field and then a metric, in the tables query by
+# query.
+GROUP_COLUMN, FIELD_COLUMN = "group:", "field:"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -142,12 +144,19 @@ def with_sections(report: dict, values: MetricValues) -> dict:
 
 def write(path: Path, report: dict, result: SplitResult) -> None:
     """PATH.json, the report, and PATH.parquet, one row per test query: `query_id`, the metrics of
-    merged that are "columns", and its groups. Each is complete or as it was."""
+    merged that are "columns", those of `summary` of each document field alone, and its groups. Each
+    is complete or as it was."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
     columns = {name: result.merged[key] for name, key in metrics.names("columns").items()}
+    columns |= {
+        f"{FIELD_COLUMN}{field}:{name}": values[key]
+        for field, values in result.documents.items()
+        if field != "merged"
+        for name, key in metrics.names().items()
+    }
     columns |= {GROUP_COLUMN + name: pa.array(x) for name, x in result.groups.items()}
     with replacing(path.with_name(f"{path.name}.parquet")) as unfinished:
         pq.write_table(pa.table({"query_id": result.query_ids, **columns}), unfinished)
@@ -295,9 +304,10 @@ def _compare_tables(split: str, a: Path, b: Path) -> dict[str, Difference]:
     import pyarrow.parquet as pq
 
     def read(path: Path):
-        """Without the columns of groups, which two runs need not share."""
+        """Without the columns of groups and fields, which two runs need not share."""
         table = pq.read_table(path)
-        chosen = [name for name in table.column_names if not name.startswith(GROUP_COLUMN)]
+        prefixes = (GROUP_COLUMN, FIELD_COLUMN)
+        chosen = [name for name in table.column_names if not name.startswith(prefixes)]
         return table.select(chosen).sort_by("query_id")
 
     try:
