@@ -205,7 +205,11 @@ def main() -> None:
                 "baselines": baselines,
                 "baseline": baseline,
                 "methods": summarise(found, baseline, SHOWN),
-                "fields": {method: of_fields(folders) for method, folders in done.items()},
+                "fields": {
+                    method: found
+                    for method, folders in done.items()
+                    if (found := of_fields(folders))
+                },
                 "beside": {
                     other: summarise(found, other, SHOWN) for other in BESIDE if other in done
                 },
