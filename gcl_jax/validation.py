@@ -185,6 +185,7 @@ def _validate_data(cfg: TrainConfig) -> None:
         f"data.store={cfg.data.store!r} and data.stores, which stand in its place: leave one out "
         "(--config.data.store= or --config.data.stores={})",
     )
+    require(bool(cfg.data.named), "data.store is empty: name a folder of a store, or a source")
     if cfg.data.pairs_per_query > 1:
         together = (
             f"data.pairs_per_query={cfg.data.pairs_per_query} brings a query's pairs together"

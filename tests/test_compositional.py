@@ -87,6 +87,7 @@ def test_the_three_forms_are_read(folder):
         ("[", "cannot be read as JSON"),
         ("", "odd.json cannot be read as JSON: it is empty"),
         ("3", "holds no list of cases"),
+        ('[{"image": "a.png", "caption_options": ["a"]}]', "must list the right caption and then"),
         ("[]", "has no case"),
         ("[3]", "case 0: no object, but 3"),
         ('[{"caption": "a", "foil": "b"}]', "case 0: no image or filename or .*caption, foil"),

@@ -154,13 +154,20 @@ def test_an_option_of_a_file_may_have_no_effect():
     assert list(unused(cfg)) == ["loss.one_to_k.text_to_text"]
 
 
-def test_stores_stand_in_place_of_the_store_of_the_file():
+def test_stores_stand_in_place_of_the_store_of_the_file(tmp_path):
     stores = [("data.stores.a", "1"), ("data.stores.b", "2")]
     cfg = read_config("configs/own_data.py", stores)
     assert (cfg.data.store, cfg.data.stores) == ("", {"a": 1, "b": 2})
     validate(cfg)
     with pytest.raises(ConfigError, match=r"data\.store='x' and data\.stores.*leave one out"):
         validate(read_config("configs/own_data.py", [*stores, ("data.store", "x")]))
+    (file := tmp_path / "both.py").write_text(
+        "from gcl_jax.config import *\n"
+        "def get_config(): return TrainConfig(data=DataConfig(stores={'a': 1, 'b': 1}))\n"
+    )
+    assert read_config(str(file), [("data.store", "emoji")]).data.named == "emoji"
+    with pytest.raises(ConfigError, match=r"config\.data\.store is empty: name a folder"):
+        validate(read_config(str(file), [("data.store", "")]))
 
 
 def test_presets_clean_texts_as_their_models_were_trained():

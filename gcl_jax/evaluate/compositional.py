@@ -129,7 +129,9 @@ def _case(case: Any, place: str, root: Path, task: str) -> Case:
         return found[0]
 
     image = value(IMAGE)
-    if isinstance(both := case.get(BOTH), list) and len(both) > 1:
+    if both := case.get(BOTH):
+        if not isinstance(both, list) or len(both) < 2:
+            raise DataError(f"{place}: {BOTH} must list the right caption and then wrong ones")
         right, *wrong = both
     else:
         right, wrong = value(RIGHT), value(WRONG)

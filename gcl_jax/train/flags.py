@@ -257,8 +257,11 @@ def read_config(file: str, overrides: Iterable[tuple[str, str]] = ()) -> TrainCo
         raise ConfigError(f"--config={file}: get_config() must return a gcl_jax.TrainConfig")
     overrides = list(overrides)
     keys = [key for key, _ in overrides]
-    if "data.store" not in keys and any(re.match(r"data\.stores\b", key) for key in keys):
-        made.data.store = ""  # they stand in place of the file's
+    # As a flag, each stands in place of what the file has of the other.
+    if any(re.match(r"data\.stores\b", key) for key in keys):
+        made.data.store = ""
+    elif "data.store" in keys:
+        made.data.stores = {}
     whole = {key for key in keys if key in ("model", *_parts_of_model())}
     for key, text in sorted(overrides, key=lambda one: one[0] not in whole):
         override(made, key, text)
