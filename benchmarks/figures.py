@@ -448,9 +448,12 @@ def photos(metric: str, name: str = "photos, 240 steps") -> str:
 
 def changes(metric: str, name: str = "photos, one change") -> str:
     """The recipe, and what one change of it does."""
-    rest = dict(load("photos")[name]["beside"]["the recipe"])
+    figures = load("photos")[name]
+    rest = dict(figures["beside"]["the recipe"])
     rows = beside("the recipe", {"the recipe": rest.pop("the recipe"), **rest}, metric)
-    return markdown([METRICS[metric], *SPLITS.values()], rows)
+    if speeds := figures.get("pairs_per_second"):
+        rows = [[*row, f"{speeds[row[0]]:.0f}"] for row in rows]
+    return markdown([METRICS[metric], *SPLITS.values(), *["pairs/s"] * bool(speeds)], rows)
 
 
 def fields(name: str) -> str:

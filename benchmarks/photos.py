@@ -130,6 +130,13 @@ def trained(method: str, seed: int, args: argparse.Namespace, overrides: list[st
     return workdir
 
 
+def fastest(folder: Path) -> float:
+    """Pairs per second between two lines of a training's log, the most: what other work on the
+    machine disturbs least."""
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return max(line.get("pairs_per_second", 0.0) for line in lines)
+
+
 def of_fields(folders: Mapping[Hashable, Path]) -> dict[str, Any]:
     """{field: {split: {"alone", "merged_above", "low", "high", "seeds"}}}: nDCG@10 of a document
     field alone, how far merged is above it, each query's mean over the seeds being one number, with
@@ -201,6 +208,9 @@ def main() -> None:
                 "training_seconds": {
                     method: [int((one / "seconds").read_text()) for one in folders.values()]
                     for method, folders in done.items()
+                },
+                "pairs_per_second": {
+                    method: max(map(fastest, folders.values())) for method, folders in done.items()
                 },
                 "baselines": baselines,
                 "baseline": baseline,
