@@ -30,7 +30,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,8 +112,7 @@ METHODS: dict[str, tuple[str, ...]] = {
 
 def trained(method: str, seed: int, args: argparse.Namespace, overrides: list[str]) -> Path:
     """The folder of one run, trained and evaluated unless it is there already."""
-    name = re.sub("[^a-zA-Z0-9]+", "-", method)
-    workdir = args.out / f"{name}-{args.steps}-seed{seed}"
+    workdir = args.out / folder_of(method, seed, args)
     if (workdir / "seconds").exists():
         return workdir
     flags = [f"--config={args.config}", f"--workdir={workdir}", f"--config.data.store={args.store}"]
@@ -128,6 +127,14 @@ def trained(method: str, seed: int, args: argparse.Namespace, overrides: list[st
     (workdir / "seconds").write_text(f"{seconds:.0f}\n")
     print(f"{method}, seed {seed}: trained in {seconds:.0f} s", flush=True)
     return workdir
+
+
+def folder_of(method: str, seed: int | str, args: argparse.Namespace) -> str:
+    return f"{re.sub('[^a-zA-Z0-9]+', '-', method)}-{args.steps}-seed{seed}"
+
+
+def of_all_seeds(method: str, args: argparse.Namespace) -> Iterable[Path]:
+    return (found.parent for found in args.out.glob(f"{folder_of(method, '*', args)}/seconds"))
 
 
 def fastest(folder: Path) -> float:
@@ -210,15 +217,15 @@ def main() -> None:
                     for method, folders in done.items()
                 },
                 "pairs_per_second": {
-                    method: max(map(fastest, folders.values())) for method, folders in done.items()
+                    method: max(map(fastest, of_all_seeds(method, args))) for method in done
                 },
                 "baselines": baselines,
                 "baseline": baseline,
                 "methods": summarise(found, baseline, SHOWN),
                 "fields": {
-                    method: found
+                    method: fields
                     for method, folders in done.items()
-                    if (found := of_fields(folders))
+                    if (fields := of_fields(folders))
                 },
                 "beside": {
                     other: summarise(found, other, SHOWN) for other in BESIDE if other in done
