@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 import types
 
 import pytest
@@ -20,6 +21,7 @@ def test_steps_that_are_written_again_count_once(tmp_path):
             writer.write(step, {"loss": float(step)})
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "lo')  # a kill
+    time.sleep(1.1)  # files of one second are read in the order of their numbers as texts
     with MetricWriter(tmp_path) as writer:
         writer.restart(3)
         writer.write(4, {"loss": 40.0})

@@ -282,6 +282,7 @@ class LimitedServer(ThreadedWSGIServer):
         """Takes no more connections; returns when all there are have been answered, or later than
         `seconds`."""
         self.shutdown()
+        self.timeout = 0  # of `handle_request`, should one be gone again
         while select.select([self], [], [], 0)[0]:  # they are connected, and know nothing of it
             self.handle_request()
         end = time.monotonic() + seconds

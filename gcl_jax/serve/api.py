@@ -332,7 +332,8 @@ def serve(
     by_words: bool = False,
 ) -> None:
     """Serves a checkpoint of a run until SIGTERM or Ctrl-C, then finishes what is in flight, and
-    returns. `port` 0 takes a free one; the address is printed, and "ready" when it is.
+    ends the process with 0. `port` 0 takes a free one; the address is printed, and "ready" when it
+    is.
 
     Raises:
         ConfigError, DataError, UserError: as `Searcher`; the port is in use.
@@ -367,8 +368,8 @@ def serve(
             pass
         api.closing = True
         server.drain(GRACE)
-        if searcher is None:
-            # It was still loading: the interpreter may crash on what XLA compiles in its threads.
-            sys.stdout.flush()
-            os._exit(0)
-        searcher.batcher.close()
+        if searcher is not None:
+            searcher.batcher.close()
+        # The interpreter may crash on what XLA compiles in its threads, or wait for them for ever.
+        sys.stdout.flush()
+        os._exit(0)
