@@ -363,7 +363,9 @@ def serve(
                 f"ready: {searcher.documents} documents, step {searcher.step} (Ctrl-C ends it)",
                 flush=True,
             )
-            stopped.wait()
+            # A signal that another thread received is acted upon when this one wakes.
+            while not stopped.wait(1):
+                pass
         except _Stopped:
             pass
         api.closing = True
