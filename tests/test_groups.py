@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import TinySource
 from test_evaluate import FakeEmbedder
-from test_results import random_result
+from test_results import as_table, random_result
 
 from gcl_jax.data.store import Pairs
 from gcl_jax.errors import UserError
@@ -143,7 +143,7 @@ def test_the_report_has_every_group_and_its_interval(cfg, store, tmp_path):
 def test_without_groups_nothing_is_told_of_them():
     result = random_result(languages=False)
     assert "groups" not in results.as_report("zero_shot", 7, result)
-    lines = tables.format_tables({"zero_shot": result}).splitlines()
+    lines = as_table(result).splitlines()
     values = result.merged["NDCG@10"]
     low, high = (float(line.split()[2]) for line in lines if "95%" in line)
     assert values.min() <= low < values.mean() < high <= values.max()

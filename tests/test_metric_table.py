@@ -101,7 +101,8 @@ def test_nothing_in_the_table_is_dropped(tmp_path):
     of_title = [f"field:title:{name}" for name in shown]
     assert table.column_names == ["query_id", *columns, *of_title, "group:length"]
     assert results.compare(tmp_path, tmp_path)["test"].keys() == columns.keys()
-    assert tables.format_tables({"test": result}).splitlines()[0].split()[2:] == list(shown)
+    text = tables.format_tables({"test": result}, {"test": found})
+    assert text.splitlines()[0].split()[2:] == list(shown)
     assert tables.format_groups({"test": found}).splitlines()[0].split()[3:] == list(brief)
 
 

@@ -24,6 +24,11 @@ def random_result(languages: bool) -> results.SplitResult:
     )
 
 
+def as_table(result: results.SplitResult) -> str:
+    report = results.as_report("zero_shot", 7, result)
+    return tables.format_tables({"zero_shot": result}, {"zero_shot": report})
+
+
 def test_report_has_the_authors_keys():
     result = random_result(languages=False)
     report = json.loads(json.dumps(results.as_report("zero_shot", 7, result)))
@@ -51,7 +56,7 @@ def test_report_tells_how_far_merged_is_above_a_field():
     expected = results.difference(title, merged)
     found = results.as_report("zero_shot", 7, result)["merged_above"]["title"]["NDCG@10"]
     assert found == pytest.approx([expected.difference, expected.low, expected.high])
-    told = tables.format_tables({"zero_shot": result}).splitlines()[-1]
+    told = as_table(result).splitlines()[-1]
     ends = f"[{expected.low:+.4f}, {expected.high:+.4f}] in NDCG@10"
     assert told == f"zero_shot: merged is above title alone by {expected.difference:+.4f} {ends}"
 
@@ -64,7 +69,7 @@ def test_report_and_table_of_several_languages():
     for k in (1, 5, 10):
         mean = result.query_fields["de"][f"Recall@{k}"].mean()
         assert report["query_fields"]["de"][f"Recall@{k}"] == mean
-    lines = tables.format_tables({"zero_shot": result}).splitlines()
+    lines = as_table(result).splitlines()
     (row,) = (line.split() for line in lines if line.split()[:1] == ["de"])
     assert row[1] == "3"
     (header,) = (line.split()[2:] for line in lines if "query" in line.split())
@@ -72,7 +77,7 @@ def test_report_and_table_of_several_languages():
     for k in (1, 5, 10):
         assert cells[f"Recall@{k}"] == f"{result.query_fields['de'][f'Recall@{k}'].mean():.4f}"
     assert any("MRV" in line and "2.50" in line and "3 queries" in line for line in lines)
-    assert "MRV" not in tables.format_tables({"zero_shot": random_result(languages=False)})
+    assert "MRV" not in as_table(random_result(languages=False))
 
 
 def test_files_agree_query_by_query(tmp_path):

@@ -321,7 +321,7 @@ def evaluate_workdir(
     for split, result in found.items():
         reports[split] = results.as_report(split, step, result) | model
         reports[split]["ground_truth"] = ground_truth_of(cfg, store, split)
-    text = tables.format_tables(found)
+    text = tables.format_tables(found, reports)
     if group_by is not None:
         text += f"\n\n{tables.format_groups(reports)}"
     if calibrate:

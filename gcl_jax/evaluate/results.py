@@ -6,6 +6,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -73,12 +74,15 @@ def intervals(values: MetricValues) -> dict[str, list[float]]:
 def merged_above(result: SplitResult) -> dict[str, dict[str, list[float]]]:
     """{document field: {metric of `summary`: [how far merged is above that field alone, and the 95%
     interval of it]}}, by the bootstrap of the queries, paired."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for name, values in result.documents.items():
-        if name != "merged":
-            gains = {key: x - values[key] for key, x in result.merged.items()}
-            means, ends = summary(gains), intervals(gains)
-            found[name] = {metric: [mean, *ends[metric]] for metric, mean in means.items()}
+    fields, named = [name for name in result.documents if name != "merged"], metrics.names()
+    found: dict[str, dict[str, list[float]]] = {field: {} for field in fields}
+    if not fields:
+        return found
+    places = list(itertools.product(fields, named.items()))
+    gains = [result.merged[key] - result.documents[field][key] for field, (_, key) in places]
+    ends = metrics.bootstrap_interval(np.stack(gains, axis=1))  # one drawing of queries for all
+    for (field, (name, _)), gain, low, high in zip(places, gains, *ends, strict=True):
+        found[field][name] = [float(gain.mean()), float(low), float(high)]
     return found
 
 

@@ -13,16 +13,15 @@ from gcl_jax.evaluate.results import (
     Difference,
     SplitResult,
     count_of,
-    intervals,
-    merged_above,
     summary,
 )
 from gcl_jax.search import calibration
 
 
-def format_tables(results: Mapping[str, SplitResult]) -> str:
+def format_tables(results: Mapping[str, SplitResult], reports: Mapping[str, dict]) -> str:
     """One row per split and kind of document, and by how much merged is above each field alone;
-    then, where there are several, one per query field and the rank variance over them."""
+    then, where there are several, one per query field and the rank variance over them. `reports`:
+    {split: `as_report`}."""
     rows: list[list] = []
     above, metric = [], next(iter(metrics.names()))
     for split, result in results.items():
@@ -31,11 +30,11 @@ def format_tables(results: Mapping[str, SplitResult]) -> str:
             rows.append([label, name, *summary(values).values()])
             label = ""
             if name == "merged":
-                low, high = zip(*intervals(values).values(), strict=True)
+                low, high = zip(*reports[split]["intervals"].values(), strict=True)
                 rows += [["", "95% from", *low], ["", "95% to", *high]]
         parts = (
             "{} alone by {:+.4f} [{:+.4f}, {:+.4f}]".format(name, *found[metric])
-            for name, found in merged_above(result).items()
+            for name, found in reports[split]["merged_above"].items()
         )
         if told := ", ".join(parts):
             above.append(f"{split}: merged is above {told} in {metric}")
